@@ -1,0 +1,1 @@
+"""Files to config facts, tensors, tokenizers, and bytes on a device."""

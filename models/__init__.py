@@ -1,0 +1,1 @@
+"""What a family is, and how a forward pass is composed."""

@@ -1,0 +1,38 @@
+"""Set-up of the whole suite: where kernels run, hypothesis profiles, poisoned memory."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # before rooflama.kernels is imported: Triton reads it when a kernel is decorated
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("dev", max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate], **_common)
+settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_common)
+settings.register_profile("deep", max_examples=500, print_blob=True, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# torch.empty now hands out NaN (or the largest integer), so a kernel that leaves an element unwritten is seen.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA or HIP device"))
+
+
+@pytest.fixture
+def numpy_backend():
+    """Run the kernels' NumPy definitions, as on a machine without a GPU."""
+    from rooflama.kernels import use_backend
+
+    with use_backend("numpy"):
+        yield
