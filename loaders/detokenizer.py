@@ -1,0 +1,53 @@
+"""Ids back to text, one at a time, without ever showing half a character."""
+
+from __future__ import annotations
+
+import codecs
+from typing import NamedTuple, Protocol
+
+
+class Piece(NamedTuple):
+    """What one id contributes to the text."""
+
+    data: bytes
+    special: bool  # control, unknown or unused: left out by skip_special
+    boundary: bool  # a token that is matched whole in text: SentencePiece puts its space prefix after it
+
+
+class PieceTable(Protocol):
+    add_space_prefix: bool
+
+    def piece(self, token_id: int) -> Piece: ...
+
+
+class StreamDecoder:
+    """Decodes a stream of ids; the strings it returns, joined, are what decoding them all at once gives.
+
+    Bytes that end in the middle of a character are held back until the rest arrives. Bytes that can be no UTF-8
+    become U+FFFD. The space that SentencePiece's encoder puts before a text, and after each special token, is taken
+    out again; ``after`` is the id that the stream continues from (the prompt's last), None at the start of a text.
+    """
+
+    def __init__(self, table: PieceTable, *, skip_special: bool, after: int | None = None):
+        self._table = table
+        self._skip_special = skip_special
+        self._at_boundary = table.add_space_prefix and (after is None or table.piece(after).boundary)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> str:
+        """The text that ``token_id`` completes, possibly empty.
+
+        Raises:
+            TokenizerError: the id is not in the vocabulary.
+        """
+        data, special, boundary = self._table.piece(token_id)
+        if self._at_boundary and not boundary:
+            data = data.removeprefix(b" ")
+        self._at_boundary = boundary and self._table.add_space_prefix
+        if special and self._skip_special:
+            return ""
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """U+FFFD where the stream ended in the middle of a character, else nothing."""
+        return self._decoder.decode(b"", final=True)

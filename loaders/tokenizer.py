@@ -1,0 +1,220 @@
+"""The model's own tokenizer, from the metadata of its GGUF file.
+
+`tokenizer.ggml.model` chooses what plain text goes through: byte-level BPE ("gpt2") or SentencePiece ("llama"). What
+the two share lives here: special tokens are cut out of the text first, BOS and EOS are added as the file says, ids
+become text again, and the chat template is rendered.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .chat_template import ChatTemplate, ChatTemplateError
+from .detokenizer import Piece, StreamDecoder
+from .special_tokens import SpecialTokens
+from .tokenizer_bpe import ByteLevelBPE
+from .tokenizer_spm import SentencePieceBPE
+from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_flag, read_string
+
+# `tokenizer.ggml.model` -> what encodes plain text. What is not here raises.
+MODELS = {"gpt2": ByteLevelBPE, "llama": SentencePieceBPE}
+
+_MATCHED_WHOLE = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+_SKIPPED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.UNUSED)
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        tokens: each id's text as the file stores it.
+        vocab_size: how many there are; the model's embedding may have more rows, as padding.
+        bos_id, eos_id, unk_id, pad_id: None where the file names none.
+        eos_ids: every id that ends generation.
+        add_bos, add_eos: what ``encode`` adds.
+        add_space_prefix: whether a text, and what follows a special token, is encoded with a space before it.
+    """
+
+    def __init__(self, metadata: Metadata):
+        self._vocabulary = vocabulary = Vocabulary.from_metadata(metadata, models=MODELS)
+        self._text_model = MODELS[vocabulary.model](vocabulary, metadata)
+        self.tokens: Sequence[str] = vocabulary.tokens
+        self.vocab_size = len(vocabulary.tokens)
+        self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+        self.unk_id, self.pad_id = vocabulary.unk_id, vocabulary.pad_id
+        self.eos_ids = vocabulary.eos_ids
+        self.add_space_prefix = self._text_model.add_space_prefix
+        self.add_bos = read_flag(metadata, "tokenizer.ggml.add_bos_token", self._text_model.add_bos)
+        self.add_eos = read_flag(metadata, "tokenizer.ggml.add_eos_token", False)
+        for name, added, token_id in (("bos", self.add_bos, self.bos_id), ("eos", self.add_eos, self.eos_id)):
+            if added and token_id is None:
+                raise TokenizerError(
+                    f"tokenizer.ggml.{name}_token_id is missing",
+                    rule=f"a tokenizer that adds {name.upper()} must name it",
+                    remedy=f"Set it, or set tokenizer.ggml.add_{name}_token to false, with gguf_set_metadata.py",
+                )
+        user_defined = self._texts(vocabulary.of_type(TokenType.USER_DEFINED))
+        everything = self._texts(vocabulary.of_type(*_MATCHED_WHOLE))
+        strip_after = _phi3_strips_after(vocabulary, everything)
+        self._user_defined = SpecialTokens(user_defined, strip_after)
+        self._everything = SpecialTokens(everything, strip_after)
+        self._pieces: dict[int, Piece] = {}
+        source = read_string(metadata, "tokenizer.chat_template")
+        self._chat_template = None if source is None else ChatTemplate(source)
+
+    @classmethod
+    def from_metadata(cls, metadata: Metadata) -> Tokenizer:
+        """The tokenizer that a GGUF file's key/value pairs describe.
+
+        Args:
+            metadata: the file's keys with their values; string arrays as sequences of str, numbers as numpy arrays.
+
+        Raises:
+            TokenizerError: the metadata contradicts itself or asks for something not known here.
+        """
+        return cls(metadata)
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Ids of a text.
+
+        Args:
+            text: any text; user-defined tokens in it are always found.
+            add_special: add BOS and EOS as the file says; a text that already begins with BOS gets no second one.
+            parse_special: read control tokens such as "<|im_start|>" as what they are. Only for text whose source you
+                trust: in plain text they are plain characters.
+
+        Raises:
+            TokenizerError: the text holds a lone surrogate, or a character that the vocabulary cannot spell.
+        """
+        _refuse_surrogates(text)
+        ids: list[int] = []
+        at_boundary = True
+        for part in (self._everything if parse_special else self._user_defined).split(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._text_model.encode(" " + part if at_boundary and self.add_space_prefix else part)
+            at_boundary = isinstance(part, int)
+        if add_special and self.add_bos and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        if add_special and self.add_eos and ids[-1:] != [self.eos_id]:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            ids: any integers of the vocabulary.
+            skip_special: leave control, unknown and unused tokens out.
+
+        Raises:
+            TokenizerError: an id is not in the vocabulary.
+        """
+        stream = self.stream(skip_special=skip_special)
+        return "".join([stream.feed(token_id) for token_id in ids]) + stream.flush()
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the ids spell, one after the other, with nothing removed or replaced."""
+        return b"".join(self.piece(token_id).data for token_id in ids)
+
+    def stream(self, *, skip_special: bool = True, after: int | None = None) -> StreamDecoder:
+        """A decoder to feed ids one by one as they are generated.
+
+        Args:
+            skip_special: leave control, unknown and unused tokens out.
+            after: the id that the stream continues from, usually the prompt's last; None at the start of a text.
+        """
+        return StreamDecoder(self, skip_special=skip_special, after=after)
+
+    def piece(self, token_id: int) -> Piece:
+        """What one id contributes to the text."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            index = operator.index(token_id)
+            if not 0 <= index < self.vocab_size:
+                raise TokenizerError(
+                    f"token id {index}",
+                    rule=f"ids of this vocabulary are 0 to {self.vocab_size - 1}",
+                    remedy="Rows of the embedding beyond the vocabulary are padding: mask them when sampling",
+                )
+            kind = self._vocabulary.types[index]
+            data = self._text_model.token_bytes(index)
+            piece = self._pieces[index] = Piece(data, special=kind in _SKIPPED, boundary=kind in _MATCHED_WHOLE)
+        return piece
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's chat template, Jinja source; None where it carries none."""
+        return None if self._chat_template is None else self._chat_template.source
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt that the model was trained to see for a conversation.
+
+        Args:
+            messages: dictionaries with "role" and "content".
+            add_generation_prompt: end with the opening of the assistant's turn.
+            variables: whatever else the template knows, such as ``enable_thinking`` or ``tools``.
+
+        Raises:
+            ChatTemplateError: there is no template, it refuses the messages, or it breaks the sandbox or its bounds.
+        """
+        if self._chat_template is None:
+            raise ChatTemplateError(
+                "tokenizer.chat_template is missing",
+                rule="a conversation needs the template that the model was trained with",
+                remedy="Give a plain prompt, or use a chat or instruct version of the model",
+            )
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id, "pad_token": self.pad_id}
+        tokens = {name: self.tokens[token_id] for name, token_id in named.items() if token_id is not None}
+        return self._chat_template.render(
+            messages, **{**tokens, "add_generation_prompt": add_generation_prompt, **variables}
+        )
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Ids of a conversation: the rendered template, begun by exactly one BOS where the model uses one, no EOS added.
+
+        The messages' contents are part of the rendered text, so a control token spelled in one is read as one.
+
+        Args and errors: as ``apply_chat_template``.
+        """
+        text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
+        ids = self.encode(text, add_special=False, parse_special=True)
+        if self.add_bos and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+        return ids
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(model={self._vocabulary.model!r}, vocab_size={self.vocab_size})"
+
+    def _texts(self, token_ids: Iterable[int]) -> dict[str, int]:
+        """How special tokens look in text -> their ids."""
+        return {self._text_model.token_bytes(token_id).decode(): token_id for token_id in token_ids}
+
+
+def _phi3_strips_after(vocabulary: Vocabulary, special: Mapping[str, int]) -> set[int]:
+    """The special tokens that swallow the whitespace after them: Phi-3's and 3.5's, all but three.
+
+    Their Hugging Face tokenizers say so (`rstrip`), GGUF has no key for it; llama.cpp goes by "phi3" in the model's
+    name, here it is the architecture with a SentencePiece vocabulary.
+    """
+    if vocabulary.arch != "phi3" or vocabulary.model != "llama":
+        return set()
+    return {token_id for text, token_id in special.items() if text not in ("<unk>", "<s>", "<|endoftext|>")}
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"character {error.start} of the text is {text[error.start]!r}",
+            rule="a lone surrogate is no character and has no UTF-8",
+            remedy='Decode the input as UTF-8 with errors="replace"',
+        ) from None

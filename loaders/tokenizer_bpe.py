@@ -1,0 +1,157 @@
+"""Byte-level BPE (`tokenizer.ggml.model` = "gpt2"): Llama 3, Qwen, SmolLM2, Phi-4-mini.
+
+Text is cut into words by the pre-tokeniser's regular expressions, each word's UTF-8 bytes are spelled in GPT-2's
+alphabet of 256 visible characters, and the merges are applied in order of rank. No Unicode normalisation: GGUF
+records none (llama.cpp applies none either), and so decoding gives back what was encoded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_string, read_strings
+
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LLAMA3 = _CONTRACTION + (r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTION + "?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTION + "?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class PreTokenizer(NamedTuple):
+    """How text falls into words before merging.
+
+    Each pattern cuts the pieces that the one before it left; what matches and what lies between become pieces.
+    """
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a word that is a token stands for itself, whatever the merges say
+    add_bos: bool = False  # where the file does not say
+
+
+_LLAMA3_PRE = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
+_QWEN2_PRE = PreTokenizer((_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),))
+
+# `tokenizer.ggml.pre` -> rules. What is not here raises.
+PRE_TOKENIZERS = {
+    "llama-bpe": _LLAMA3_PRE,
+    "llama3": _LLAMA3_PRE,
+    "llama-v3": _LLAMA3_PRE,
+    "smaug-bpe": PreTokenizer((_LLAMA3,)),
+    "qwen2": _QWEN2_PRE,
+    "deepseek-r1-qwen": _QWEN2_PRE,
+    "smollm": PreTokenizer((r"\p{N}", _GPT2)),
+    "gpt-2": PreTokenizer((_GPT2,)),
+    "gpt-4o": PreTokenizer((_O200K,)),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+}
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's character for each byte: itself where Latin-1 shows it, else the next free one from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    spelled = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
+    return [spelled[byte] for byte in range(256)]
+
+
+BYTE_ALPHABET = _byte_alphabet()
+_BYTE_OF = {ord(character): byte for byte, character in enumerate(BYTE_ALPHABET)}
+
+
+def read_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
+    """The pre-tokeniser that the file names; a file that names none gets llama.cpp's "default", with a warning."""
+    name = read_string(metadata, "tokenizer.ggml.pre")
+    if name is None:
+        warnings.warn(
+            "tokenizer.ggml.pre is missing: words are cut by the 'default' rules, which few models were trained with. "
+            "Convert the model again with a current convert_hf_to_gguf.py.",
+            stacklevel=4,
+        )
+        name = "default"
+    if name not in PRE_TOKENIZERS:
+        raise TokenizerError(
+            f"tokenizer.ggml.pre = {name!r}",
+            rule=f"the pre-tokeniser must be one of {', '.join(sorted(PRE_TOKENIZERS))}",
+            remedy="If its rules equal one of these, set tokenizer.ggml.pre to that name with gguf_set_metadata.py",
+        )
+    return PRE_TOKENIZERS[name]
+
+
+class ByteLevelBPE:
+    """Plain text to ids and ids to bytes. Special tokens are cut out before text comes here."""
+
+    add_space_prefix = False
+
+    def __init__(self, vocabulary: Vocabulary, metadata: Metadata):
+        self._vocabulary = vocabulary
+        pre_tokenizer = read_pre_tokenizer(metadata)
+        self.add_bos = pre_tokenizer.add_bos
+        self._missing_bytes = frozenset(
+            byte for byte, character in enumerate(BYTE_ALPHABET) if character not in vocabulary.ids
+        )
+        merges = _read_merges(vocabulary, metadata)
+        model = models.BPE(_reachable_from_text(vocabulary, merges), merges, ignore_merges=pre_tokenizer.ignore_merges)
+        self._tokenizer = tokenizers.Tokenizer(model)
+        splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre_tokenizer.patterns]
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, which holds no special token.
+
+        Raises:
+            TokenizerError: the vocabulary has no token for one of the text's bytes.
+        """
+        if self._missing_bytes and (missing := self._missing_bytes.intersection(text.encode())):
+            index, character = next((i, c) for i, c in enumerate(text) if missing.intersection(c.encode()))
+            raise TokenizerError(
+                f"character {character!r} (U+{ord(character):04X}), at {index} in a piece of the text",
+                rule="this vocabulary has no token for one of its bytes",
+                remedy="Remove or replace the character",
+            )
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one id stands for in the text."""
+        token = self._vocabulary.tokens[token_id]
+        if self._vocabulary.types[token_id] != TokenType.NORMAL:
+            return token.encode()
+        try:
+            return bytes([_BYTE_OF[ord(character)] for character in token])
+        except KeyError:  # spelled in plain text
+            return token.encode()
+
+
+def _read_merges(vocabulary: Vocabulary, metadata: Metadata) -> list[tuple[str, str]]:
+    key = "tokenizer.ggml.merges"
+    lines = read_strings(metadata, key)
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    ids = vocabulary.ids
+    for index, (left, right) in enumerate(merges):
+        if left not in ids or right not in ids or left + right not in ids:
+            unknown = next(token for token in (left, right, left + right) if token not in ids)
+            raise TokenizerError(
+                f"{key}[{index}] = {lines[index]!r}",
+                rule=f"a merge names two tokens and makes a third; {unknown!r} is no token",
+                remedy="Convert the model again with a current convert_hf_to_gguf.py",
+            )
+    return merges
+
+
+def _reachable_from_text(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> dict[str, int]:
+    """The vocabulary less the control tokens that no merge makes: `ignore_merges` must not find those in plain text."""
+    controls = [vocabulary.tokens[i] for i in vocabulary.of_type(TokenType.CONTROL)]
+    if not controls:
+        return vocabulary.ids
+    merged = {left + right for left, right in merges}.union(*merges, BYTE_ALPHABET)
+    hidden = set(controls) - merged
+    return {token: index for token, index in vocabulary.ids.items() if token not in hidden}

@@ -1,0 +1,121 @@
+"""SentencePiece vocabularies (`tokenizer.ggml.model` = "llama"): Llama 2, TinyLlama, Mistral, Phi-3.
+
+The sentencepiece library itself does the merging: tokens, scores and types are written out as the model file they once
+came from. Normalisation is none, as in all these models: spaces become U+2581 and nothing else changes, so that only
+a text with U+2581 in it comes back different (with spaces). The space before a text is put there by the caller.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import sentencepiece
+
+from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_flag
+
+SPACE = "\u2581"
+
+
+class SentencePieceBPE:
+    """Plain text to ids and ids to bytes. Special tokens are cut out of the text before it comes here."""
+
+    add_bos = True  # where the file does not say
+
+    def __init__(self, vocabulary: Vocabulary, metadata: Metadata):
+        self._vocabulary = vocabulary
+        self.add_space_prefix = read_flag(metadata, "tokenizer.ggml.add_space_prefix", True)
+        self._byte_values = _read_byte_tokens(vocabulary)
+        _refuse_normalisation(metadata)
+        model = _model_file(vocabulary, vocabulary.scores(metadata), byte_fallback=bool(self._byte_values))
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise TokenizerError(
+                f"sentencepiece: {error}",
+                rule="tokenizer.ggml.tokens, scores and token_type must make a SentencePiece model",
+                remedy="Convert the model again with a current convert_hf_to_gguf.py",
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, which holds no special token."""
+        return self._processor.encode(text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one id stands for in the text."""
+        byte = self._byte_values.get(token_id)
+        if byte is not None:
+            return bytes([byte])
+        return self._vocabulary.tokens[token_id].replace(SPACE, " ").encode()
+
+
+def _read_byte_tokens(vocabulary: Vocabulary) -> dict[int, int]:
+    """Id -> byte value of the byte tokens; there are none, or one for each byte."""
+    spelled = {f"<0x{value:02X}>": value for value in range(256)}
+    values = {}
+    for token_id in vocabulary.of_type(TokenType.BYTE):
+        token = vocabulary.tokens[token_id]
+        if token not in spelled:
+            raise TokenizerError(
+                f"tokenizer.ggml.tokens[{token_id}] = {token!r}, typed as a byte",
+                rule="byte tokens are spelled <0x00> to <0xFF>",
+                remedy="Convert the model again with a current convert_hf_to_gguf.py",
+            )
+        values[token_id] = spelled[token]
+    if values and len(values) != 256:
+        raise TokenizerError(
+            f"the vocabulary has {len(values)} byte tokens",
+            rule="there must be 256 or none",
+            remedy="Convert the model again with a current convert_hf_to_gguf.py",
+        )
+    return values
+
+
+def _refuse_normalisation(metadata: Metadata) -> None:
+    charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if read_flag(metadata, "tokenizer.ggml.remove_extra_whitespaces", False) or (
+        charsmap is not None and np.size(charsmap) > 0
+    ):
+        raise TokenizerError(
+            "tokenizer.ggml.precompiled_charsmap or remove_extra_whitespaces is set",
+            rule="text is encoded here as it is, which is what the Llama, Mistral and Phi-3 tokenizers do",
+            remedy="Use a model of those families",
+        )
+
+
+# Protocol Buffers' wire format, as far as sentencepiece_model.proto needs it: a key (field << 3 | wire type), a value.
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _data(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
+
+
+def _model_file(vocabulary: Vocabulary, scores: np.ndarray, *, byte_fallback: bool) -> bytes:
+    """The SentencePiece model file with these pieces, BPE, normaliser "identity".
+
+    User-defined tokens are written as control: they are cut out of the text before sentencepiece sees it.
+    """
+    types = np.where(vocabulary.types == TokenType.USER_DEFINED, TokenType.CONTROL, vocabulary.types)
+    if vocabulary.unk_id is not None:  # sentencepiece needs exactly one
+        types[vocabulary.unk_id] = TokenType.UNKNOWN
+    pieces = b"".join(
+        _data(1, _data(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + _number(3, kind))
+        for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types.tolist(), strict=True)
+    )
+    trainer = _number(3, 2) + _number(4, len(vocabulary.tokens)) + _number(35, byte_fallback)
+    if vocabulary.unk_id is not None:
+        trainer += _number(40, vocabulary.unk_id) + _data(45, vocabulary.tokens[vocabulary.unk_id].encode())
+    normalizer = _data(1, b"identity") + _number(3, 0) + _number(4, 0) + _number(5, 1)
+    return pieces + _data(2, trainer) + _data(3, normalizer)

@@ -1,0 +1,209 @@
+"""What a GGUF file says about its tokenizer, checked: tokens, their types, special ids and flags.
+
+Metadata is untrusted. Every array is typed and sized here, every id is in range, so that the tokenizers behind it
+never see a vocabulary that contradicts itself.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from rooflama.kernels.errors import RooflamaError
+
+Metadata = Mapping[str, Any]
+
+
+class TokenizerError(RooflamaError, ValueError):
+    """Tokenizer metadata that contradicts itself, or text that the vocabulary cannot take."""
+
+
+class TokenType(IntEnum):
+    """`tokenizer.ggml.token_type`, with SentencePiece's numbers."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3  # found in text only where the caller allows it (parse_special)
+    USER_DEFINED = 4  # always found in text, before any merging
+    UNUSED = 5  # padding rows and retired pieces
+    BYTE = 6  # "<0x0A>": a byte that no other piece covers
+
+
+# Tokens that end a turn or a text in the models at hand; each counts only where the vocabulary types it as control.
+END_OF_GENERATION = frozenset(
+    ["</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "<|return|>", "<|call|>", "<end_of_utterance>"]
+)
+
+_RECONVERT = "Convert the model again with a current convert_hf_to_gguf.py"
+
+
+def read_string(metadata: Metadata, key: str) -> str | None:
+    """The string at ``key``, or None where the key is missing."""
+    value = metadata.get(key)
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(f"{key} is a {type(value).__name__}", rule="it must be a string", remedy=_RECONVERT)
+    return value
+
+
+def read_flag(metadata: Metadata, key: str, default: bool) -> bool:
+    """The boolean at ``key``, or ``default`` where the key is missing."""
+    value = metadata.get(key, default)
+    if not isinstance(value, bool | np.bool_):
+        raise TokenizerError(f"{key} = {value!r}", rule="it must be a boolean", remedy=_RECONVERT)
+    return bool(value)
+
+
+def read_strings(metadata: Metadata, key: str) -> list[str]:
+    """The array of non-empty strings at ``key``, which must be there."""
+    value = metadata.get(key)
+    if value is None:
+        raise TokenizerError(f"{key} is missing", rule="this kind of tokenizer needs it", remedy=_RECONVERT)
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
+        raise TokenizerError(f"{key} is a {type(value).__name__}", rule="it must be an array", remedy=_RECONVERT)
+    strings = list(value)
+    if not set(map(type, strings)) <= {str}:
+        index, item = next((i, s) for i, s in enumerate(strings) if type(s) is not str)
+        raise TokenizerError(f"{key}[{index}] = {item!r}", rule="every element must be a string", remedy=_RECONVERT)
+    return strings
+
+
+def _read_numbers(metadata: Metadata, key: str, kinds: str, length: int) -> np.ndarray:
+    value = metadata.get(key)
+    if value is None:
+        raise TokenizerError(f"{key} is missing", rule="this kind of tokenizer needs it", remedy=_RECONVERT)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # ragged nesting
+        array = np.empty(0, dtype=object)
+    if array.ndim != 1 or array.dtype.kind not in kinds:
+        wanted = "whole numbers" if "f" not in kinds else "numbers"
+        raise TokenizerError(
+            f"{key} holds {array.dtype} in {array.ndim} dimensions",
+            rule=f"it must be a flat array of {wanted}",
+            remedy=_RECONVERT,
+        )
+    if len(array) != length:
+        raise TokenizerError(
+            f"{key} has {len(array)} elements and tokenizer.ggml.tokens has {length}",
+            rule="the two must be of one length",
+            remedy=_RECONVERT,
+        )
+    return array
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The checked vocabulary.
+
+    Attributes:
+        tokens: text of each id, as stored (byte-level alphabet or SentencePiece escapes included).
+        ids: the reverse of ``tokens``.
+        types: int8 [vocab_size], values of TokenType.
+        model: "gpt2" or "llama".
+        arch: `general.architecture`, "" where missing.
+        bos_id, eos_id, unk_id, pad_id: None where the file names none.
+        eos_ids: every id that ends generation.
+    """
+
+    tokens: list[str]
+    ids: dict[str, int]
+    types: np.ndarray
+    model: str
+    arch: str
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    pad_id: int | None
+    eos_ids: frozenset[int]
+
+    @classmethod
+    def from_metadata(cls, metadata: Metadata, models: Iterable[str]) -> Vocabulary:
+        """Read and check; ``models`` are the values of `tokenizer.ggml.model` that the caller knows.
+
+        Raises:
+            TokenizerError: an array is missing, mistyped or of another length, tokens repeat, an id is out of range.
+        """
+        model = read_string(metadata, "tokenizer.ggml.model")
+        if model not in models:
+            raise TokenizerError(
+                "tokenizer.ggml.model is missing" if model is None else f"tokenizer.ggml.model = {model!r}",
+                rule=f"the kinds of tokenizer known here are {', '.join(models)}",
+                remedy="Use a model of the Llama, Qwen or Phi-3 families",
+            )
+        tokens = read_strings(metadata, "tokenizer.ggml.tokens")
+        if not tokens:
+            raise TokenizerError("tokenizer.ggml.tokens is empty", rule="a vocabulary has tokens", remedy=_RECONVERT)
+        ids = {token: index for index, token in enumerate(tokens)}
+        if len(ids) != len(tokens):
+            index = next(i for i, token in enumerate(tokens) if ids[token] != i)
+            raise TokenizerError(
+                f"tokenizer.ggml.tokens[{index}] = {tokens[index]!r} stands again at {ids[tokens[index]]}",
+                rule="tokens must be distinct",
+                remedy=_RECONVERT,
+            )
+        if "" in ids:
+            raise TokenizerError(
+                f"tokenizer.ggml.tokens[{ids['']}] = ''", rule="a token must not be empty", remedy=_RECONVERT
+            )
+        types = _read_numbers(metadata, "tokenizer.ggml.token_type", "iu", len(tokens))
+        known = np.isin(types, list(TokenType))
+        if not known.all():
+            index = int(np.argmin(known))
+            raise TokenizerError(
+                f"tokenizer.ggml.token_type[{index}] = {types[index]}",
+                rule="token types are 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte",
+                remedy=_RECONVERT,
+            )
+        types = types.astype(np.int8)
+
+        def special(name: str, sentencepiece_id: int | None = None) -> int | None:
+            """The id the file names; else SentencePiece's customary one, where that token is indeed special."""
+            key = f"tokenizer.ggml.{name}_token_id"
+            value = metadata.get(key)
+            if value is None:
+                customary = model == "llama" and sentencepiece_id is not None and sentencepiece_id < len(tokens)
+                if customary and types[sentencepiece_id] in (TokenType.CONTROL, TokenType.UNKNOWN):
+                    return sentencepiece_id
+                return None
+            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value < len(tokens):
+                raise TokenizerError(
+                    f"{key} = {value!r}",
+                    rule=f"it must be an id of the vocabulary, 0 to {len(tokens) - 1}",
+                    remedy=_RECONVERT,
+                )
+            return int(value)
+
+        bos_id, eos_id = special("bos", 1), special("eos", 2)
+        ends = {eos_id, special("eot"), special("eom")} | {
+            ids[text] for text in END_OF_GENERATION & ids.keys() if types[ids[text]] == TokenType.CONTROL
+        }
+        return cls(
+            tokens=tokens,
+            ids=ids,
+            types=types,
+            model=model,
+            arch=read_string(metadata, "general.architecture") or "",
+            bos_id=bos_id,
+            eos_id=eos_id,
+            unk_id=special("unknown", 0),
+            pad_id=special("padding"),
+            eos_ids=frozenset(end for end in ends if end is not None),
+        )
+
+    def of_type(self, *types: TokenType) -> list[int]:
+        """The ids whose type is one of ``types``, ascending."""
+        return np.flatnonzero(np.isin(self.types, types)).tolist()
+
+    def scores(self, metadata: Metadata) -> np.ndarray:
+        """`tokenizer.ggml.scores` as float32 [vocab_size], finite."""
+        key = "tokenizer.ggml.scores"
+        scores = _read_numbers(metadata, key, "fiu", len(self.tokens)).astype(np.float32)
+        if not np.isfinite(scores).all():
+            index = int(np.argmin(np.isfinite(scores)))
+            raise TokenizerError(f"{key}[{index}] = {scores[index]}", rule="scores must be finite", remedy=_RECONVERT)
+        return scores
