@@ -1,0 +1,437 @@
+"""The device boundary: the one place that allocates long-lived device memory, moves bytes to and from it, and asks the
+driver what is there.
+
+    with open_device("auto", memory_limit=8 * 2**30) as device:
+        weights = device.upload(array, label="blk.0.attn_q.weight")
+        cache = device.allocate((num_pages, 16, 3, 64), torch.float16, label="k_pages.0")
+        ...weights.tensor...
+
+Who owns what:
+- A Device owns every DeviceBuffer it makes until the buffer is closed or the device is. Dropping the last reference to
+  a buffer does not free it: what is held is what ``held()`` lists, and closing the device frees all of it.
+- ``buffer.tensor`` is lent. After close, asking for it again is refused; a tensor or view taken before stays valid and
+  keeps the memory, and ``held_bytes`` goes on counting it, until the last such view goes.
+- ``buffer.close()`` means "I need it no longer" and may be said any number of times. ``device.free(buffer)`` means
+  "it is live and I end it", and is refused the second time.
+- ``upload`` copies. With ``borrow=True`` a CPU device takes the host memory as it is, without a copy: it stays the
+  caller's, who must not change it; it is counted like any other buffer.
+
+Failures of the driver become the errors of ``device_errors``, with numbers. What was made for a call that fails is
+freed before its error leaves. ``memory_limit`` is checked before every allocation, on every kind of device.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import device_raw
+from .device_errors import (
+    CopyOutOfRange,
+    DeviceError,
+    DeviceLost,
+    DeviceOutOfMemory,
+    DeviceUnavailable,
+    DoubleFree,
+    UseAfterClose,
+    translate,
+)
+from .device_query import device_name, find_device, free_and_total_bytes
+
+__all__ = [
+    "CopyOutOfRange",
+    "Device",
+    "DeviceBuffer",
+    "DeviceError",
+    "DeviceLost",
+    "DeviceOutOfMemory",
+    "DeviceUnavailable",
+    "DoubleFree",
+    "LeakWarning",
+    "UseAfterClose",
+    "open_device",
+]
+
+Progress = Callable[[int], object]  # called with the bytes moved since the last call
+
+
+class LeakWarning(RuntimeWarning):
+    """Device memory that was never closed: reported when its device is collected, or at exit."""
+
+
+def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None = None) -> Device:
+    """Open the device that ``spec`` names.
+
+    Args:
+        spec: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "hip", "hip:1".
+        memory_limit: the most bytes that may be held at once; None for what the device has.
+
+    Raises:
+        DeviceUnavailable: unknown name, no such device, no driver, or a torch built without it.
+        DeviceError: ``memory_limit`` is not a positive number of bytes.
+    """
+    if memory_limit is not None and memory_limit <= 0:
+        raise DeviceError(
+            f"memory_limit {memory_limit}",
+            rule="a limit is a positive number of bytes",
+            remedy="Give None for no limit",
+        )
+    torch_device, kind = find_device(str(spec))
+    return Device(torch_device, kind, memory_limit)
+
+
+@dataclass
+class _Ledger:
+    """What a device holds. Apart from the Device, so that it can be reported once the Device is gone."""
+
+    device: str
+    live: dict[int, tuple[str, int, str]] = field(default_factory=dict)  # buffer id -> label, bytes, where made
+    lent: list[tuple[int, StorageWeakRef]] = field(default_factory=list)  # closed, but a view may keep the memory
+
+    def held_bytes(self) -> int:
+        self.lent = [(nbytes, storage) for nbytes, storage in self.lent if not storage.expired()]
+        return sum(nbytes for _, nbytes, _ in self.live.values()) + sum(nbytes for nbytes, _ in self.lent)
+
+    def report(self) -> None:
+        """Warn of what is still held; where each was made, if ROOFLAMA_DEBUG was set."""
+        if not self.live:
+            return
+        total = sum(nbytes for _, nbytes, _ in self.live.values())
+        lines = [
+            f"{len(self.live)} buffers, {total} bytes, still held on {self.device}: close the device that owns them"
+        ]
+        for label, nbytes, site in list(self.live.values())[:20]:
+            lines.append(f"  {label}: {nbytes} bytes" + (f", made at {site}" if site else ""))
+        if len(self.live) > 20:
+            lines.append(f"  and {len(self.live) - 20} more")
+        warnings.warn("\n".join(lines), LeakWarning, stacklevel=2)
+
+
+class DeviceBuffer:
+    """Memory on a device, owned by it. Made by ``Device.allocate`` and ``Device.upload``."""
+
+    def __init__(self, device: Device, tensor: Tensor, label: str):
+        self.device, self.label = device, label
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.nbytes = tensor.numel() * tensor.element_size()
+        self._tensor: Tensor | None = tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        """The memory, lent until ``close``.
+
+        Raises:
+            UseAfterClose: the buffer or its device was closed.
+        """
+        if self._tensor is None:
+            raise UseAfterClose(
+                f"buffer {self.label!r} ({self.nbytes} bytes on {self.device.name})",
+                rule="it was closed",
+                remedy="Keep it open for as long as it is used, or upload it again",
+            )
+        return self._tensor
+
+    @property
+    def closed(self) -> bool:
+        return self._tensor is None
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent."""
+        self.device._release(self)
+
+    def __enter__(self) -> DeviceBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.nbytes} bytes on {self.device.torch_device}"
+        return f"DeviceBuffer({self.label!r}, {list(self.shape)}, {self.dtype}, {state})"
+
+
+class Device:
+    """A CPU, CUDA or HIP device and everything allocated on it. Made by ``open_device``; usable from several threads.
+
+    Attributes:
+        torch_device: where the tensors of its buffers live. HIP devices are torch's "cuda" too.
+        kind: "cpu", "cuda" or "hip".
+        name: what the driver calls it.
+        memory_limit: the most bytes held at once, or None.
+    """
+
+    def __init__(self, torch_device: torch.device, kind: str, memory_limit: int | None):
+        self.torch_device, self.kind, self.memory_limit = torch_device, kind, memory_limit
+        self.name = device_name(torch_device)
+        self._buffers: dict[int, DeviceBuffer] = {}
+        self._ledger = _Ledger(f"{torch_device} ({self.name})")
+        self._lock = threading.RLock()
+        self._staging: device_raw.Staging | None = None
+        self._closed = False
+        self._lost: str | None = None
+        self._report = weakref.finalize(self, self._ledger.report)
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of the device, as the driver says now."""
+        return self._memory()[1]
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody has taken, as the driver says now. Pays no heed to ``memory_limit``."""
+        return self._memory()[0]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all buffers not closed, and of closed ones whose memory a lent view still keeps."""
+        with self._lock:
+            return self._ledger.held_bytes()
+
+    @property
+    def headroom_bytes(self) -> int:
+        """The largest allocation that would be let through now."""
+        free = self.free_bytes
+        return free if self.memory_limit is None else max(0, min(free, self.memory_limit - self.held_bytes))
+
+    def held(self) -> tuple[DeviceBuffer, ...]:
+        """The buffers not closed, oldest first."""
+        with self._lock:
+            return tuple(self._buffers.values())
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, *, label: str) -> DeviceBuffer:
+        """Memory with undefined contents, owned by this device.
+
+        Raises:
+            DeviceOutOfMemory: over ``memory_limit``, or more than the device has.
+            UseAfterClose, DeviceLost: the device is closed, or failed before.
+        """
+        if any(n < 0 for n in shape):
+            raise DeviceError(
+                f"shape {list(shape)} of {label!r}", rule="sizes are not negative", remedy="Mend the shape"
+            )
+        nbytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            self._check_room(nbytes, label)
+            with self.guard(f"allocating {label!r}", asked=nbytes):
+                tensor = device_raw.allocate(shape, dtype, self.torch_device, label, nbytes)
+            return self._own(tensor, label)
+
+    def upload(
+        self,
+        source: Tensor | np.ndarray,
+        *,
+        label: str,
+        borrow: bool = False,
+        progress: Progress | None = None,
+    ) -> DeviceBuffer:
+        """A copy of host memory on this device, through pinned double-buffered staging where the device is a GPU.
+
+        Args:
+            source: any shape; read-only and memory-mapped arrays are welcome.
+            label: names the buffer in ``held`` and in errors.
+            borrow: on a CPU device, take ``source`` itself instead of a copy. A GPU copies all the same.
+            progress: called with the bytes moved since its last call.
+
+        Raises:
+            DeviceOutOfMemory, DeviceLost, UseAfterClose: as ``allocate``; nothing stays allocated.
+            DeviceError: ``source`` is not in host memory.
+        """
+        host = device_raw.host_tensor(source, label)
+        if borrow and self.kind == "cpu":
+            with self._lock:
+                self._check_room(host.nbytes, label)
+                buffer = self._own(host, label)
+            if progress is not None:
+                progress(host.nbytes)
+            return buffer
+        buffer = self.allocate(tuple(host.shape), host.dtype, label=label)
+        try:
+            self.copy_in(buffer, host, progress=progress)
+        except BaseException:
+            buffer.close()
+            raise
+        return buffer
+
+    def copy_in(
+        self,
+        buffer: DeviceBuffer,
+        source: Tensor | np.ndarray,
+        *,
+        offset_bytes: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Copy the bytes of ``source`` into the buffer, from ``offset_bytes`` on. Done when it returns.
+
+        Raises:
+            CopyOutOfRange: the bytes would pass the buffer's end.
+        """
+        host = device_raw.host_tensor(source, buffer.label)
+        target = self._range(buffer, offset_bytes, host.nbytes)
+        with self._lock, self.guard(f"copying {buffer.label!r} to the device", asked=host.nbytes):
+            if self.kind != "cpu" and self._staging is None:
+                self._staging = device_raw.Staging(self.torch_device)
+            device_raw.copy_in(target, device_raw.as_bytes(host), self._staging, buffer.label, progress)
+
+    def download(self, buffer: DeviceBuffer) -> Tensor:
+        """A copy of the buffer in host memory, [buffer.shape]."""
+        return self.download_bytes(buffer, 0, buffer.nbytes).view(buffer.dtype).view(buffer.shape)
+
+    def download_bytes(self, buffer: DeviceBuffer, offset_bytes: int, nbytes: int) -> Tensor:
+        """A copy of part of the buffer in host memory, uint8 [nbytes].
+
+        Raises:
+            CopyOutOfRange: the range passes the buffer's end.
+        """
+        source = self._range(buffer, offset_bytes, nbytes)
+        with self._lock, self.guard(f"copying {buffer.label!r} from the device", asked=nbytes):
+            return device_raw.copy_out(source, buffer.label)
+
+    def free(self, buffer: DeviceBuffer) -> None:
+        """End a live buffer of this device.
+
+        Raises:
+            DoubleFree: it was freed or closed before.
+            DeviceError: another device owns it.
+        """
+        with self._lock:
+            if buffer.device is not self:
+                raise DeviceError(
+                    f"buffer {buffer.label!r} of {buffer.device.name}",
+                    rule="a buffer is freed by the device that made it",
+                    remedy="Call buffer.close()",
+                )
+            if buffer.closed:
+                raise DoubleFree(
+                    f"buffer {buffer.label!r} ({buffer.nbytes} bytes)",
+                    rule="it was freed before",
+                    remedy="Free it once, or call buffer.close(), which may be repeated",
+                )
+            self._release(buffer)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Close every buffer made inside the block if the block raises."""
+        before = set(self.held())
+        try:
+            yield
+        except BaseException:
+            for buffer in reversed(self.held()):
+                if buffer not in before:
+                    buffer.close()
+            raise
+
+    @contextmanager
+    def guard(self, doing: str, *, asked: int | None = None) -> Iterator[None]:
+        """Turn the driver's failures inside the block into this module's errors; for kernels and workspaces too.
+
+        Args:
+            doing: what the block does, for the message.
+            asked: the bytes it asks for, if it allocates.
+
+        Raises:
+            UseAfterClose: the device was closed.
+            DeviceOutOfMemory, DeviceLost: what the driver said. After DeviceLost every further call raises it.
+        """
+        self._check_open(doing)
+        try:
+            yield
+        except Exception as error:
+            translated = translate(error, doing, asked, self._numbers)
+            if translated is None:
+                raise
+            if isinstance(translated, DeviceLost):
+                self._lost = str(error).splitlines()[0]
+            raise translated from error
+
+    def close(self) -> None:
+        """Free everything this device owns, newest first, and refuse further use. Idempotent."""
+        with self._lock:
+            for buffer in reversed(list(self._buffers.values())):
+                self._release(buffer)
+            self._staging = None
+            self._closed = True
+            self._report.detach()
+            if self.kind != "cpu" and self._lost is None:
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._buffers)} buffers, {self.held_bytes} bytes held"
+        return f"Device({self.torch_device}, {self.name!r}, {state})"
+
+    def _own(self, tensor: Tensor, label: str) -> DeviceBuffer:
+        buffer = DeviceBuffer(self, tensor, label)
+        self._buffers[id(buffer)] = buffer
+        self._ledger.live[id(buffer)] = (label, buffer.nbytes, _site())
+        return buffer
+
+    def _release(self, buffer: DeviceBuffer) -> None:
+        with self._lock:
+            tensor, buffer._tensor = buffer._tensor, None
+            if tensor is None:
+                return
+            del self._buffers[id(buffer)], self._ledger.live[id(buffer)]
+            storage = StorageWeakRef(tensor.untyped_storage())
+            del tensor
+            if not storage.expired():
+                self._ledger.lent.append((buffer.nbytes, storage))
+
+    def _range(self, buffer: DeviceBuffer, offset_bytes: int, nbytes: int) -> Tensor:
+        """The bytes of the buffer from ``offset_bytes`` on, uint8 [nbytes]."""
+        flat = device_raw.as_bytes(buffer.tensor)
+        if offset_bytes < 0 or nbytes < 0 or offset_bytes + nbytes > buffer.nbytes:
+            raise CopyOutOfRange(
+                f"bytes {offset_bytes} to {offset_bytes + nbytes} of buffer {buffer.label!r}",
+                rule=f"it has {buffer.nbytes} bytes",
+                remedy="Copy within the buffer, or allocate a larger one",
+            )
+        return flat[offset_bytes : offset_bytes + nbytes]
+
+    def _check_open(self, doing: str) -> None:
+        if self._closed:
+            raise UseAfterClose(
+                f"{doing} on {self.name}", rule="the device was closed", remedy="Open it again with open_device"
+            )
+        if self._lost is not None:
+            raise DeviceLost.during(doing, self._lost)
+
+    def _check_room(self, nbytes: int, label: str) -> None:
+        self._check_open(f"allocating {label!r}")
+        free, _ = self._memory()
+        over_limit = self.memory_limit is not None and self._ledger.held_bytes() + nbytes > self.memory_limit
+        if over_limit or (self.kind == "cpu" and nbytes > free):  # Linux would promise it, then kill the process
+            raise DeviceOutOfMemory.asking(nbytes, f"allocating {label!r}", self._numbers())
+
+    def _memory(self) -> tuple[int, int]:
+        return free_and_total_bytes(self.torch_device)
+
+    def _numbers(self) -> dict[str, int | None]:
+        free, total = self._memory() if self._lost is None else (0, 0)
+        return {"free": free, "total": total, "limit": self.memory_limit, "held": self._ledger.held_bytes()}
+
+
+def _site() -> str:
+    """The caller's line outside this module, if ROOFLAMA_DEBUG is set; walking the stack is slow otherwise."""
+    if os.environ.get("ROOFLAMA_DEBUG", "0") in ("", "0"):
+        return ""
+    for frame in reversed(traceback.extract_stack(limit=12)):
+        if frame.filename != __file__:
+            return f"{frame.filename}:{frame.lineno} in {frame.name}"
+    return ""

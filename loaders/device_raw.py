@@ -1,0 +1,129 @@
+"""The raw steps of the device boundary: allocate, and copy in chunks.
+
+Bytes cross to a GPU through two pinned buffers that are filled and sent in turn.
+
+A GPU's copy engine reads pinned memory at the link's speed and pageable memory at a fraction of it. While one pinned
+buffer is on its way, threads fill the other: one thread's memcpy is slower than the link.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .device_errors import DeviceError
+
+CHUNK_BYTES = 32 * 2**20
+FILL_THREADS = min(8, os.cpu_count() or 1)
+MIN_SLICE_BYTES = 2**20
+
+
+def before_operation(operation: str, label: str, nbytes: int) -> None:
+    """Called before each raw step, "allocate" or "copy". Does nothing; a test replaces it to make the step fail."""
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, label: str, nbytes: int) -> Tensor:
+    """Memory with undefined contents."""
+    before_operation("allocate", label, nbytes)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+class Staging:
+    """Two pinned buffers, a copy stream, and the event that says when each buffer may be filled again."""
+
+    def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES):
+        self.buffers = [torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.stream = torch.cuda.Stream(device)
+        self.sent = [torch.cuda.Event() for _ in range(2)]
+
+    def copy_in(self, target: Tensor, source: Tensor, before_chunk: Callable[[int], None], after_chunk) -> None:
+        """Copy uint8 [n] on the host to uint8 [n] on the device; done when it returns."""
+        self.stream.wait_stream(torch.cuda.current_stream(target.device))  # the target's earlier users come first
+        size = self.buffers[0].numel()
+        try:
+            with ThreadPoolExecutor(FILL_THREADS) as threads:
+                for i, start in enumerate(range(0, source.numel(), size)):
+                    chunk = source[start : start + size]
+                    before_chunk(chunk.numel())
+                    pinned, sent = self.buffers[i % 2][: chunk.numel()], self.sent[i % 2]
+                    sent.synchronize()
+                    _fill(pinned.numpy(), chunk.numpy(), threads)
+                    with torch.cuda.stream(self.stream):
+                        target[start : start + size].copy_(pinned, non_blocking=True)
+                        sent.record(self.stream)
+                    after_chunk(chunk.numel())
+        finally:
+            self.stream.synchronize()  # the pinned buffers and the target may be reused or freed from here on
+
+
+def _fill(pinned: np.ndarray, chunk: np.ndarray, threads: ThreadPoolExecutor) -> None:
+    """memcpy by several threads; NumPy releases the interpreter's lock meanwhile."""
+    step = max(MIN_SLICE_BYTES, -(-chunk.size // FILL_THREADS))
+    starts = range(0, chunk.size, step)
+    list(threads.map(lambda start: np.copyto(pinned[start : start + step], chunk[start : start + step]), starts))
+
+
+def copy_in(
+    target: Tensor,
+    source: Tensor,
+    staging: Staging | None,
+    label: str,
+    progress: Callable[[int], object] | None,
+) -> None:
+    """Copy uint8 [n] on the host to uint8 [n] wherever ``target`` is, in chunks; ``staging`` is None for the CPU."""
+
+    def before(nbytes: int) -> None:
+        before_operation("copy", label, nbytes)
+
+    def after(nbytes: int) -> None:
+        if progress is not None:
+            progress(nbytes)
+
+    if staging is not None:
+        staging.copy_in(target, source, before, after)
+        return
+    for start in range(0, source.numel(), CHUNK_BYTES):
+        chunk = source[start : start + CHUNK_BYTES]
+        before(chunk.numel())
+        target[start : start + CHUNK_BYTES].copy_(chunk)
+        after(chunk.numel())
+
+
+def copy_out(source: Tensor, label: str) -> Tensor:
+    """A host copy of uint8 [n]; done when it returns."""
+    before_operation("copy", label, source.numel())
+    return source.to("cpu", copy=True)
+
+
+def host_tensor(source: Tensor | np.ndarray, label: str) -> Tensor:
+    """``source`` as a contiguous CPU tensor, without a copy where it is contiguous already."""
+    if not isinstance(source, Tensor):
+        array = np.asarray(source)
+        try:
+            with warnings.catch_warnings():  # a read-only array is only read here
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                return torch.from_numpy(np.ascontiguousarray(array)).view(array.shape)
+        except (TypeError, ValueError) as error:
+            raise DeviceError(
+                f"source of {label!r} is an array of {array.dtype}",
+                rule="uploads have a dtype that torch knows, in this machine's byte order",
+                remedy="Convert it first",
+            ) from error
+    if source.device.type != "cpu":
+        raise DeviceError(
+            f"source of {label!r} on {source.device}",
+            rule="uploads come from host memory",
+            remedy="Download it first, or keep using it where it is",
+        )
+    return source.detach().contiguous()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as uint8 [nbytes]."""
+    return tensor.reshape(-1).view(torch.uint8)
