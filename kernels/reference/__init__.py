@@ -5,6 +5,12 @@ given float64 arrays it is the oracle that the property tests compare with, give
 on a machine without a GPU. Imports NumPy and nothing else.
 """
 
+from .attention import attention_decode, attention_prefill
 from .norm import add_rms_norm, rms_norm
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = [
+    "add_rms_norm",
+    "attention_decode",
+    "attention_prefill",
+    "rms_norm",
+]

@@ -1,0 +1,380 @@
+"""What the two attention kernels share: the walk over one sequence's keys, and the checks of their inputs.
+
+    out = softmax(cap(softmax_scale * q.K^T) + mask).V           (Vaswani et al., 2017)
+    running maximum, sum and weighted values, one tile of keys at a time (Milakov and Gimelshein, 2018)
+
+Layout: K and V lie only in pages [num_pages, page_size, num_kv_heads, head_dim]; key j of a sequence is slot
+j % page_size of page block_table[j // page_size]. Tiles of BLOCK_N keys start at multiples of BLOCK_N counted from the
+sequence's key 0, whatever the page size, chunk or batch, so a row always meets the same keys in the same order. A tile
+in which a row sees nothing changes no bit of its state: the factor is exp2(0) = 1 and what is added is 0.
+A head_dim that is no power of two is split in registers in two powers of two (96 = 64 + 32) where that wastes less
+than padding to the next one: D_LO + D_HI columns, D_HI = 0 for one part.
+Quantised pages hold float8 e4m3 or int8 codes; each code is widened exactly to the dtype of q, and the scale of its
+token and head multiplies the key's score and the value's weight.
+Numerics: scores, softmax and sums in float32, in base 2 with log2(e) folded into the scale; weights rounded to the
+dtype of q before they meet V. Keys outside [first_key, end_key) are not read, so that what lies there, NaN too, is
+without effect.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import as_array
+from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+
+CODES = (torch.int8, torch.float8_e4m3fn)
+LOG2_E = 1.4426950408889634
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Scaled weights p * v_scale can be as small as 1e-7, where float16 runs out of bits; 64 * 65504 / 127 still fits it.
+_HALF_LIFT = tl.constexpr(64.0)
+
+
+@triton.jit
+def tanh(x):
+    """To float32 rounding: a polynomial where 1 - exp would cancel (Cephes' split at 0.625), exponentials elsewhere."""
+    square = x * x
+    series = -5.70498872745e-3 * square + 2.06390887954e-2
+    series = series * square - 5.37397155531e-2
+    series = series * square + 1.33314422036e-1
+    series = series * square - 3.33332819422e-1
+    small = x + x * square * series
+    decay = tl.exp2(tl.abs(x) * -2.0 * _LOG2_E)
+    large = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def widen(tile, dtype: tl.constexpr):
+    """Values or codes of a page as ``dtype``, exactly. uint8 stands for e4m3 where the device cannot convert that."""
+    if tile.dtype == tl.uint8:
+        # e4m3's bits, moved to float16's places, read as value / 2^8; only its NaN, which no writer stores, is lost.
+        bits = tile.to(tl.uint16)
+        tile = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+    return tile.to(dtype)
+
+
+@triton.jit
+def load_columns(
+    ptr,  # at column 0
+    rows,  # [N] element offset of each row, int64
+    mask_rows,  # [N], used if MASKED
+    dtype: tl.constexpr,
+    FROM: tl.constexpr,  # first column
+    BLOCK: tl.constexpr,  # columns, a power of two
+    HEAD_DIM: tl.constexpr,  # columns that exist
+    MASKED: tl.constexpr,
+):
+    """[N, BLOCK] columns FROM .. FROM + BLOCK of the rows, 0 where masked or past HEAD_DIM."""
+    offs = FROM + tl.arange(0, BLOCK)
+    ptrs = ptr + rows[:, None] + offs[None, :]
+    if FROM + BLOCK > HEAD_DIM:
+        mask = (offs < HEAD_DIM)[None, :]
+        if MASKED:
+            mask = mask & mask_rows[:, None]
+        tile = tl.load(ptrs, mask=mask, other=0)
+    elif MASKED:
+        tile = tl.load(ptrs, mask=mask_rows[:, None], other=0)
+    else:
+        tile = tl.load(ptrs)
+    return widen(tile, dtype)
+
+
+@triton.jit
+def store_columns(
+    ptr,
+    rows,  # [N] element offset of each row, int64
+    mask_rows,  # [N]
+    tile,  # [N, BLOCK]
+    FROM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    offs = FROM + tl.arange(0, BLOCK)
+    mask = mask_rows[:, None] & (offs < HEAD_DIM)[None, :]
+    tl.store(ptr + rows[:, None] + offs[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attend(
+    q_lo,  # [M, D_LO]
+    q_hi,  # [M, D_HI], unused if D_HI is 0
+    row_max,  # [M] running maximum of the scores, base 2
+    row_sum,  # [M] running sum of the weights
+    acc_lo,  # [M, D_LO] running weighted values
+    acc_hi,  # [M, D_HI], passed through if D_HI is 0
+    positions,  # [M] position of each row's query
+    k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim], at this program's K/V head
+    v_pages_ptr,  # the same
+    k_scale_ptr,  # [num_pages, page_size, num_kv_heads], at this program's K/V head, read if SCALED
+    v_scale_ptr,  # the same
+    block_table_ptr,  # [max_pages_per_seq], at this sequence
+    start,  # first key of the first tile, a multiple of BLOCK_N
+    end,  # past the last key of the last tile
+    first_key,  # keys before it are not read
+    end_key,  # nor are keys from here on
+    page_stride,
+    slot_stride,
+    num_kv_heads,
+    page_shift,  # log2(page_size)
+    score_scale,  # softmax_scale * log2(e), or softmax_scale / softcap if CAPPED
+    softcap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    D_LO: tl.constexpr,
+    D_HI: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,  # False promises that every row sees every key of every tile
+    SLIDING: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ONE_PAGE: tl.constexpr,  # a tile lies within one page
+):
+    """The running softmax, (row_max, row_sum, acc_lo, acc_hi), after the keys of the tiles in [start, end)."""
+    dtype: tl.constexpr = q_lo.dtype
+    offs_n = tl.arange(0, BLOCK_N)
+    page_mask = (1 << page_shift) - 1
+    for tile_start in tl.range(start, end, BLOCK_N):
+        keys = tile_start + offs_n
+        mask_keys = (keys >= first_key) & (keys < end_key)
+        if ONE_PAGE:
+            page = tl.load(block_table_ptr + (tile_start >> page_shift)).to(tl.int64)
+            slots = (tile_start & page_mask) + offs_n
+        else:
+            if MASKED:
+                page = tl.load(block_table_ptr + (keys >> page_shift), mask=mask_keys, other=0).to(tl.int64)
+            else:
+                page = tl.load(block_table_ptr + (keys >> page_shift)).to(tl.int64)
+            slots = offs_n & page_mask
+        rows = page * page_stride + slots.to(tl.int64) * slot_stride
+
+        k_lo = load_columns(k_pages_ptr, rows, mask_keys, dtype, 0, D_LO, HEAD_DIM, MASKED)
+        scores = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
+        if D_HI:
+            k_hi = load_columns(k_pages_ptr, rows, mask_keys, dtype, D_LO, D_HI, HEAD_DIM, MASKED)
+            scores = tl.dot(q_hi, tl.trans(k_hi), scores, input_precision="ieee")
+        if SCALED:
+            scale_rows = ((page << page_shift) + slots) * num_kv_heads
+            scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]
+        scale = score_scale
+        if CAPPED:
+            scores = tanh(scores * score_scale)
+            scale = softcap * _LOG2_E
+        if MASKED:
+            visible = keys[None, :] <= positions[:, None]
+            if SLIDING:
+                visible = visible & (keys[None, :] > positions[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+
+        # fma by name: masked and unmasked tiles must round alike
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
+        decay = tl.exp2(row_max - shift)
+        row_sum = tl.fma(row_sum, decay, tl.sum(weights, axis=1))
+        row_max = new_max
+        if SCALED:
+            v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=0.0)
+            if dtype == tl.float16:
+                v_scale *= _HALF_LIFT
+            weights *= v_scale[None, :]
+        weights = weights.to(dtype)
+
+        v_lo = load_columns(v_pages_ptr, rows, mask_keys, dtype, 0, D_LO, HEAD_DIM, MASKED)
+        acc_lo = tl.dot(weights, v_lo, acc_lo * decay[:, None], input_precision="ieee")
+        if D_HI:
+            v_hi = load_columns(v_pages_ptr, rows, mask_keys, dtype, D_LO, D_HI, HEAD_DIM, MASKED)
+            acc_hi = tl.dot(weights, v_hi, acc_hi * decay[:, None], input_precision="ieee")
+    return row_max, row_sum, acc_lo, acc_hi
+
+
+@triton.jit
+def normalizer(row_sum, dtype: tl.constexpr, SCALED: tl.constexpr):
+    """[M] what the running values are divided by at the end; 1 for a row that saw no key, whose values are 0."""
+    total = row_sum
+    if SCALED and dtype == tl.float16:
+        total *= _HALF_LIFT
+    return tl.where(row_sum == 0.0, 1.0, total)
+
+
+@triton.jit
+def log2_sum(row_max, row_sum):
+    """[M] log2 of the sum of the exponentials of the scores; -inf for a row that saw no key."""
+    return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))
+
+
+@triton.jit
+def natural(lse):
+    """From base 2 to base e."""
+    return lse * _LN_2
+
+
+@functools.cache
+def target(device: torch.device) -> str:
+    """The row of a tile table that serves ``device``: by shared memory a block, which is what bounds a tile."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return "hip"
+    large = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
+    return "cuda" if large else "cuda_small"
+
+
+@functools.cache
+def converts_float8(device: torch.device) -> bool:
+    """Whether Triton can convert e4m3 there: Nvidia's from compute capability 8.9 on. Elsewhere ``widen`` does it."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """(D_LO, D_HI): the powers of two, 16 at least, that hold a head's columns; D_HI = 0 if one does as well."""
+    whole = max(16, triton.next_power_of_2(head_dim))
+    low = whole // 2
+    high = max(16, triton.next_power_of_2(max(1, head_dim - low)))
+    return (low, high) if low >= 16 and low + high < whole else (whole, 0)
+
+
+class PagedKV(NamedTuple):
+    """K/V as a kernel takes them: pointers, strides, and what of them is fixed when it is compiled."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    page_stride: int
+    slot_stride: int
+    head_stride: int
+    num_kv_heads: int
+    page_shift: int
+
+
+def paged_kv(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> PagedKV:
+    if k_pages.dtype == torch.float8_e4m3fn and not converts_float8(k_pages.device):
+        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
+    _, page_size, num_kv_heads, _ = k_pages.shape
+    page_shift = page_size.bit_length() - 1
+    return PagedKV(k_pages, v_pages, k_scale, v_scale, *k_pages.stride()[:3], num_kv_heads, page_shift)
+
+
+def check_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float,
+    sliding_window: int,
+    softcap: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Everything that can be known without reading device memory."""
+    check_shape("q", q, (None, None, None))
+    num_heads, head_dim = q.shape[1:]
+    check_shape("k_pages", k_pages, (None, None, None, head_dim))
+    check_shape("v_pages", v_pages, tuple(k_pages.shape))
+    page_size, num_kv_heads = k_pages.shape[1:3]
+    check_shape("block_table", block_table, (None, None))
+    check_shape("seq_lens", seq_lens, (block_table.shape[0],))
+    check(0 < head_dim <= 256, f"head_dim is {head_dim}", "head_dim must be 1 to 256", "Use a model with smaller heads")
+    check(
+        num_kv_heads > 0 and num_heads > 0 and num_heads % num_kv_heads == 0,
+        f"{num_heads} query heads over {num_kv_heads} K/V heads",
+        "num_heads must be a multiple of num_kv_heads",
+        "Read both numbers from the same model",
+    )
+    check(
+        page_size in (16, 32, 64, 128, 256),
+        f"page_size is {page_size}",
+        "page_size must be a power of two from 16 to 256",
+        "Allocate the pages anew",
+    )
+    check_dtype("q", q, FLOATS)
+    check_dtype("k_pages", k_pages, FLOATS + CODES)
+    check_dtype("v_pages", v_pages, (k_pages.dtype,))
+    for name, index in (("block_table", block_table), ("seq_lens", seq_lens)):
+        check_dtype(name, index, (torch.int32,))
+    quantised = k_pages.dtype in CODES
+    check(
+        quantised or q.dtype in (k_pages.dtype, torch.float32),
+        f"q is {q.dtype}, the pages are {k_pages.dtype}",
+        "pages of floats have the dtype of q, or q is float32",
+        "Convert q",
+    )
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        check(
+            (scale is not None) == quantised,
+            f"{name} is {'given' if scale is not None else 'None'} with {k_pages.dtype} pages",
+            "int8 and float8 pages come with scales, float pages without",
+            f"Pass {'no ' if scale is not None else ''}{name}",
+        )
+        if scale is not None:
+            check_shape(name, scale, tuple(k_pages.shape[:3]))
+            check_dtype(name, scale, (torch.float32,))
+            check(
+                scale.is_contiguous(), f"{name} has strides {scale.stride()}", f"{name} must be contiguous", "Copy it"
+            )
+    check_same_device(
+        q=q,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        block_table=block_table,
+        seq_lens=seq_lens,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+    check_last_dim_contiguous(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, seq_lens=seq_lens)
+    check(
+        k_pages.stride() == v_pages.stride(),
+        f"k_pages has strides {k_pages.stride()}, v_pages {v_pages.stride()}",
+        "K and V pages must be laid out alike",
+        "Allocate both pools the same way",
+    )
+    check(softmax_scale > 0, f"softmax_scale is {softmax_scale}", "softmax_scale must be positive", "Negate q instead")
+    check(softcap >= 0, f"softcap is {softcap}", "softcap must be positive, or 0 for none", "Pass its magnitude")
+    check(
+        0 <= sliding_window < 2**31,
+        f"sliding_window is {sliding_window}",
+        "sliding_window counts tokens, 0 for none",
+        "Pass 0",
+    )
+
+
+def check_block_table(
+    block_table: Tensor, seq_lens: Tensor, first_keys: Tensor, num_pages: int, page_size: int
+) -> None:
+    """That every key from ``first_keys`` on lies in a page. Reads the tensors, so for those on the CPU only."""
+    table, lens = as_array(block_table), as_array(seq_lens)
+    capacity = table.shape[1] * page_size
+    check(
+        not lens.size or (lens.min() >= 0 and lens.max() <= capacity),
+        f"seq_lens run from {lens.min(initial=0)} to {lens.max(initial=0)}",
+        f"a sequence has 0 to {capacity} keys ({table.shape[1]} pages of {page_size})",
+        "Give block_table more columns",
+    )
+    for row, (pages, first, length) in enumerate(zip(table, first_keys.tolist(), lens.tolist(), strict=True)):
+        used = pages[first // page_size : -(-length // page_size)]
+        check(
+            not used.size or (used.min() >= 0 and used.max() < num_pages),
+            f"block_table[{row}] names pages {used.min(initial=0)} to {used.max(initial=0)}",
+            f"pages are numbered 0 to {num_pages - 1}",
+            "Write the table before calling",
+        )
+
+
+def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Tensor, ...]:
+    """The pages that the table names, alone, and the table that names them there.
+
+    For the NumPy definition, which would otherwise convert or copy whole pools.
+    """
+    num_pages = next(t for t in tensors if t is not None).shape[0]
+    used, table = torch.unique(block_table.clamp(0, num_pages - 1), return_inverse=True)
+    return *(None if t is None else t.view(torch.uint8)[used].view(t.dtype) for t in tensors), table

@@ -1,0 +1,360 @@
+"""Causal attention of many query tokens over paged K/V: ragged batches, grouped heads, chunked prefill.
+
+    out = softmax(cap(softmax_scale * q.K^T) + mask).V     for a query at position p: keys p - window < j <= p
+    lse = log(sum_j exp(score_j))
+
+Layout: q [num_tokens, num_heads, head_dim], the queries of all sequences one after another, cut by query_start_loc
+[num_seqs + 1]; K/V in pages as ``attention_common`` says. The Q queries of a sequence are its last: token i stands at
+position seq_len - Q + i, so a chunk of a longer prompt needs nothing but its seq_len.
+One program owns BLOCK_M rows of one sequence and one K/V head, where row r of the sequence is token r // group, head
+r % group of the group: any group fills the tile, and one load of K/V serves all its heads. It walks the keys in three
+stretches: tiles cut by the window, tiles that every row sees whole (no mask), tiles on the diagonal.
+The sequence is found on the device, by binary search in query_start_loc, and the grid follows from shapes alone, so a
+CUDA graph can be replayed with other lengths. Tokens past query_start_loc[-1] belong to no sequence: 0 and -inf.
+Programs are issued last block first, longest first within a sequence. A row's bits depend on its own query and keys
+alone: not on the chunk, the batch, the pages' places or their size.
+Moves: q and out once, K/V once for every BLOCK_M rows (mostly from L2), for 4 x head_dim flops a visible pair of query
+and key: compute-bound beyond a few hundred keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .attention_common import (
+    LOG2_E,
+    attend,
+    check_attention,
+    check_block_table,
+    compact_pages,
+    load_columns,
+    log2_sum,
+    natural,
+    normalizer,
+    paged_kv,
+    split_head_dim,
+    store_columns,
+    target,
+)
+from .backend import as_array, as_tensor, runs_numpy
+from .checks import check, check_dtype, check_shape
+from .operators import operator
+
+
+class Tile(NamedTuple):
+    block_m: int  # rows, a row being a token and a head of the group
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+# (target, bytes an element of q) -> largest head_dim: tile. Not chosen by length: a row's bits depend on block_n.
+TILES: dict[tuple[str, int], dict[int, Tile]] = {
+    ("interpreter", 2): {256: Tile(32, 16, 4, 1)},
+    ("interpreter", 4): {256: Tile(32, 16, 4, 1)},
+    ("cuda", 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
+    ("cuda", 4): {128: Tile(64, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
+    ("cuda_small", 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 4, 2)},
+    ("cuda_small", 4): {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    ("hip", 2): {64: Tile(128, 64, 4, 1), 128: Tile(128, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
+    ("hip", 4): {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
+
+
+def prefill_tile(target_name: str, itemsize: int, head_dim: int) -> Tile:
+    tiles = TILES[target_name, itemsize]
+    return tiles[min(limit for limit in tiles if limit >= head_dim)]
+
+
+@triton.jit
+def _first_block(query_start_loc_ptr, sequence, group, BLOCK_M: tl.constexpr):
+    """The block at which a sequence's rows start: never too close to the next, since floors differ by less than 1."""
+    return tl.load(query_start_loc_ptr + sequence) * group // BLOCK_M + sequence
+
+
+@triton.jit
+def _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M: tl.constexpr):
+    """The last sequence that starts at ``block`` or before; num_seqs for the tokens that belong to none."""
+    low = 0
+    high = num_seqs + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _first_block(query_start_loc_ptr, middle, group, BLOCK_M) <= block:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _attention_prefill_kernel(
+    q_ptr,  # [num_tokens, num_heads, head_dim]
+    k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim]
+    v_pages_ptr,  # the same
+    k_scale_ptr,  # [num_pages, page_size, num_kv_heads], read if SCALED
+    v_scale_ptr,  # the same
+    block_table_ptr,  # [num_seqs, max_pages_per_seq]
+    seq_lens_ptr,  # [num_seqs]
+    query_start_loc_ptr,  # [num_seqs + 1]
+    out_ptr,  # [num_tokens, num_heads, head_dim], contiguous
+    lse_ptr,  # [num_tokens, num_heads], contiguous
+    num_tokens,
+    num_seqs,
+    num_blocks,
+    group,  # query heads a K/V head
+    num_kv_heads,
+    q_token_stride,
+    q_head_stride,
+    page_stride,
+    slot_stride,
+    head_stride,
+    block_table_stride,
+    page_shift,  # log2(page_size)
+    score_scale,
+    softcap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    D_LO: tl.constexpr,
+    D_HI: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLIDING: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+):
+    kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    block = num_blocks - 1 - tl.program_id(0) // num_kv_heads
+    sequence = _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M)
+    query_start = tl.load(query_start_loc_ptr + sequence)
+    query_end = num_tokens
+    seq_len = 0
+    if sequence < num_seqs:
+        query_end = tl.load(query_start_loc_ptr + sequence + 1)
+        seq_len = tl.load(seq_lens_ptr + sequence)
+    num_rows = (query_end - query_start) * group
+    first_row = (block - _first_block(query_start_loc_ptr, sequence, group, BLOCK_M)) * BLOCK_M
+    if first_row >= num_rows:
+        return
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    mask_rows = rows < num_rows
+    tokens = (query_start + rows // group).to(tl.int64)
+    heads = kv_head * group + rows % group
+    query_position = seq_len - (query_end - query_start)  # of the sequence's first query
+    positions = query_position + rows // group
+    nearest = query_position + first_row // group  # least position of the block
+    farthest = query_position + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // group
+
+    q_rows = tokens * q_token_stride + heads * q_head_stride
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    q_lo = load_columns(q_ptr, q_rows, mask_rows, dtype, 0, D_LO, HEAD_DIM, True)
+    q_hi = q_lo
+    acc_lo = tl.zeros([BLOCK_M, D_LO], tl.float32)
+    acc_hi = acc_lo
+    if D_HI:
+        q_hi = load_columns(q_ptr, q_rows, mask_rows, dtype, D_LO, D_HI, HEAD_DIM, True)
+        acc_hi = tl.zeros([BLOCK_M, D_HI], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    k_pages_ptr += kv_head * head_stride
+    v_pages_ptr += kv_head * head_stride
+    if SCALED:
+        k_scale_ptr += kv_head
+        v_scale_ptr += kv_head
+    block_table_ptr += sequence.to(tl.int64) * block_table_stride
+    first_key = 0
+    end_key = tl.maximum(farthest + 1, 0)
+    start = 0
+    whole = 0
+    diagonal = tl.maximum(nearest + 1, 0) // BLOCK_N * BLOCK_N
+    if SLIDING:
+        first_key = tl.maximum(nearest - window + 1, 0)
+        start = first_key // BLOCK_N * BLOCK_N
+        whole = tl.minimum(tl.cdiv(tl.maximum(farthest - window + 1, 0), BLOCK_N) * BLOCK_N, diagonal)
+        row_max, row_sum, acc_lo, acc_hi = attend(
+            q_lo, q_hi, row_max, row_sum, acc_lo, acc_hi, positions,
+            k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, start, whole, first_key, end_key,
+            page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
+            HEAD_DIM, D_LO, D_HI, BLOCK_N, True, True, CAPPED, SCALED, ONE_PAGE,
+        )  # fmt: skip
+    row_max, row_sum, acc_lo, acc_hi = attend(
+        q_lo, q_hi, row_max, row_sum, acc_lo, acc_hi, positions,
+        k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, whole, diagonal, first_key, end_key,
+        page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
+        HEAD_DIM, D_LO, D_HI, BLOCK_N, False, SLIDING, CAPPED, SCALED, ONE_PAGE,
+    )  # fmt: skip
+    row_max, row_sum, acc_lo, acc_hi = attend(
+        q_lo, q_hi, row_max, row_sum, acc_lo, acc_hi, positions,
+        k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, diagonal, end_key, first_key, end_key,
+        page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
+        HEAD_DIM, D_LO, D_HI, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,
+    )  # fmt: skip
+
+    out_rows = tokens * (num_kv_heads * group) + heads
+    total = normalizer(row_sum, dtype, SCALED)[:, None]
+    store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc_lo / total, 0, D_LO, HEAD_DIM)
+    if D_HI:
+        store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc_hi / total, D_LO, D_HI, HEAD_DIM)
+    tl.store(lse_ptr + out_rows, natural(log2_sum(row_max, row_sum)), mask=mask_rows)
+
+
+def _check_query_start_loc(query_start_loc: Tensor, block_table: Tensor, num_tokens: int) -> None:
+    check_shape("query_start_loc", query_start_loc, (block_table.shape[0] + 1,))
+    check_dtype("query_start_loc", query_start_loc, (torch.int32,))
+    check(
+        query_start_loc.device == block_table.device,
+        f"query_start_loc on {query_start_loc.device}, block_table on {block_table.device}",
+        "all tensors of one call live on one device",
+        "Move them with .to(device)",
+    )
+    if query_start_loc.device.type == "cpu":
+        starts = as_array(query_start_loc)
+        check(
+            starts[0] == 0 and starts[-1] <= num_tokens and bool((np.diff(starts) >= 0).all()),
+            f"query_start_loc is {starts.tolist()} for {num_tokens} tokens",
+            "query_start_loc starts at 0, never falls, and ends within the tokens of q",
+            "Pass the running sum of the query lengths",
+        )
+
+
+def _attention_prefill_fake(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(q.shape[:2], dtype=torch.float32, device=q.device),
+    )
+
+
+@operator(_attention_prefill_fake)
+def attention_prefill(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    *,
+    softmax_scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last tokens of each sequence over all its keys, which the pages already hold.
+
+    Args:
+        q: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16, last dimension contiguous; head_dim to 256.
+        k_pages: [num_pages, page_size, num_kv_heads, head_dim]; page_size 16 to 256, a power of two; the dtype of q
+            (any float if q is float32), or int8 or float8_e4m3fn codes.
+        v_pages: the same shape, dtype and strides.
+        block_table: int32 [num_seqs, max_pages_per_seq]; entries no query can reach may be anything.
+        seq_lens: int32 [num_seqs], keys present in tokens, those of these queries included.
+        query_start_loc: int32 [num_seqs + 1], starts at 0.
+        k_scale: float32 [num_pages, page_size, num_kv_heads], contiguous; with codes only: value = code * scale.
+        v_scale: the same for V.
+        softmax_scale: multiplies every score; positive, commonly 1 / sqrt(head_dim).
+        sliding_window: keys a query sees, itself included, in tokens; 0 for all.
+        softcap: scores are bent to softcap * tanh(score / softcap); 0 for none.
+
+    Returns:
+        (out like q, contiguous; lse float32 [num_tokens, num_heads], natural log). Rows without a key: 0 and -inf.
+
+    Raises:
+        KernelInputError: shapes, dtypes, devices or numbers do not fit. That lengths and page numbers fit is checked
+            for CPU tensors only: on a GPU it would make every call wait for the device.
+    """
+    check_attention(
+        q, k_pages, v_pages, block_table, seq_lens, softmax_scale, sliding_window, softcap, k_scale, v_scale
+    )
+    num_tokens, num_heads, head_dim = q.shape
+    _, page_size, num_kv_heads, _ = k_pages.shape
+    _check_query_start_loc(query_start_loc, block_table, num_tokens)
+    if q.device.type == "cpu":
+        nearest = seq_lens - query_start_loc.diff()
+        first_keys = (nearest - sliding_window + 1).clamp(min=0) if sliding_window else torch.zeros_like(seq_lens)
+        check_block_table(block_table, seq_lens, first_keys, k_pages.shape[0], page_size)
+    if runs_numpy(q, k_pages):
+        if k_pages.dtype not in (torch.float32, torch.float16, torch.int8) or k_pages.device.type != "cpu":
+            k_pages, v_pages, k_scale, v_scale, block_table = compact_pages(
+                k_pages, v_pages, k_scale, v_scale, block_table=block_table
+            )
+        out, lse = reference.attention_prefill(
+            *(as_array(t) for t in (q, k_pages, v_pages, block_table, seq_lens, query_start_loc)),
+            None if k_scale is None else as_array(k_scale),
+            None if v_scale is None else as_array(v_scale),
+            softmax_scale=softmax_scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
+        return as_tensor(out, like=q), as_tensor(lse, like=q, dtype=torch.float32)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if num_tokens == 0:
+        return out, lse
+    tile = prefill_tile(target(q.device), q.element_size(), head_dim)
+    group = num_heads // num_kv_heads
+    num_seqs = block_table.shape[0]
+    # a sequence of R rows spans at most R // BLOCK_M + 1 blocks, and so do the tokens that belong to none
+    num_blocks = num_tokens * group // tile.block_m + num_seqs + 1
+    d_lo, d_hi = split_head_dim(head_dim)
+    pages = paged_kv(k_pages, v_pages, k_scale, v_scale)
+    _attention_prefill_kernel[(num_blocks * num_kv_heads,)](
+        q,
+        pages.k_pages,
+        pages.v_pages,
+        k_scale,
+        v_scale,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        out,
+        lse,
+        num_tokens,
+        num_seqs,
+        num_blocks,
+        group,
+        num_kv_heads,
+        q.stride(0),
+        q.stride(1),
+        pages.page_stride,
+        pages.slot_stride,
+        pages.head_stride,
+        block_table.stride(0),
+        pages.page_shift,
+        softmax_scale / softcap if softcap else softmax_scale * LOG2_E,
+        softcap,
+        sliding_window,
+        HEAD_DIM=head_dim,
+        D_LO=d_lo,
+        D_HI=d_hi,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        SLIDING=sliding_window > 0,
+        CAPPED=softcap > 0,
+        SCALED=k_scale is not None,
+        ONE_PAGE=page_size >= tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out, lse
