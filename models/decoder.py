@@ -1,0 +1,131 @@
+"""What all families share: embedding, the loop over layers, the final norm, the logits, and attention over pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rooflama.kernels import (
+    QuantizedTensor,
+    attention_decode,
+    attention_prefill,
+    embedding,
+    quantized_matmul,
+    rms_norm,
+    rope_and_cache_write,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .adapter import Adapter
+    from .config import ModelConfig
+    from .kv_cache import PagedKVCache
+    from .weights import TensorSource
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass over a ragged batch: which tokens, where they stand, where their keys and values go.
+
+    Attributes:
+        config, cache: the model's numbers, and the pages it reads and writes.
+        cos, sin: rotary tables, float32 [rows, rotary_dim / 2].
+        token_ids: int32 [num_tokens], all sequences' new tokens one after the other.
+        rope_rows: int32 [num_tokens], each token's row in the tables: its position, unless tables are stacked.
+        slot_mapping: int64 [num_tokens], where each token's key and value go; negative for nowhere.
+        block_table: int32 [num_seqs, max_pages_per_seq].
+        seq_lens: int32 [num_seqs], keys of each sequence, this step's included.
+        query_start_loc: int32 [num_seqs + 1], where each sequence's tokens start; None if each has exactly one.
+    """
+
+    config: ModelConfig
+    cache: PagedKVCache
+    cos: Tensor
+    sin: Tensor
+    token_ids: Tensor
+    rope_rows: Tensor
+    slot_mapping: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor | None = None
+
+    def attention(
+        self, layer: int, qkv: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None
+    ) -> Tensor:
+        """Rotate, write keys and values to their pages, attend.
+
+        Args:
+            layer: whose pages.
+            qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], queries, then keys, then values.
+            q_norm, k_norm: [head_dim], weights of the norms before rotation (Qwen 3).
+
+        Returns:
+            [num_tokens, num_heads * head_dim].
+        """
+        config, cache = self.config, self.cache
+        heads = qkv.unflatten(-1, (-1, config.head_dim))
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        k_pages, v_pages = cache.k_pages[layer], cache.v_pages[layer]
+        scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
+        norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": config.rms_norm_eps}
+        q = rope_and_cache_write(
+            q, k, v, self.cos, self.sin, self.rope_rows, self.slot_mapping, k_pages, v_pages, **norms, **scales
+        )
+        options = {
+            "softmax_scale": config.softmax_scale,
+            "sliding_window": config.sliding_windows[layer],
+            **scales,
+        }
+        if self.query_start_loc is None:
+            out, _ = attention_decode(q, k_pages, v_pages, self.block_table, self.seq_lens, **options)
+        else:
+            out, _ = attention_prefill(
+                q, k_pages, v_pages, self.block_table, self.seq_lens, self.query_start_loc, **options
+            )
+        return out.flatten(1)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model's weights on a device, and its forward pass."""
+
+    config: ModelConfig
+    adapter: Adapter
+    token_embedding: QuantizedTensor  # [vocab_size, hidden_size]
+    layers: list[Any]
+    output_norm: Tensor  # [hidden_size]
+    output: QuantizedTensor  # [vocab_size, hidden_size], the embedding itself where tied
+
+    @classmethod
+    def load(cls, source: TensorSource, config: ModelConfig, adapter: Adapter) -> Decoder:
+        """Upload every tensor of the checkpoint; raises ConfigError if one is missing, misshapen or left over."""
+        shape = (config.vocab_size, config.hidden_size)
+        token_embedding = source.matrix("token_embd.weight", *shape)
+        layers = [adapter.load_layer(source, config, index) for index in range(config.num_layers)]
+        output_norm = source.vector("output_norm.weight", config.hidden_size)
+        output = token_embedding if config.tied_embeddings else source.matrix("output.weight", *shape)
+        source.refuse_untaken()
+        return cls(config, adapter, token_embedding, layers, output_norm, output)
+
+    def hidden_states(
+        self, step: Step, dtype: torch.dtype, observe: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """The residual stream after the last layer, [num_tokens, hidden_size] in ``dtype``.
+
+        ``observe(index, hidden)`` is called after each layer, to compare layer by layer.
+        """
+        hidden = embedding(step.token_ids, self.token_embedding, dtype)
+        for index, layer in enumerate(self.layers):
+            hidden = self.adapter.block(layer, hidden, step)
+            if observe is not None:
+                observe(index, hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
+        normed = rms_norm(hidden, self.output_norm, self.config.rms_norm_eps)
+        return quantized_matmul(normed.float(), self.output)

@@ -1,0 +1,231 @@
+"""A forward pass over prompts and over single tokens: what a decoder needs beside its weights.
+
+A decode step reads and writes only tensors that stay where they are: token ids, lengths and slots advance on the device,
+the sampler included. So on a GPU the step is captured once as a CUDA graph and replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rooflama.kernels import sample
+
+from .decoder import Decoder, Step
+from .kv_cache import PagedKVCache
+from .metadata import ConfigError
+from .rope import choose_factor_set, rope_tables
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. Temperature 0 takes the likeliest; 0 for top_k and min_p, and 1 for top_p, are off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
+        _require("top_k", self.top_k, self.top_k >= 0, "at least 0; 0 is off")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1; 1 is off")
+        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1; 0 is off")
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def _require(name: str, value: float, holds: bool, rule: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} {value}", rule=f"{name} is {rule}", remedy="Correct the sampling parameter")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens ``start`` to ``end`` (exclusive) of sequence number ``index`` of a batch."""
+
+    index: int
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+def chunks(lengths: list[int], limit: int) -> Iterator[list[Span]]:
+    """Cut sequences of these lengths into passes of at most ``limit`` tokens; a pass may span several sequences."""
+    chunk: list[Span] = []
+    room = limit
+    for index, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            span = Span(index, start, min(length, start + room))
+            chunk.append(span)
+            start, room = span.end, room - span.num_tokens
+            if room == 0:
+                yield chunk
+                chunk, room = [], limit
+    if chunk:
+        yield chunk
+
+
+class Engine:
+    """A decoder with its cache and rotary tables.
+
+    Args:
+        decoder: the weights.
+        cache: where keys and values live; its pool bounds what can run at once.
+        max_context: tokens a sequence may reach, prompt included.
+        dtype: of activations.
+        prefill_chunk: tokens a prefill pass takes at most.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: PagedKVCache, *, max_context: int, dtype: torch.dtype, prefill_chunk: int
+    ):
+        self.decoder, self.cache = decoder, cache
+        self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
+        self.device = cache.k_pages[0].device
+        spec = decoder.config.rope
+        # A sequence keeps one LongRoPE set for life; long sequences read the second half of the stacked tables.
+        sets = ("short", "long") if spec.kind == "longrope" else (None,)
+        tables = [rope_tables(spec, max_context, factor_set=factor_set) for factor_set in sets]
+        self.cos = torch.from_numpy(np.concatenate([cos for cos, _ in tables])).to(self.device)
+        self.sin = torch.from_numpy(np.concatenate([sin for _, sin in tables])).to(self.device)
+
+    def rope_offset(self, planned_tokens: int) -> int:
+        """First table row of a sequence that will hold ``planned_tokens`` tokens."""
+        spec = self.decoder.config.rope
+        if spec.kind != "longrope":
+            return 0
+        return self.max_context if choose_factor_set(spec, planned_tokens) == "long" else 0
+
+    def block_table(self, sequence_ids: list[int]) -> Tensor:
+        return self.cache.block_table(sequence_ids, self.cache.pages_for(self.max_context)).to(self.device)
+
+    def prefill(
+        self,
+        sequence_ids: list[int],
+        prompts: list[list[int]],
+        rope_offsets: list[int],
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> Iterator[tuple[list[Span], Tensor]]:
+        """Run prompts through the layers, appending to the cache.
+
+        Yields for each chunk which tokens it held, and their residual stream [num_tokens, hidden_size] after the last
+        layer. ``observe`` is passed on to ``Decoder.hidden_states``.
+        """
+        cached = [self.cache.length(sequence_id) for sequence_id in sequence_ids]
+        for chunk in chunks([len(prompt) for prompt in prompts], self.prefill_chunk):
+            slots = [self.cache.append(sequence_ids[span.index], span.num_tokens) for span in chunk]
+            tokens = [token for span in chunk for token in prompts[span.index][span.start : span.end]]
+            first_row = [rope_offsets[span.index] + cached[span.index] for span in chunk]
+            rows = [first + np.arange(span.start, span.end) for first, span in zip(first_row, chunk, strict=True)]
+            starts = np.cumsum([0, *(span.num_tokens for span in chunk)])
+            step = Step(
+                config=self.decoder.config,
+                cache=self.cache,
+                cos=self.cos,
+                sin=self.sin,
+                token_ids=self._int32(tokens),
+                rope_rows=self._int32(np.concatenate(rows)),
+                slot_mapping=torch.from_numpy(np.concatenate(slots)).to(self.device),
+                block_table=self.block_table([sequence_ids[span.index] for span in chunk]),
+                seq_lens=self._int32([cached[span.index] + span.end for span in chunk]),
+                query_start_loc=self._int32(starts),
+            )
+            yield chunk, self.decoder.hidden_states(step, self.dtype, observe)
+
+    def _int32(self, values: list[int] | np.ndarray) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int32), device=self.device)
+
+
+class DecodeBatch:
+    """Sequences that advance together, one token a step, entirely on the device.
+
+    Args:
+        engine: the model.
+        sequence_ids: in the cache; each has pages for all the tokens up to its limit.
+        limits: tokens a sequence may hold in the cache; a row at its limit rests: it writes nothing and stays put.
+        rope_offsets: as given to ``Engine.prefill``.
+        params: one for each sequence.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sequence_ids: list[int],
+        limits: list[int],
+        rope_offsets: list[int],
+        params: list[SamplingParams],
+    ):
+        device = engine.device
+        self.engine = engine
+
+        def column(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        lengths = [engine.cache.length(sequence_id) for sequence_id in sequence_ids]
+        self.block_table = engine.block_table(sequence_ids)
+        self.token_ids = column([0] * len(sequence_ids), torch.int32)
+        self.lengths = column(lengths, torch.int32)  # tokens in the cache
+        self.limits = column(limits, torch.int32)
+        self.rope_offsets = column(rope_offsets, torch.int32)
+        self.steps = column([0] * len(sequence_ids), torch.int64)  # tokens drawn
+        self.sampling = {
+            "temperature": column([p.temperature for p in params], torch.float32),
+            "top_k": column([p.top_k for p in params], torch.int32),
+            "top_p": column([p.top_p for p in params], torch.float32),
+            "min_p": column([p.min_p for p in params], torch.float32),
+            "seeds": column([p.seed for p in params], torch.int64),
+        }
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stepped_eagerly = False
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Sample each sequence's next token from logits [num_seqs, vocab_size]; it becomes the next step's input."""
+        self.token_ids.copy_(sample(logits, steps=self.steps, **self.sampling))
+        self.steps += 1
+        return self.token_ids
+
+    def rest(self, row: int) -> None:
+        """Let a finished sequence write nothing from now on."""
+        self.limits[row] = 0
+
+    def step(self) -> Tensor:
+        """Feed every sequence its last token and draw the next, int32 [num_seqs]; overwritten by the next step."""
+        if self.engine.device.type == "cpu" or not self._stepped_eagerly:
+            self._stepped_eagerly = True  # a first eager step compiles every kernel, which a capture cannot
+            return self._step()
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._step()
+        self._graph.replay()
+        return self.token_ids
+
+    def _step(self) -> Tensor:
+        engine, page_size = self.engine, self.engine.cache.page_size
+        active = self.lengths < self.limits
+        position = self.lengths.clamp(max=engine.max_context - 1)
+        page = self.block_table.gather(1, (position // page_size).long().unsqueeze(1)).squeeze(1)
+        slot = page.long() * page_size + position % page_size
+        self.lengths += active
+        step = Step(
+            config=engine.decoder.config,
+            cache=engine.cache,
+            cos=engine.cos,
+            sin=engine.sin,
+            token_ids=self.token_ids,
+            rope_rows=position + self.rope_offsets,
+            slot_mapping=torch.where(active, slot, -1),
+            block_table=self.block_table,
+            seq_lens=self.lengths,
+        )
+        return self.draw(engine.decoder.logits(engine.decoder.hidden_states(step, engine.dtype)))

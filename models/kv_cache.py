@@ -1,0 +1,208 @@
+"""Keys and values in pages: a pool of equal pages a layer, and for each sequence the list of pages it holds.
+
+    slot of token t = pages[t // page_size] * page_size + t % page_size
+
+Pages are counted, so that sequences can share a common beginning: ``fork`` shares every page, and the first append to a
+page that is shared copies that page (copy on write). All of this is host bookkeeping; the kernels see a block table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rooflama.kernels import RooflamaError, copy_pages
+
+if TYPE_CHECKING:
+    from rooflama.loaders.device import Device
+
+    from .config import ModelConfig
+
+
+class OutOfPages(RooflamaError, MemoryError):
+    """The page pool cannot serve a request. Nothing was changed."""
+
+
+class SequenceError(RooflamaError, KeyError):
+    """A sequence id that the cache does not hold."""
+
+    __str__ = Exception.__str__
+
+
+class PagePool:
+    """Which of ``num_pages`` pages are free, and how many sequences hold each of the others."""
+
+    def __init__(self, num_pages: int):
+        self.references = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        if count > len(self._free):
+            raise OutOfPages(
+                f"{count} pages asked, {len(self._free)} of {len(self.references)} free",
+                rule="a sequence's pages all come from one pool",
+                remedy="Free a sequence, or load the model with a larger max_context",
+            )
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self.references[page] = 1
+        return pages
+
+    def share(self, page: int) -> None:
+        self.references[page] += 1
+
+    def give_back(self, page: int) -> None:
+        self.references[page] -= 1
+        if self.references[page] == 0:
+            self._free.append(page)
+
+
+@dataclass
+class _Sequence:
+    pages: list[int] = field(default_factory=list)
+    length: int = 0  # tokens written or about to be
+
+
+class PagedKVCache:
+    """The page pools of all layers on one device, and the sequences that live in them.
+
+    Args:
+        config: gives num_layers, num_kv_heads, head_dim.
+        num_pages: pages in each layer's pool.
+        page_size: tokens a page, a power of two.
+        dtype: of the pages; ``torch.int8`` and ``torch.float8_e4m3fn`` add a float32 scale a token and head.
+        device: allocates and owns the memory.
+
+    Raises:
+        DeviceOutOfMemory: the pools do not fit.
+    """
+
+    def __init__(self, config: ModelConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: Device):
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        self._sequences: dict[int, _Sequence] = {}
+        self._next_id = 0
+        shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
+        layers = range(config.num_layers)
+        self._buffers = []
+
+        def pages(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+            buffers = [device.allocate(shape, dtype, label=f"{label} of layer {i}") for i in layers]
+            self._buffers += buffers
+            return [buffer.tensor for buffer in buffers]
+
+        self.k_pages = pages("keys", shape, dtype)
+        self.v_pages = pages("values", shape, dtype)
+        scaled = not dtype.is_floating_point or dtype.itemsize == 1
+        self.k_scale: list[Tensor | None] = [None for _ in layers]
+        self.v_scale: list[Tensor | None] = [None for _ in layers]
+        if scaled:
+            self.k_scale = [*pages("key scales", shape[:3], torch.float32)]
+            self.v_scale = [*pages("value scales", shape[:3], torch.float32)]
+
+    @property
+    def num_free_tokens(self) -> int:
+        """Tokens that fit into pages no sequence holds."""
+        return self.pool.num_free * self.page_size
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _sequence(self, sequence_id: int) -> _Sequence:
+        if sequence_id not in self._sequences:
+            raise SequenceError(
+                f"sequence {sequence_id}",
+                rule="a sequence lives from add or fork until free",
+                remedy="Use the id that add or fork returned",
+            )
+        return self._sequences[sequence_id]
+
+    def length(self, sequence_id: int) -> int:
+        return self._sequence(sequence_id).length
+
+    def pages(self, sequence_id: int) -> tuple[int, ...]:
+        return tuple(self._sequence(sequence_id).pages)
+
+    def add(self) -> int:
+        """A new, empty sequence; returns its id."""
+        self._next_id += 1
+        self._sequences[self._next_id] = _Sequence()
+        return self._next_id
+
+    def reserve(self, sequence_id: int, num_tokens: int) -> None:
+        """Hold enough pages for ``num_tokens`` tokens in all. Raises OutOfPages and changes nothing if they lack."""
+        sequence = self._sequence(sequence_id)
+        missing = self.pages_for(num_tokens) - len(sequence.pages)
+        if missing > 0:
+            sequence.pages += self.pool.take(missing)
+
+    def append(self, sequence_id: int, num_tokens: int) -> np.ndarray:
+        """Make room for the next ``num_tokens`` tokens; returns their slots, int64 [num_tokens].
+
+        A shared page that would be written is copied first. Raises OutOfPages and changes nothing if pages lack.
+        """
+        sequence = self._sequence(sequence_id)
+        start, end = sequence.length, sequence.length + num_tokens
+        touched = range(start // self.page_size, min(self.pages_for(end), len(sequence.pages)))
+        shared = [i for i in touched if self.pool.references[sequence.pages[i]] > 1]
+        missing = max(0, self.pages_for(end) - len(sequence.pages))
+        fresh = self.pool.take(len(shared) + missing)
+        self._unshare(sequence, shared, fresh[: len(shared)])
+        sequence.pages += fresh[len(shared) :]
+        sequence.length = end
+        positions = np.arange(start, end)
+        pages = np.asarray(sequence.pages, dtype=np.int64)
+        return pages[positions // self.page_size] * self.page_size + positions % self.page_size
+
+    def _unshare(self, sequence: _Sequence, indices: list[int], copies: list[int]) -> None:
+        if not indices:
+            return
+        originals = [sequence.pages[i] for i in indices]
+        for pools in (self.k_pages, self.v_pages, self.k_scale, self.v_scale):
+            for pool in pools:
+                if pool is not None:
+                    source, target = (
+                        torch.tensor(p, dtype=torch.int64, device=pool.device) for p in (originals, copies)
+                    )
+                    copy_pages(pool, source, target)
+        for i, original, copy in zip(indices, originals, copies, strict=True):
+            sequence.pages[i] = copy
+            self.pool.give_back(original)
+
+    def fork(self, sequence_id: int) -> int:
+        """A second sequence with the same tokens, sharing every page until one of the two writes."""
+        original = self._sequence(sequence_id)
+        held = original.pages[: self.pages_for(original.length)]
+        for page in held:
+            self.pool.share(page)
+        self._next_id += 1
+        self._sequences[self._next_id] = _Sequence(list(held), original.length)
+        return self._next_id
+
+    def free(self, sequence_id: int) -> None:
+        """Give the sequence's pages back and forget it."""
+        for page in self._sequence(sequence_id).pages:
+            self.pool.give_back(page)
+        del self._sequences[sequence_id]
+
+    def block_table(self, sequence_ids: list[int], width: int) -> Tensor:
+        """int32 [num_seqs, width] on the host; entries a sequence does not have are 0 and never read."""
+        table = torch.zeros(len(sequence_ids), width, dtype=torch.int32)
+        for row, sequence_id in enumerate(sequence_ids):
+            pages = self._sequence(sequence_id).pages
+            table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        return table
+
+    def close(self) -> None:
+        """Free the pools."""
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers = []

@@ -1,0 +1,85 @@
+"""The rotary embedding that a GGUF file describes, read as llama.cpp reads it."""
+
+from __future__ import annotations
+
+import math
+
+from .metadata import ConfigError, Hyperparameters
+from .rope import Linear, LongRope, RopeSpec, Yarn
+
+
+def read_rope(
+    keys: Hyperparameters,
+    *,
+    head_dim: int,
+    context_length: int,
+    divisors: tuple[float, ...] | None = None,
+    short_factors: tuple[float, ...] | None = None,
+    long_factors: tuple[float, ...] | None = None,
+) -> RopeSpec:
+    """RopeSpec from ``rope.*`` keys and the factor tensors of a file.
+
+    Args:
+        keys: the architecture's hyperparameters.
+        head_dim: dimensions of a head; ``rope.dimension_count`` of them rotate.
+        context_length: the original context where the file names none.
+        divisors: ``rope_freqs.weight``, one a pair (Llama 3.1's scaling, already worked out by the converter).
+        short_factors, long_factors: ``rope_factors_short.weight`` and ``rope_factors_long.weight`` (LongRoPE).
+
+    Raises:
+        ConfigError: an unknown scaling type, or factors that contradict it.
+        RopeError: numbers that describe no rotation.
+    """
+    common = {
+        "head_dim": head_dim,
+        "rotary_dim": keys.integer("rope.dimension_count", head_dim),
+        "base": keys.real("rope.freq_base", 10_000.0),
+    }
+    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
+    original_context = keys.integer("rope.scaling.original_context_length", context_length)
+    magnitude = keys.real("rope.scaling.attn_factor", 1.0)
+    # A file without a type is linear to llama.cpp; Phi-3's files name no type and are told by their factor tensors.
+    kind = keys.text("rope.scaling.type", "longrope" if long_factors else "linear")
+
+    has_both_sets = bool(short_factors and long_factors)
+    if (kind == "longrope") != has_both_sets:
+        raise ConfigError(
+            f"rope.scaling.type {kind!r} {'with' if has_both_sets else 'without'} both RoPE factor tensors",
+            rule="longrope needs rope_factors_short and rope_factors_long, and nothing else reads them",
+            remedy="Convert the checkpoint again",
+        )
+    if kind == "longrope":
+        scaling = LongRope(
+            factor=max(1.0, context_length / original_context),
+            original_context=original_context,
+            attention_factor=magnitude,
+            short_factors=short_factors,
+            long_factors=long_factors,
+        )
+        return RopeSpec(**common, scaling=scaling)
+    if kind == "yarn":
+        # llama.cpp's kernels imply 1 + 0.1 ln(factor) and multiply the file's attn_factor on top.
+        implied = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        yarn = Yarn(
+            factor=factor,
+            original_context=original_context,
+            attention_factor=implied * magnitude,
+            beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0),
+        )
+        return RopeSpec(**common, scaling=yarn, frequency_divisors=divisors)
+    if kind not in ("none", "linear"):
+        raise ConfigError(
+            f"rope.scaling.type {kind!r}",
+            rule="GGUF's types are none, linear, yarn and longrope",
+            remedy="The file is newer than this release, or damaged",
+        )
+    if magnitude != 1.0:
+        raise ConfigError(
+            f"rope.scaling.attn_factor {magnitude} with scaling type {kind!r}",
+            rule="only yarn and longrope scale the attention",
+            remedy="Convert the checkpoint again, naming its scaling type",
+        )
+    if kind == "linear" and factor != 1.0:
+        return RopeSpec(**common, scaling=Linear(factor=factor), frequency_divisors=divisors)
+    return RopeSpec(**common, frequency_divisors=divisors)

@@ -1,0 +1,184 @@
+"""From a checkpoint's tensors to a model's weights on a device, each tensor read once and none left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rooflama.kernels import QuantizedTensor, concat_rows, quantized_matmul, resident_form
+from rooflama.loaders.quant_layout import repack
+
+from .metadata import ConfigError, Hyperparameters
+
+if TYPE_CHECKING:
+    from rooflama.loaders.checkpoint import Checkpoint
+    from rooflama.loaders.device import Device
+
+
+class Projection:
+    """y = x Wᵀ + bias, where W may be stacked from parts whose quantisations differ.
+
+    Neighbouring parts of one ggml type were joined at load, so that most projections are one launch.
+    """
+
+    def __init__(self, parts: list[QuantizedTensor], bias: Tensor | None):
+        self.parts = parts
+        self.biases = [None] * len(parts) if bias is None else bias.split([part.shape[0] for part in parts])
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """x [num_tokens, columns] -> [num_tokens, rows] (+ residual of that shape)."""
+        if len(self.parts) == 1:
+            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual)
+        y = torch.cat([quantized_matmul(x, part, bias) for part, bias in zip(self.parts, self.biases, strict=True)], -1)
+        return y if residual is None else y + residual
+
+
+def unpair_rows(num_heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
+    """Row order that turns interleaved rotary pairs (2j, 2j+1) into half-split pairs (j, j + rotary_dim/2).
+
+    llama.cpp's converter interleaves the q and k rows of architecture ``llama``; moving whole rows back is legal on
+    quantised bytes. Returns int64 [num_heads * head_dim]: new row i is old row order[i].
+    """
+    head = np.concatenate([np.arange(0, rotary_dim, 2), np.arange(1, rotary_dim, 2), np.arange(rotary_dim, head_dim)])
+    return (np.arange(num_heads)[:, None] * head_dim + head).reshape(-1)
+
+
+class CheckpointReader:
+    """Reads a checkpoint's tensors on the host, checked against the shapes asked for; remembers which were taken."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self._taken: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint.tensors
+
+    def vocab_size(self, keys: Hyperparameters) -> int:
+        """Rows of the token embedding; the metadata's own number, where given, must agree."""
+        info = self.checkpoint.tensors.get("token_embd.weight")
+        rows = info.shape[0] if info is not None else keys.integer("vocab_size")
+        if keys.integer("vocab_size", rows) != rows:
+            raise ConfigError(
+                f"vocab_size {keys.integer('vocab_size')} with {rows} embedding rows",
+                rule="every token has one row",
+                remedy="The file's metadata and tensors disagree; convert it again",
+            )
+        return rows
+
+    def host_matrix(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+        """A tensor in plane layout, in host memory. Raises ConfigError if it is missing or misshapen."""
+        if name not in self.checkpoint.tensors:
+            raise ConfigError(
+                f"tensor {name} is missing",
+                rule=f"this architecture needs it with shape {list(shape)}",
+                remedy="The file is incomplete or of another architecture; download or convert it again",
+            )
+        info = self.checkpoint.tensors[name]
+        if tuple(info.shape) != shape:
+            raise ConfigError(
+                f"tensor {name} has shape {list(info.shape)}",
+                rule=f"the metadata asks for {list(shape)}",
+                remedy="The file's metadata and tensors disagree; convert it again",
+            )
+        self._taken.add(name)
+        return repack(self.checkpoint.data(name), info.ggml_type, shape[-1])
+
+    def host_vector(self, name: str, size: int) -> Tensor:
+        """A norm's weight, a bias or RoPE factors, float32 [size], in host memory."""
+        weight = self.host_matrix(name, (size,))
+        if weight.ggml_type not in ("F32", "F16", "BF16"):
+            raise ConfigError(
+                f"tensor {name} is {weight.ggml_type}",
+                rule="one-dimensional tensors are F32, F16 or BF16",
+                remedy="Convert the checkpoint again",
+            )
+        return weight.planes[0].reshape(-1).float()
+
+    def refuse_untaken(self) -> None:
+        """Raise if the file holds a tensor that no one asked for: it would change the result and be dropped."""
+        left = sorted(set(self.checkpoint.tensors) - self._taken)
+        if left:
+            shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+            raise ConfigError(
+                f"tensors {shown} are in the file",
+                rule="this architecture's adapter has no place for them, and drops nothing silently",
+                remedy="The file is of another architecture or variant; report it",
+            )
+
+
+class TensorSource(CheckpointReader):
+    """Hands an adapter its weights on a device, repacked so that a kernel can load them 16 bytes at a time.
+
+    ``progress`` is called with the number of the file's bytes that each upload finished.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: Device, progress: Callable[[int], None] | None = None):
+        super().__init__(checkpoint)
+        self.device = device
+        self._progress = progress or (lambda num_bytes: None)
+
+    def _upload(self, weight: QuantizedTensor, label: str) -> QuantizedTensor:
+        resident = resident_form(weight, self.device.torch_device)
+        planes = tuple(self._place(plane, label) for plane in resident.planes)
+        return QuantizedTensor(resident.ggml_type, planes, resident.shape)
+
+    def _place(self, tensor: Tensor, label: str) -> Tensor:
+        """On the CPU the repacked planes stay where they are: nobody else holds them."""
+        on_host = self.device.torch_device.type == "cpu"
+        return self.device.upload(tensor, label=label, borrow=on_host).tensor
+
+    def _done(self, *names: str) -> None:
+        self._progress(sum(self.checkpoint.tensors[name].nbytes for name in names))
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """A norm's weight, float32 [size]."""
+        vector = self._place(self.host_vector(name, size), name)
+        self._done(name)
+        return vector
+
+    def matrix(self, name: str, rows: int, columns: int) -> QuantizedTensor:
+        """A weight [rows, columns], as quantised as it was stored."""
+        weight = self._upload(self.host_matrix(name, (rows, columns)), name)
+        self._done(name)
+        return weight
+
+    def projection(
+        self,
+        prefix: str,
+        rows: dict[str, int],
+        columns: int,
+        *,
+        row_order: dict[str, np.ndarray] | None = None,
+    ) -> Projection:
+        """Projections of one input stacked along their outputs, in the order of ``rows``: name -> number of rows.
+
+        Reads ``<prefix><name>.weight`` [rows, columns] and, where the file has it, ``<prefix><name>.bias`` [rows].
+        ``row_order`` names the projections whose rows (and biases) are reordered.
+        """
+        parts: list[QuantizedTensor] = []
+        biases: list[Tensor] = []
+        names = []
+        for name, num_rows in rows.items():
+            weight_name, bias_name = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
+            part = self.host_matrix(weight_name, (num_rows, columns))
+            bias = self.host_vector(bias_name, num_rows) if self.has(bias_name) else None
+            names += [weight_name] if bias is None else [weight_name, bias_name]
+            if row_order and name in row_order:
+                order = torch.from_numpy(row_order[name])
+                part = part.take_rows(order)
+                bias = bias[order] if bias is not None else None
+            if parts and parts[-1].ggml_type == part.ggml_type:
+                parts[-1] = concat_rows([parts[-1], part])
+            else:
+                parts.append(part)
+            biases.append(torch.zeros(num_rows) if bias is None else bias)
+        label = f"{prefix}{{{','.join(rows)}}}"
+        has_bias = any(name.endswith(".bias") for name in names)
+        bias_on_device = self._place(torch.cat(biases), label) if has_bias else None
+        projection = Projection([self._upload(part, label) for part in parts], bias_on_device)
+        self._done(*names)
+        return projection

@@ -1,0 +1,53 @@
+"""What a bug report needs to know of the machine: versions, devices, the backend and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+from rich.table import Table
+
+from rooflama.kernels import INTERPRETED
+
+PACKAGES = ("rooflama", "torch", "triton", "numpy", "gguf", "tokenizers", "sentencepiece", "jinja2", "transformers")
+
+
+def facts() -> list[tuple[str, str]]:
+    """(label, value) pairs."""
+    rows = [("python", f"{platform.python_version()} on {platform.platform()}")]
+    for package in PACKAGES:
+        try:
+            rows.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    rows.append(("torch built for", f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"))
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+                f"{properties.multi_processor_count} multiprocessors, "
+                f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free",
+            )
+        )
+    rows.append(("backend", _backend()))
+    return rows
+
+
+def _backend() -> str:
+    if torch.cuda.is_available():
+        return "compiled Triton kernels for tensors on the GPU, since torch sees one"
+    if INTERPRETED:
+        return "Triton's interpreter for CPU tensors, since TRITON_INTERPRET=1 (slow; for checking kernels)"
+    return "NumPy definitions, since torch sees no GPU and TRITON_INTERPRET is not set"
+
+
+def environment() -> Table:
+    """The facts as a table."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for label, value in facts():
+        table.add_row(f"[bold]{label}[/bold]", value)
+    return table

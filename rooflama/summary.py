@@ -1,0 +1,113 @@
+"""What a checkpoint is, read from its header alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from rooflama.loaders.gguf import read_gguf
+from rooflama.models import CheckpointReader, ModelConfig, RopeSpec, adapter_for
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint's configuration and the bytes of its tensors, by type; shows itself in a terminal and in Jupyter."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer_model: str
+    num_parameters: int
+    tensor_bytes: dict[str, int]
+    tensor_counts: dict[str, int]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The facts as (label, value)."""
+        c = self.config
+        windows = sorted(set(c.sliding_windows))
+        window = (
+            "none"
+            if windows == [0]
+            else ", ".join(f"{w or 'none'} on {n} layers" for w, n in sorted(Counter(c.sliding_windows).items()))
+        )
+        biases = [name for name, present in (("q, k, v", c.qkv_bias), ("attention output", c.output_bias)) if present]
+        types = ", ".join(
+            f"{kind} {count} ({_size(self.tensor_bytes[kind])})" for kind, count in self.tensor_counts.items()
+        )
+        return [
+            ("file", f"{self.path.name}, {_size(sum(self.tensor_bytes.values()))} of tensors"),
+            ("model", f"{c.name} (architecture {c.architecture})"),
+            ("parameters", f"{self.num_parameters:,}"),
+            ("layers", f"{c.num_layers}, hidden {c.hidden_size}, feed-forward {c.intermediate_size}"),
+            ("attention", f"{c.attention_kind}: {c.num_heads} query heads on {c.num_kv_heads} key/value heads "
+                          f"(group {c.group_size}), head_dim {c.head_dim}"),
+            ("QK norm", "yes" if c.qk_norm else "no"),
+            ("RoPE", describe_rope(c.rope)),
+            ("sliding window", window),
+            ("biases", ", ".join(biases) or "none"),
+            ("context", f"{c.context_length:,} tokens"),
+            ("K/V cache", f"{c.kv_bytes_per_token(2):,.0f} bytes a token in 16 bits, "
+                          f"{c.kv_bytes_per_token(2) * c.context_length / 2**30:.2f} GiB at full context"),
+            ("vocabulary", f"{c.vocab_size:,} tokens, {self.tokenizer_model}"),
+            ("output", "tied to the token embedding" if c.tied_embeddings else "its own matrix"),
+            ("norm eps", f"{c.rms_norm_eps:.3g}"),
+            ("tensors", types),
+        ]  # fmt: skip
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for label, value in self.rows():
+            table.add_row(f"[bold]{label}[/bold]", value)
+        yield table
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.rows())
+        return f"<table style='text-align:left'>{rows}</table>"
+
+
+def describe_rope(rope: RopeSpec) -> str:
+    """One line: kind, base, and every parameter that is set; lists by their length and range."""
+    parts = [f"{rope.kind}, theta {rope.base:g}"]
+    for field in fields(rope):
+        value = getattr(rope, field.name)
+        if field.name in ("kind", "base", "head_dim") or value is None:
+            continue
+        if field.name == "rotary_dim":
+            if value != rope.head_dim:
+                parts.append(f"rotates {value} of {rope.head_dim}")
+        elif isinstance(value, tuple):
+            parts.append(f"{len(value)} {field.name} {min(value):g}..{max(value):g}")
+        else:
+            parts.append(f"{field.name} {value:g}")
+    return ", ".join(parts)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def inspect(path: str | os.PathLike[str]) -> Summary:
+    """Summarise a checkpoint without loading its weights.
+
+    Raises:
+        GGUFError: the file cannot be read.
+        ConfigError: its architecture or a parameter is unknown.
+    """
+    with read_gguf(path) as checkpoint:
+        config = adapter_for(checkpoint.metadata["general.architecture"]).read_config(CheckpointReader(checkpoint))
+        sizes: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        parameters = 0
+        for info in checkpoint.tensors.values():
+            sizes[info.ggml_type] += info.nbytes
+            counts[info.ggml_type] += 1
+            parameters += info.n_elements
+        pre = checkpoint.metadata.get("tokenizer.ggml.pre")
+        kind = checkpoint.metadata.get("tokenizer.ggml.model", "no tokenizer") + (f" ({pre})" if pre else "")
+        return Summary(Path(path), config, kind, parameters, dict(sizes), dict(counts))
