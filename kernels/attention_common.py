@@ -80,9 +80,9 @@ def load_columns(
         mask = (offs < HEAD_DIM)[None, :]
         if MASKED:
             mask = mask & mask_rows[:, None]
-        tile = tl.load(ptrs, mask=mask, other=0)
+        tile = tl.load(ptrs, mask=mask, other=0.0)
     elif MASKED:
-        tile = tl.load(ptrs, mask=mask_rows[:, None], other=0)
+        tile = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
     else:
         tile = tl.load(ptrs)
     return widen(tile, dtype)
