@@ -1,7 +1,7 @@
 """A forward pass over prompts and over single tokens: what a decoder needs beside its weights.
 
-A decode step reads and writes only tensors that stay where they are: token ids, lengths and slots advance on the device,
-the sampler included. So on a GPU the step is captured once as a CUDA graph and replayed.
+A decode step reads and writes only tensors that stay where they are: token ids, lengths and slots advance on the
+device, the sampler included. So on a GPU the step is captured once as a CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .rope import choose_factor_set, rope_tables
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn. Temperature 0 takes the likeliest; 0 for top_k and min_p, and 1 for top_p, are off."""
+    """How the next token is drawn: temperature 0 takes the likeliest; top_k 0, top_p 1 and min_p 0 are off."""
 
     temperature: float = 0.0
     top_k: int = 0

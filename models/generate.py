@@ -1,7 +1,7 @@
 """From prompts to tokens: admit what fits, prefill, then decode until every sequence has ended.
 
-On a GPU the host reads each step's tokens one step late, so that the next step is already running; a step launched after
-a sequence's last token computes something nobody reads.
+On a GPU the host reads each step's tokens one step late, so that the next step is already running; a step launched
+after a sequence's last token computes something nobody reads.
 """
 
 from __future__ import annotations
