@@ -23,14 +23,10 @@ freed before its error leaves. ``memory_limit`` is checked before every allocati
 from __future__ import annotations
 
 import math
-import os
 import threading
-import traceback
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,6 +34,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import device_raw
+from .device_buffer import DeviceBuffer, LeakWarning, Ledger, allocation_site
 from .device_errors import (
     CopyOutOfRange,
     DeviceError,
@@ -67,10 +64,6 @@ __all__ = [
 Progress = Callable[[int], object]  # called with the bytes moved since the last call
 
 
-class LeakWarning(RuntimeWarning):
-    """Device memory that was never closed: reported when its device is collected, or at exit."""
-
-
 def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None = None) -> Device:
     """Open the device that ``spec`` names.
 
@@ -92,76 +85,6 @@ def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None =
     return Device(torch_device, kind, memory_limit)
 
 
-@dataclass
-class _Ledger:
-    """What a device holds. Apart from the Device, so that it can be reported once the Device is gone."""
-
-    device: str
-    live: dict[int, tuple[str, int, str]] = field(default_factory=dict)  # buffer id -> label, bytes, where made
-    lent: list[tuple[int, StorageWeakRef]] = field(default_factory=list)  # closed, but a view may keep the memory
-
-    def held_bytes(self) -> int:
-        self.lent = [(nbytes, storage) for nbytes, storage in self.lent if not storage.expired()]
-        return sum(nbytes for _, nbytes, _ in self.live.values()) + sum(nbytes for nbytes, _ in self.lent)
-
-    def report(self) -> None:
-        """Warn of what is still held; where each was made, if ROOFLAMA_DEBUG was set."""
-        if not self.live:
-            return
-        total = sum(nbytes for _, nbytes, _ in self.live.values())
-        lines = [
-            f"{len(self.live)} buffers, {total} bytes, still held on {self.device}: close the device that owns them"
-        ]
-        for label, nbytes, site in list(self.live.values())[:20]:
-            lines.append(f"  {label}: {nbytes} bytes" + (f", made at {site}" if site else ""))
-        if len(self.live) > 20:
-            lines.append(f"  and {len(self.live) - 20} more")
-        warnings.warn("\n".join(lines), LeakWarning, stacklevel=2)
-
-
-class DeviceBuffer:
-    """Memory on a device, owned by it. Made by ``Device.allocate`` and ``Device.upload``."""
-
-    def __init__(self, device: Device, tensor: Tensor, label: str):
-        self.device, self.label = device, label
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self.nbytes = tensor.numel() * tensor.element_size()
-        self._tensor: Tensor | None = tensor
-
-    @property
-    def tensor(self) -> Tensor:
-        """The memory, lent until ``close``.
-
-        Raises:
-            UseAfterClose: the buffer or its device was closed.
-        """
-        if self._tensor is None:
-            raise UseAfterClose(
-                f"buffer {self.label!r} ({self.nbytes} bytes on {self.device.name})",
-                rule="it was closed",
-                remedy="Keep it open for as long as it is used, or upload it again",
-            )
-        return self._tensor
-
-    @property
-    def closed(self) -> bool:
-        return self._tensor is None
-
-    def close(self) -> None:
-        """Give the memory back. Idempotent."""
-        self.device._release(self)
-
-    def __enter__(self) -> DeviceBuffer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{self.nbytes} bytes on {self.device.torch_device}"
-        return f"DeviceBuffer({self.label!r}, {list(self.shape)}, {self.dtype}, {state})"
-
-
 class Device:
     """A CPU, CUDA or HIP device and everything allocated on it. Made by ``open_device``; usable from several threads.
 
@@ -176,7 +99,7 @@ class Device:
         self.torch_device, self.kind, self.memory_limit = torch_device, kind, memory_limit
         self.name = device_name(torch_device)
         self._buffers: dict[int, DeviceBuffer] = {}
-        self._ledger = _Ledger(f"{torch_device} ({self.name})")
+        self._ledger = Ledger(f"{torch_device} ({self.name})")
         self._lock = threading.RLock()
         self._staging: device_raw.Staging | None = None
         self._closed = False
@@ -379,7 +302,7 @@ class Device:
     def _own(self, tensor: Tensor, label: str) -> DeviceBuffer:
         buffer = DeviceBuffer(self, tensor, label)
         self._buffers[id(buffer)] = buffer
-        self._ledger.live[id(buffer)] = (label, buffer.nbytes, _site())
+        self._ledger.live[id(buffer)] = (label, buffer.nbytes, allocation_site())
         return buffer
 
     def _release(self, buffer: DeviceBuffer) -> None:
@@ -425,13 +348,3 @@ class Device:
     def _numbers(self) -> dict[str, int | None]:
         free, total = self._memory() if self._lost is None else (0, 0)
         return {"free": free, "total": total, "limit": self.memory_limit, "held": self._ledger.held_bytes()}
-
-
-def _site() -> str:
-    """The caller's line outside this module, if ROOFLAMA_DEBUG is set; walking the stack is slow otherwise."""
-    if os.environ.get("ROOFLAMA_DEBUG", "0") in ("", "0"):
-        return ""
-    for frame in reversed(traceback.extract_stack(limit=12)):
-        if frame.filename != __file__:
-            return f"{frame.filename}:{frame.lineno} in {frame.name}"
-    return ""

@@ -20,7 +20,7 @@ class DeviceUnavailable(DeviceError):
 
 
 class DeviceOutOfMemory(DeviceError, MemoryError):
-    """An allocation that does not fit. ``asked``, ``free``, ``total``, ``held``, ``limit`` are bytes, None if unknown."""
+    """An allocation that does not fit. ``asked``, ``free``, ``total``, ``held``, ``limit`` are bytes; None: unknown."""
 
     asked: int | None = None
     free: int | None = None

@@ -28,11 +28,12 @@ from typing import NoReturn
 
 import numpy as np
 
-from .gguf_errors import GGUFError
+from .gguf_errors import GGUFError, MissingKeyError
 from .gguf_metadata import Metadata
-from .gguf_parse import DAMAGED, TYPE_SIZES, ByteOrder, Header, TensorInfo, parse_header
+from .gguf_parse import DAMAGED, parse_header
+from .gguf_types import TYPE_SIZES, ByteOrder, Header, StringArray, TensorInfo
 
-__all__ = ["GGUFError", "GGUFFile", "Metadata", "TensorInfo", "read_gguf"]
+__all__ = ["GGUFError", "GGUFFile", "Metadata", "MissingKeyError", "StringArray", "TensorInfo", "read_gguf"]
 
 _MAGIC = b"GGUF"
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
@@ -51,6 +52,7 @@ _MISTAKEN = [
     (b"fmgg", "a GGMF file, the format before GGUF", "Convert the original checkpoint again"),
     (b"\x1f\x8b", "a gzip archive", "Unpack it first"),
     (b"<", "a web page or XML", "The download gave a page instead of the file: download it again"),
+    (b"FUGG", "GGUF's first bytes in reverse order", "Its writer is at fault: convert the checkpoint again"),
     (b"{", "JSON", "Name the .gguf file itself"),
 ]
 
@@ -61,7 +63,7 @@ _WIDE_FIELDS: dict[str, tuple[int, ...]] = {
     "Q1_0": (0,),
 }  # fmt: skip
 _PLAIN_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
-_FLOAT_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class GGUFFile:
@@ -92,6 +94,11 @@ class GGUFFile:
         return self.paths[0]
 
     @property
+    def interleaved_rope_rows(self) -> bool:
+        """llama.cpp's converter stores q and k rows of architecture ``llama`` as rotary pairs (2j, 2j+1)."""
+        return self.metadata.get("general.architecture") == "llama"
+
+    @property
     def file_nbytes(self) -> int:
         """Bytes of all files together, as of when they were opened."""
         return sum(m.nbytes for m in self._open_maps())
@@ -116,7 +123,7 @@ class GGUFFile:
         """A plain float tensor as float32 of its shape: norms, biases, RoPE factors. A copy.
 
         Raises:
-            GGUFError: no such tensor, the file is closed, or the type is not F64, F32, F16 or BF16.
+            GGUFError: no such tensor, the file is closed, or the type is not F32, F16 or BF16.
         """
         info = self._info(name)
         if info.ggml_type not in _FLOAT_DTYPES:

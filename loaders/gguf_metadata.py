@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .gguf_errors import GGUFError, MissingKeyError
-from .gguf_parse import StringArray, Value
+from .gguf_types import StringArray, Value
 
 _NUMPY_KINDS = {int: "iu", float: "f", bool: "b"}
 

@@ -1,0 +1,123 @@
+"""What a GGUF file is made of: the metadata types, ggml's tensor types, and what a parsed header holds."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+ByteOrder = Literal["little", "big"]
+
+STRING, ARRAY, BOOL = 8, 9, 7
+SCALARS = {  # metadata type id -> struct code, which is NumPy's too but for bool
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "B", 10: "Q", 11: "q", 12: "d",
+}  # fmt: skip
+VALUE_TYPES = {
+    0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", BOOL: "bool",
+    STRING: "string", ARRAY: "array", 10: "uint64", 11: "int64", 12: "float64",
+}  # fmt: skip
+
+# Q8_1 lives in activations only; its 40 bytes in gguf's table are not the 36 of ggml's struct.
+GGML_TYPES = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType if kind.name != "Q8_1"}
+TYPE_SIZES = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}  # elements, bytes of a block
+REMOVED_GGML_TYPES = {
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+}  # fmt: skip
+
+
+class StringArray(Sequence[str]):
+    """The strings of a metadata array, decoded when asked for. 16 bytes a string beyond its text; valid after close.
+
+    Equal to any sequence of the same strings.
+    """
+
+    __slots__ = ("_blob", "_ends")
+
+    def __init__(self, blob: bytes, ends: array):
+        self._blob = blob  # u64 length, text, u64 length, text, ...
+        self._ends = ends  # ends[i]: where string i stops in the blob; ends[-1] is 0 for the string before the first
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"string {index} of {len(self)}")
+        return self._blob[self._ends[index] + 8 : self._ends[index + 1]].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        blob, start = self._blob, 0
+        ends = iter(self._ends)
+        next(ends)
+        for end in ends:
+            yield blob[start + 8 : end].decode()
+            start = end
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(repr(text) for text in self[:3])
+        return f"StringArray([{shown}{', ...' if len(self) > 3 else ''}], {len(self)} strings)"
+
+
+Value = int | float | bool | str | np.ndarray | StringArray
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and how it is stored.
+
+    ``shape`` is in NumPy's order, rows first: [out, in] for a matrix. A row is the last dimension: ``columns`` elements
+    in ``row_nbytes`` bytes. ``offset`` counts bytes from the start of file ``file_index``.
+    """
+
+    name: str
+    ggml_type: str
+    shape: tuple[int, ...]
+    n_elements: int
+    nbytes: int
+    file_index: int
+    offset: int
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return self.n_elements // self.columns
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.nbytes // self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What one file says of itself. ``value_offsets`` gives the byte at which each key's value starts."""
+
+    version: int
+    byte_order: ByteOrder
+    alignment: int
+    metadata: Mapping[str, Value]
+    value_offsets: Mapping[str, int]
+    tensors: Mapping[str, TensorInfo]
+    data_start: int
