@@ -3,17 +3,27 @@
 from .attention_decode import attention_decode
 from .attention_prefill import attention_prefill
 from .backend import INTERPRETED, backend_for, use_backend
+from .dequantize import dequantize
+from .embedding import embedding
 from .errors import KernelInputError, RooflamaError
 from .norm import add_rms_norm, rms_norm
+from .quantized_matmul import quantized_matmul
+from .quantized_tensor import LAYOUTS, QuantizedTensor, resident_form
 
 __all__ = [
     "INTERPRETED",
+    "LAYOUTS",
     "KernelInputError",
+    "QuantizedTensor",
     "RooflamaError",
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
     "backend_for",
+    "dequantize",
+    "embedding",
+    "quantized_matmul",
+    "resident_form",
     "rms_norm",
     "use_backend",
 ]

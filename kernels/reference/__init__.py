@@ -6,11 +6,17 @@ on a machine without a GPU. Imports NumPy and nothing else.
 """
 
 from .attention import attention_decode, attention_prefill
+from .dequantize import dequantize
+from .embedding import embedding
 from .norm import add_rms_norm, rms_norm
+from .quantized_matmul import quantized_matmul
 
 __all__ = [
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
+    "dequantize",
+    "embedding",
+    "quantized_matmul",
     "rms_norm",
 ]

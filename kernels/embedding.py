@@ -1,0 +1,129 @@
+"""Embedding from a quantised table: out[t] = dequantize(table)[token_ids[t]], reading only the rows asked for.
+
+Layouts: token_ids [num_tokens]; table [vocab, hidden] in planes (``reference/quant_layouts.py``).
+One program owns BLOCK_K columns of one token's row. Numerics: bit-equal to the dequantised row, rounded once.
+Moves: one quantised row in and hidden x itemsize bytes out for each token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .backend import as_array, as_tensor, runs_numpy
+from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .operators import operator
+from .quantized_tensor import QuantizedTensor, check_weight
+from .quantized_tiles import load_tile, plane_arguments
+
+
+@triton.jit
+def _embedding_kernel(
+    token_ids_ptr,  # [num_tokens]
+    low_ptr,  # the planes: see quantized_tiles.plane_arguments
+    high_ptr,
+    d_ptr,
+    scales_ptr,
+    m_ptr,
+    mins_ptr,
+    table_ptr,
+    out_ptr,  # [num_tokens, columns]
+    rows,
+    columns,
+    num_blocks,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    step = tl.program_id(1)
+    offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_n = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([1], tl.int64)
+    mask_n = (offs_n >= 0) & (offs_n < rows)
+    tile = load_tile(
+        low_ptr,
+        high_ptr,
+        d_ptr,
+        scales_ptr,
+        m_ptr,
+        mins_ptr,
+        table_ptr,
+        offs_n,
+        mask_n,
+        step,
+        columns,
+        num_blocks,
+        LOW_BITS,
+        HIGH_BITS,
+        ZERO,
+        GROUP,
+        BLOCK,
+        PACKED,
+        BLOCK_K,
+    )
+    tile = tl.where(mask_n[:, None], tile, float("nan"))
+    offs = token * columns + offs_k[None, :]
+    tl.store(out_ptr + offs, tile.to(out_ptr.dtype.element_ty), mask=(offs_k < columns)[None, :])
+
+
+def _embedding_fake(
+    token_ids: Tensor, planes: list[Tensor], ggml_type: str, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty((token_ids.shape[0], columns), dtype=dtype, device=token_ids.device)
+
+
+@operator(_embedding_fake)
+def embedding_planes(
+    token_ids: Tensor, planes: list[Tensor], ggml_type: str, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """``embedding`` with the table taken apart: torch operators take lists of tensors, not named tuples."""
+    table = QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
+    check_weight("table", table)
+    check_shape("token_ids", token_ids, (None,))
+    check_dtype("token_ids", token_ids, INTEGERS)
+    check(dtype in FLOATS, f"dtype is {dtype}", "rows become float32, float16 or bfloat16", "Choose one of them")
+    check_same_device(token_ids=token_ids, table=planes[0])
+    check_last_dim_contiguous(token_ids=token_ids)
+    num_tokens = len(token_ids)
+    if token_ids.device.type == "cpu" and num_tokens:
+        low, high = (int(n) for n in token_ids.aminmax())
+        check(
+            low >= 0 and high < rows,
+            f"token ids from {low} to {high}",
+            f"a token id is at least 0 and below the {rows} rows of the table",
+            "Tokenise with this model's own tokenizer",
+        )
+    out = torch.empty((num_tokens, columns), dtype=dtype, device=token_ids.device)
+    if runs_numpy(out):
+        return as_tensor(reference.embedding(as_array(token_ids), table.numpy()), like=out)
+    if out.numel():
+        block_k = min(1024, max(32, triton.next_power_of_2(columns)))
+        _embedding_kernel[(num_tokens, triton.cdiv(columns, block_k))](
+            token_ids, out_ptr=out, rows=rows, BLOCK_K=block_k, **plane_arguments(table)
+        )
+    return out
+
+
+def embedding(token_ids: Tensor, table: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rows of ``table`` that the tokens name.
+
+    Args:
+        token_ids: [num_tokens], int32 or int64.
+        table: [vocab, hidden], any type of ``LAYOUTS``.
+        dtype: of the result; float32, float16 or bfloat16.
+
+    Returns:
+        [num_tokens, hidden]. On a GPU, where looking at the ids would stall the stream, a token id outside the table
+        gives a row of NaN.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices do not fit, or (on the CPU) a token id is outside the table.
+    """
+    return embedding_planes(token_ids, list(table.planes), table.ggml_type, *table.shape, dtype)

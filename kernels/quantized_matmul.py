@@ -1,0 +1,364 @@
+"""Matrix product with quantised weights: out = x @ dequantize(weight).T (+ bias) (+ residual).
+
+Layouts: x [num_tokens, columns], weight [rows, columns] in planes (``reference/quant_layouts.py``),
+out [num_tokens, rows].
+
+Three regimes, chosen by the number of tokens (``REGIMES``, measured):
+
+    gemv    each program owns BLOCK_N rows of the weight and all tokens, and walks along the columns. Weights are read
+            once. Float32 products; the scale is applied to sums over eight columns, not to each weight.
+    dot     each program owns BLOCK_M tokens x BLOCK_N rows; weights are dequantised in registers, rounded to the dtype
+            of x, and multiplied on tensor cores (float32: in full precision), float32 sums.
+    matmul  rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch.matmul.
+
+``batch_invariant`` takes ``dot`` with one tile size for every number of tokens, so that a token's result does not
+depend, in any bit, on the tokens beside it.
+
+Numerics: float32 sums, in a fixed order within a regime; bias and residual join in float32 before the one rounding
+(``matmul``: as torch.addmm adds them).
+Moves, at few tokens: the planes once, for 2 x num_tokens x rows x columns flops.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .backend import as_array, as_tensor, runs_numpy
+from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .dequantize import dequantize_rows
+from .operators import operator
+from .quantized_tensor import QuantizedTensor, check_weight
+from .quantized_tiles import load_minima, load_scales, load_tile, load_values, plane_arguments
+
+WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
+
+# The most tokens each regime serves; beyond both, matmul.
+REGIMES = {"quantised": {"gemv": 8, "dot": 64}, "float": {"gemv": 8, "dot": 8}}
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr,  # [num_tokens, columns]
+    low_ptr,  # the planes: see quantized_tiles.plane_arguments
+    high_ptr,
+    d_ptr,
+    scales_ptr,
+    m_ptr,
+    mins_ptr,
+    table_ptr,
+    bias_ptr,  # [rows] or None
+    residual_ptr,  # [num_tokens, rows] or None
+    out_ptr,  # [num_tokens, rows]
+    x_stride,
+    residual_stride,
+    num_tokens,
+    rows,
+    columns,
+    num_blocks,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # power of two >= num_tokens
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    VECTORS: tl.constexpr = BLOCK_K // 8  # eight columns are summed before anything else happens to them
+    FOLD: tl.constexpr = 1 if LOW_BITS == 0 else min(VECTORS, 16 // LOW_BITS)  # vectors in 16 bytes of codes
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < rows
+    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
+    mask_m = offs_m < num_tokens
+    acc = tl.zeros([BLOCK_M, BLOCK_N, VECTORS // FOLD], tl.float32)
+    for step in range(tl.cdiv(columns, BLOCK_K)):
+        values = load_values(
+            low_ptr,
+            high_ptr,
+            table_ptr,
+            offs_n,
+            mask_n,
+            step,
+            columns,
+            num_blocks,
+            LOW_BITS,
+            HIGH_BITS,
+            ZERO,
+            BLOCK,
+            BLOCK_K,
+        )
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + offs_m[:, None] * x_stride + offs_k[None, :],
+            mask=mask_m[:, None] & (offs_k < columns)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        x = tl.reshape(x, [BLOCK_M, 1, VECTORS, 8])
+        sums = tl.sum(tl.reshape(values, [1, BLOCK_N, VECTORS, 8]) * x, axis=3)  # [BLOCK_M, BLOCK_N, VECTORS]
+        if LOW_BITS > 0:
+            scales = load_scales(
+                d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
+            )
+            sums *= _each_vector(scales, GROUP)[None, :, :]
+            if m_ptr is not None:
+                minima = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
+                sums += _each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)
+        acc += tl.sum(tl.reshape(sums, [BLOCK_M, BLOCK_N, VECTORS // FOLD, FOLD]), axis=3)
+    _store(tl.sum(acc, axis=2), bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n)
+
+
+@triton.jit
+def _each_vector(
+    groups,  # [BLOCK_N, num_groups]
+    GROUP: tl.constexpr,
+):
+    """The number of its group for each eight columns: [BLOCK_N, num_groups * GROUP / 8]."""
+    PER_GROUP: tl.constexpr = GROUP // 8
+    repeated = tl.broadcast_to(groups[:, :, None], [groups.shape[0], groups.shape[1], PER_GROUP])
+    return tl.reshape(repeated, [groups.shape[0], groups.shape[1] * PER_GROUP])
+
+
+@triton.jit
+def _store(
+    total,  # [BLOCK_M, BLOCK_N] float32
+    bias_ptr,  # [rows] or None
+    residual_ptr,  # [num_tokens, rows] or None
+    out_ptr,  # [num_tokens, rows]
+    residual_stride,
+    rows,
+    offs_m,  # [BLOCK_M] int64
+    mask_m,
+    offs_n,  # [BLOCK_N] int64
+    mask_n,
+):
+    mask = mask_m[:, None] & mask_n[None, :]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        offs = offs_m[:, None] * residual_stride + offs_n[None, :]
+        total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs_m[:, None] * rows + offs_n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dot_kernel(
+    x_ptr,  # [num_tokens, columns]
+    low_ptr,  # the planes: see quantized_tiles.plane_arguments
+    high_ptr,
+    d_ptr,
+    scales_ptr,
+    m_ptr,
+    mins_ptr,
+    table_ptr,
+    bias_ptr,  # [rows] or None
+    residual_ptr,  # [num_tokens, rows] or None
+    out_ptr,  # [num_tokens, rows]
+    x_stride,
+    residual_stride,
+    num_tokens,
+    rows,
+    columns,
+    num_blocks,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_blocks_m = tl.cdiv(num_tokens, BLOCK_M)  # neighbours share the rows of the weight, so L2 serves all but one
+    offs_n = (tl.program_id(0) // num_blocks_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = (tl.program_id(0) % num_blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_n = offs_n < rows
+    mask_m = offs_m < num_tokens
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(tl.cdiv(columns, BLOCK_K)):
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + offs_m[:, None] * x_stride + offs_k[None, :],
+            mask=mask_m[:, None] & (offs_k < columns)[None, :],
+            other=0.0,
+        )
+        tile = load_tile(
+            low_ptr,
+            high_ptr,
+            d_ptr,
+            scales_ptr,
+            m_ptr,
+            mins_ptr,
+            table_ptr,
+            offs_n,
+            mask_n,
+            step,
+            columns,
+            num_blocks,
+            LOW_BITS,
+            HIGH_BITS,
+            ZERO,
+            GROUP,
+            BLOCK,
+            PACKED,
+            BLOCK_K,
+        )
+        acc = tl.dot(x, tl.trans(tile.to(x.dtype)), acc, input_precision="ieee")
+    _store(acc, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n)
+
+
+def _launch_gemv(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    num_tokens, rows = out.shape
+    bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
+    block_n = 4 if rows <= 2048 else 8
+    _gemv_kernel[(triton.cdiv(rows, block_n),)](
+        x,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        out_ptr=out,
+        x_stride=x.stride(0),
+        residual_stride=residual.stride(0) if residual is not None else 0,
+        num_tokens=num_tokens,
+        rows=rows,
+        BLOCK_M=triton.next_power_of_2(num_tokens),
+        BLOCK_N=block_n,
+        BLOCK_K=min(max(32, triton.next_power_of_2(x.shape[1])), 4096 // bits),  # 16 bytes for each lane of a warp
+        num_warps=4,
+        **plane_arguments(weight),
+    )
+
+
+def _launch_dot(
+    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, block_m: int
+) -> None:
+    num_tokens, rows = out.shape
+    block_n = 32
+    _dot_kernel[(triton.cdiv(num_tokens, block_m) * triton.cdiv(rows, block_n),)](
+        x,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        out_ptr=out,
+        x_stride=x.stride(0),
+        residual_stride=residual.stride(0) if residual is not None else 0,
+        num_tokens=num_tokens,
+        rows=rows,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=128 if x.element_size() == 2 else 64,
+        num_warps=4,
+        **plane_arguments(weight),
+    )
+
+
+def _matmul(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    num_tokens, rows = out.shape
+    columns = x.shape[1]
+    addend = residual
+    if bias is not None:
+        addend = bias.expand(num_tokens, rows) if residual is None else residual.float() + bias.float()
+    ready = weight.layout.is_float and weight.planes[0].dtype == x.dtype
+    step = rows if ready else max(16, WORKSPACE_BYTES // (x.element_size() * columns) // 16 * 16)
+    workspace = None if ready else torch.empty((min(step, rows), columns), dtype=x.dtype, device=x.device)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        if ready:
+            part = weight.planes[0]
+        else:
+            part = workspace[: stop - start]
+            dequantize_rows(weight, start, stop, part)
+        if addend is None:
+            torch.mm(x, part.T, out=out[:, start:stop]) if step >= rows else out[:, start:stop].copy_(x @ part.T)
+        else:
+            out[:, start:stop] = torch.addmm(addend[:, start:stop].to(x.dtype), x, part.T)
+
+
+def _quantized_matmul_fake(
+    x: Tensor,
+    planes: list[Tensor],
+    ggml_type: str,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    return torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+
+
+@operator(_quantized_matmul_fake)
+def quantized_matmul_planes(
+    x: Tensor,
+    planes: list[Tensor],
+    ggml_type: str,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    batch_invariant: bool,
+) -> Tensor:
+    """``quantized_matmul`` with the weight taken apart: torch operators take lists of tensors, not named tuples."""
+    weight = QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
+    layout = check_weight("weight", weight)
+    check_shape("x", x, (None, columns))
+    check_dtype("x", x, FLOATS)
+    if bias is not None:
+        check_shape("bias", bias, (rows,))
+        check_dtype("bias", bias, FLOATS)
+    if residual is not None:
+        check_shape("residual", residual, (x.shape[0], rows))
+        check_dtype("residual", residual, FLOATS)
+    check_same_device(x=x, weight=planes[0], bias=bias, residual=residual)
+    check_last_dim_contiguous(x=x, bias=bias, residual=residual)
+    if runs_numpy(x, bias, residual):
+        arrays = (None if t is None else as_array(t) for t in (bias, residual))
+        bias_array, residual_array = arrays
+        product = reference.quantized_matmul(as_array(x), weight.numpy(), bias_array, residual=residual_array)
+        return as_tensor(product, like=x)
+    num_tokens = x.shape[0]
+    out = torch.empty((num_tokens, rows), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    limits = REGIMES["float" if layout.is_float else "quantised"]
+    if batch_invariant:
+        _launch_dot(x, weight, bias, residual, out, block_m=16)
+    elif num_tokens <= limits["gemv"]:
+        _launch_gemv(x, weight, bias, residual, out)
+    elif num_tokens <= limits["dot"]:
+        _launch_dot(x, weight, bias, residual, out, block_m=max(16, triton.next_power_of_2(num_tokens)))
+    else:
+        _matmul(x, weight, bias, residual, out)
+    return out
+
+
+def quantized_matmul(
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """out = x @ dequantize(weight).T (+ bias) (+ residual).
+
+    Args:
+        x: [num_tokens, columns], float32, float16 or bfloat16; rows may be strided.
+        weight: [rows, columns], any type of ``LAYOUTS``.
+        bias: [rows].
+        residual: [num_tokens, rows], added last; rows may be strided.
+        batch_invariant: one regime for every number of tokens, so that a token's bits do not depend on its neighbours;
+            slower both for one token and for thousands.
+
+    Returns:
+        [num_tokens, rows], dtype of ``x``.
+
+    Raises:
+        KernelInputError: an unknown type, planes that do not fit it, or shapes, dtypes or devices that do not fit.
+    """
+    return quantized_matmul_planes(
+        x, list(weight.planes), weight.ggml_type, *weight.shape, bias, residual, batch_invariant
+    )

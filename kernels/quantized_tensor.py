@@ -1,0 +1,119 @@
+"""A weight matrix kept in the bits of its file, as planes of codes and scales (``reference/quant_layouts.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backend import as_array, backend_for
+from .checks import check
+from .reference.quant_layouts import LAYOUTS, QuantLayout
+
+__all__ = ["LAYOUTS", "QuantLayout", "QuantizedTensor", "check_weight", "resident_form"]
+
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int8", "uint8")}
+
+
+class QuantizedTensor(NamedTuple):
+    """A matrix [rows, columns] as planes.
+
+    ggml_type: "Q4_1", "F16", ...: a key of ``LAYOUTS``.
+    planes: in the order of ``LAYOUTS[ggml_type].planes``; plane p is [rows, columns / p.elements], contiguous.
+    shape: (rows, columns) in weights.
+    """
+
+    ggml_type: str
+    planes: tuple[Tensor, ...]
+    shape: tuple[int, int]
+
+    @property
+    def layout(self) -> QuantLayout:
+        return LAYOUTS[self.ggml_type]
+
+    @property
+    def device(self) -> torch.device:
+        return self.planes[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plane.numel() * plane.element_size() for plane in self.planes)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        return self._replace(planes=tuple(plane.to(device) for plane in self.planes))
+
+    def numpy(self) -> QuantizedTensor:
+        """The planes as NumPy arrays, which is what ``kernels.reference`` takes."""
+        return self._replace(planes=tuple(as_array(plane) for plane in self.planes))
+
+    def take_rows(self, index: Tensor) -> QuantizedTensor:
+        """Rows gathered, repeated or permuted: index [n] int64 -> [n, columns]."""
+        planes = tuple(plane.index_select(0, index) for plane in self.planes)
+        return self._replace(planes=planes, shape=(len(index), self.shape[1]))
+
+    @staticmethod
+    def concat_rows(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """One matrix below the other; all of one type and width.
+
+        Raises:
+            KernelInputError: types or numbers of columns differ.
+        """
+        kinds = sorted({f"{w.ggml_type} with {w.shape[1]} columns" for w in weights})
+        check(
+            len(kinds) == 1,
+            f"rows of {' and '.join(kinds) or 'nothing'}",
+            "rows that are joined have one type and one width",
+            "Keep these matrices apart",
+        )
+        planes = tuple(torch.cat(parts) for parts in zip(*(w.planes for w in weights), strict=True))
+        return QuantizedTensor(weights[0].ggml_type, planes, (sum(w.shape[0] for w in weights), weights[0].shape[1]))
+
+
+def check_weight(name: str, weight: QuantizedTensor) -> QuantLayout:
+    """The layout of ``weight``, once its planes are known to fit it.
+
+    Raises:
+        KernelInputError: unknown type, columns not whole blocks, or a plane of the wrong shape, dtype or strides.
+    """
+    ggml_type, planes, (rows, columns) = weight
+    layout = LAYOUTS.get(ggml_type)
+    if layout is None:
+        check(False, f"{name} has type {ggml_type!r}", f"a type is one of {', '.join(LAYOUTS)}", "Dequantise it first")
+    if columns % layout.block:
+        check(
+            False,
+            f"{name} has {columns} columns",
+            f"{ggml_type} comes in whole blocks of {layout.block} columns",
+            "Choose a type with smaller blocks",
+        )
+    expected = [(rows, columns // plane.elements) for plane in layout.planes]
+    dtypes = [_DTYPES[plane.dtype] for plane in layout.planes]
+    if (
+        [tuple(plane.shape) for plane in planes] != expected
+        or [plane.dtype for plane in planes] != dtypes
+        or not all(plane.is_contiguous() for plane in planes)
+    ):
+        check(
+            False,
+            f"{name} has planes " + ", ".join(f"{list(p.shape)} {p.dtype} strides {p.stride()}" for p in planes),
+            f"{ggml_type} [{rows}, {columns}] has contiguous planes "
+            + ", ".join(f"{p.name} {list(s)} {p.dtype}" for p, s in zip(layout.planes, expected, strict=True)),
+            "Make it with rooflama.loaders.quant_layout.repack",
+        )
+    return layout
+
+
+def resident_form(weight: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:
+    """``weight`` on ``device``, in the form that the backend there reads fastest.
+
+    The Triton kernels read the planes as they are. The NumPy definitions get float32 rows, dequantised once, so that a
+    decode step on a CPU is a plain float32 matrix product; this costs 4 bytes a weight.
+    """
+    device = torch.device(device)
+    if backend_for(device) == "numpy" and weight.ggml_type != "F32":
+        rows = torch.from_numpy(reference.dequantize(weight.numpy()))
+        return QuantizedTensor("F32", (rows.to(device),), weight.shape)
+    return weight.to(device)

@@ -1,0 +1,201 @@
+"""Reading a quantised weight inside a Triton kernel: jit helpers that turn planes into tiles of numbers.
+
+Every kernel that reads a ``QuantizedTensor`` takes the planes as the same pointers (``plane_arguments`` makes them,
+None where the type has no such plane) and the layout as constexpr numbers. The codes of a tile arrive in loads of 16
+bytes a thread; scales and minima are loaded once a group.
+
+A code becomes a float without a conversion instruction: 0x4B000000 is 2^23 in float32, whose last bit is worth 1, so
+``code | 0x4B000000`` read as a float is 2^23 + code. Subtracting 2^23 + zero is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .quantized_tensor import QuantizedTensor
+
+
+@triton.jit
+def load_codes(
+    plane_ptr,  # [rows, num_blocks * BLOCK * BITS / 32] int32
+    offs_n,  # [BLOCK_N] int64, rows
+    mask_n,  # [BLOCK_N]
+    step,  # the tile starts at column step * BLOCK_K
+    num_blocks,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Codes of one plane in natural order: [BLOCK_N, BLOCK_K] int32."""
+    WORDS: tl.constexpr = BLOCK_K * BITS // 32
+    words_per_row = num_blocks * (BLOCK * BITS // 32)
+    offs_w = step * WORDS + tl.arange(0, WORDS)
+    words = tl.load(
+        plane_ptr + offs_n[:, None] * words_per_row + offs_w[None, :],
+        mask=mask_n[:, None] & (offs_w < words_per_row)[None, :],
+        other=0,
+    )
+    i = tl.arange(0, 32 // BITS)
+    shift = BITS * (i // 2) + 16 * (i % 2)
+    codes = (words[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
+    return tl.reshape(codes, [offs_n.shape[0], BLOCK_K])
+
+
+@triton.jit
+def load_values(
+    low_ptr,  # [rows, ...] int32, or the float weights [rows, columns]
+    high_ptr,
+    table_ptr,  # [16] float32, for types whose codes index a table
+    offs_n,  # [BLOCK_N] int64
+    mask_n,  # [BLOCK_N]
+    step,
+    columns,
+    num_blocks,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Values before scaling, whole numbers unless the weights are floats: [BLOCK_N, BLOCK_K] float32."""
+    if LOW_BITS == 0:
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = mask_n[:, None] & (offs_k < columns)[None, :]
+        return tl.load(low_ptr + offs_n[:, None] * columns + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    codes = load_codes(low_ptr, offs_n, mask_n, step, num_blocks, LOW_BITS, BLOCK, BLOCK_K)
+    if HIGH_BITS > 0:
+        codes |= load_codes(high_ptr, offs_n, mask_n, step, num_blocks, HIGH_BITS, BLOCK, BLOCK_K) << LOW_BITS
+    if table_ptr is not None:
+        return tl.load(table_ptr + codes)
+    return (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
+
+
+@triton.jit
+def load_scales(
+    d_ptr,  # [rows, num_blocks] float16
+    scales_ptr,  # [rows, columns / GROUP] int8, uint8, or None
+    offs_n,  # [BLOCK_N] int64
+    mask_n,  # [BLOCK_N]
+    step,
+    num_blocks,
+    MASK: tl.constexpr,  # bits of an entry of scales_ptr that are the scale
+    SHIFT: tl.constexpr,  # and where they start
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Scale (or minimum) of each group: d, or d times the group's own number: [BLOCK_N, BLOCK_K / GROUP] float32."""
+    PER_BLOCK: tl.constexpr = BLOCK // GROUP
+    offs_g = step * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
+    mask = mask_n[:, None] & (offs_g < num_blocks * PER_BLOCK)[None, :]
+    scale = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)
+    scale = scale.to(tl.float32)
+    if scales_ptr is not None:
+        own = tl.load(scales_ptr + offs_n[:, None] * (num_blocks * PER_BLOCK) + offs_g[None, :], mask=mask, other=0)
+        if MASK != 255:
+            own = (own >> SHIFT) & MASK
+        scale *= own.to(tl.float32)
+    return scale
+
+
+@triton.jit
+def load_tile(
+    low_ptr,
+    high_ptr,
+    d_ptr,
+    scales_ptr,
+    m_ptr,
+    mins_ptr,
+    table_ptr,
+    offs_n,  # [BLOCK_N] int64
+    mask_n,  # [BLOCK_N]
+    step,
+    columns,
+    num_blocks,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Weights, dequantised: [BLOCK_N, BLOCK_K] float32, zero beyond the ends."""
+    values = load_values(
+        low_ptr,
+        high_ptr,
+        table_ptr,
+        offs_n,
+        mask_n,
+        step,
+        columns,
+        num_blocks,
+        LOW_BITS,
+        HIGH_BITS,
+        ZERO,
+        BLOCK,
+        BLOCK_K,
+    )
+    if LOW_BITS == 0:
+        return values
+    scales = load_scales(
+        d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
+    )
+    tile = tl.reshape(values, [offs_n.shape[0], BLOCK_K // GROUP, GROUP]) * scales[:, :, None]
+    if m_ptr is not None:
+        mins = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
+        tile += mins[:, :, None]
+    return tl.reshape(tile, [offs_n.shape[0], BLOCK_K])
+
+
+@triton.jit
+def load_minima(
+    m_ptr,  # [rows, num_blocks] float16
+    mins_ptr,  # [rows, columns / GROUP] uint8, or None
+    offs_n,  # [BLOCK_N] int64
+    mask_n,  # [BLOCK_N]
+    step,
+    num_blocks,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What is added to each group, m or -dmin * mins: [BLOCK_N, BLOCK_K / GROUP] float32."""
+    MASK: tl.constexpr = 15 if PACKED else 255
+    SHIFT: tl.constexpr = 4 if PACKED else 0
+    minima = load_scales(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, MASK, SHIFT, GROUP, BLOCK, BLOCK_K)
+    return -minima if mins_ptr is not None else minima
+
+
+def plane_arguments(weight: QuantizedTensor) -> dict[str, object]:
+    """The keyword arguments, the same for every kernel, that hand it ``weight``."""
+    layout = weight.layout
+    planes = {plane.name: tensor for plane, tensor in zip(layout.planes, weight.planes, strict=True)}
+    packed = planes.get("packed")
+    return {
+        "low_ptr": planes.get("values", planes.get("low")),
+        "high_ptr": planes.get("high"),
+        "d_ptr": planes.get("d"),
+        "scales_ptr": planes.get("scales", packed),
+        "m_ptr": planes.get("m", planes.get("dmin")),
+        "mins_ptr": planes.get("mins", packed),
+        "table_ptr": None if layout.table is None else _table(layout.table, weight.device),
+        "columns": weight.shape[1],
+        "num_blocks": weight.shape[1] // layout.block,
+        "LOW_BITS": layout.low_bits,
+        "HIGH_BITS": layout.high_bits,
+        "ZERO": layout.zero,
+        "GROUP": layout.group,
+        "BLOCK": layout.block,
+        "PACKED": packed is not None,
+    }
+
+
+@functools.cache
+def _table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,0 +1,234 @@
+"""Lossless repacking of ggml blocks into the planes of ``rooflama.kernels.LAYOUTS``.
+
+A file stores a tensor as rows of blocks of 18 to 210 bytes, each with its scales beside its codes. Here the codes are
+brought into natural order, one byte each, then packed again into words; scales are gathered, 6-bit ones widened to a
+byte. No number is rounded: dequantising the planes gives what ``gguf.quants.dequantize`` gives, bit for bit.
+
+Work goes in runs of rows that fit the cache, on a few threads (NumPy lets go of the interpreter lock).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from rooflama.kernels import LAYOUTS, KernelInputError, QuantizedTensor
+from rooflama.kernels.reference.quant_layouts import QuantLayout
+
+RUN_WEIGHTS = 1 << 18  # weights repacked at a time by one thread
+
+# ggml type -> bytes of one block; the number of weights in it is LAYOUTS[type].block
+BLOCK_BYTES = {
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "Q4_0": 18,
+    "Q4_1": 20,
+    "Q5_0": 22,
+    "Q5_1": 24,
+    "Q8_0": 34,
+    "IQ4_NL": 18,
+    "Q2_K": 84,
+    "Q3_K": 110,
+    "Q4_K": 144,
+    "Q5_K": 176,
+    "Q6_K": 210,
+    "IQ4_XS": 136,
+}
+
+
+def repack(raw: np.ndarray, ggml_type: str, columns: int) -> QuantizedTensor:
+    """The planes of one tensor, on the CPU.
+
+    Args:
+        raw: [rows, bytes_per_row] uint8, as in the file; may be memory-mapped, is only read.
+        ggml_type: a key of ``LAYOUTS``.
+        columns: weights in a row.
+
+    Raises:
+        KernelInputError: the type has no layout, or the bytes do not hold ``columns`` weights a row.
+    """
+    layout = LAYOUTS.get(ggml_type)
+    if layout is None:
+        raise KernelInputError(
+            f"ggml type {ggml_type!r}", rule=f"repacked types are {', '.join(LAYOUTS)}", remedy="Dequantise it instead"
+        )
+    row_bytes = columns // layout.block * BLOCK_BYTES[ggml_type]
+    if columns % layout.block or raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] != row_bytes:
+        raise KernelInputError(
+            f"{raw.dtype} bytes of shape {list(raw.shape)} for {columns} columns of {ggml_type}",
+            rule=f"{layout.block} weights of {ggml_type} take {BLOCK_BYTES[ggml_type]} bytes, rows hold whole blocks",
+            remedy="Check the tensor's shape and type in the file",
+        )
+    shape = (len(raw), columns)
+    if layout.is_float:
+        return QuantizedTensor(ggml_type, (_float_rows(raw, ggml_type),), shape)
+
+    planes = {p.name: np.empty((len(raw), columns // p.elements), p.dtype) for p in layout.planes}
+    step = max(1, RUN_WEIGHTS // max(1, columns))
+
+    def fill(start: int) -> None:
+        run = slice(start, start + step)
+        parts = _repack_rows(raw[run], ggml_type, layout)
+        for name, part in parts.items():
+            planes[name][run] = part.reshape(-1, planes[name].shape[1])
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, range(0, len(raw) if columns else 0, step)))
+    return QuantizedTensor(ggml_type, tuple(torch.from_numpy(planes[p.name]) for p in layout.planes), shape)
+
+
+def _float_rows(raw: np.ndarray, ggml_type: str) -> torch.Tensor:
+    dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}[ggml_type]
+    rows = torch.from_numpy(np.array(raw).view(dtype))
+    return rows.view(torch.bfloat16) if ggml_type == "BF16" else rows
+
+
+def _repack_rows(raw: np.ndarray, ggml_type: str, layout: QuantLayout) -> dict[str, np.ndarray]:
+    blocks = np.ascontiguousarray(raw).reshape(-1, BLOCK_BYTES[ggml_type])
+    codes = _READERS[ggml_type](blocks)
+    if layout.high_bits:
+        high = codes.pop("codes_high")
+        return {"low": pack(codes.pop("codes"), layout.low_bits), "high": pack(high, layout.high_bits), **codes}
+    return {"low": pack(codes.pop("codes"), layout.low_bits), **codes}
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes in natural order, a byte each, as words of 32 bits: [n, size] uint8 -> [n, size * bits / 32] int32.
+
+    Eight codes travel in one 64-bit number. Masking leaves every second one, at bits 0, 16, 32, 48; one multiplication
+    brings those four side by side at bit 48.
+    """
+    lanes = np.ascontiguousarray(codes).view("<u8")
+    if bits == 8:  # e0 e1 e2 e3 -> e0 e2 e1 e3
+        words = lanes.view("<u4")
+        moved = (words & 0xFF0000FF) | ((words & 0x0000FF00) << 8) | ((words & 0x00FF0000) >> 8)
+        return moved.view(np.int32)
+    mask = np.uint64(((1 << bits) - 1) * 0x0001000100010001)
+    gather = np.uint64(sum(1 << (48 - (16 - bits) * pair) for pair in range(4)))
+    four = np.uint64((1 << (4 * bits)) - 1)
+    even = (((lanes & mask) * gather) >> np.uint64(48)) & four
+    odd = ((((lanes >> np.uint64(8)) & mask) * gather) >> np.uint64(48)) & four
+    eights = even | (odd << np.uint64(16))
+    per_word = 4 // bits
+    words = eights[:, 0::per_word]
+    for part in range(1, per_word):
+        words = words | (eights[:, part::per_word] << np.uint64(4 * bits * part))
+    return words.astype(np.uint32).view(np.int32)
+
+
+def _half(blocks: np.ndarray, offset: int) -> np.ndarray:
+    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16)
+
+
+def _fields(stored: np.ndarray, run: int, bits: int) -> np.ndarray:
+    """ggml's order: a run of ``run`` bytes holds the fields of elements 0..run-1, then those of the next ``run``, ...
+
+    [n, size] uint8 -> [n, size * 8 / bits] uint8.
+    """
+    out = np.empty((len(stored), stored.shape[1] // run, 8 // bits, run), np.uint8)
+    view = stored.reshape(len(stored), -1, run)
+    for part in range(8 // bits):
+        np.right_shift(view, bits * part, out=out[:, :, part])
+    out &= np.uint8((1 << bits) - 1)
+    return out.reshape(len(stored), -1)
+
+
+def _bits(stored: np.ndarray) -> np.ndarray:
+    """Bit i of a little-endian number belongs to element i: [n, size] uint8 -> [n, size * 8] uint8."""
+    return np.unpackbits(np.ascontiguousarray(stored), axis=1, bitorder="little")
+
+
+def _scales_and_mins(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The eight 6-bit scales and eight 6-bit minima that Q4_K and Q5_K pack into 12 bytes."""
+    first, second, third = stored[:, 0:4], stored[:, 4:8], stored[:, 8:12]
+    scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=1)
+    mins = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=1)
+    return scales, mins
+
+
+# One reader a type: blocks [n, bytes] uint8 -> its planes, with codes still one byte each, in natural order.
+
+
+def _q4_0(b: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": _fields(b[:, 2:18], 16, 4), "d": _half(b, 0)}
+
+
+def _q4_1(b: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": _fields(b[:, 4:20], 16, 4), "d": _half(b, 0), "m": _half(b, 2)}
+
+
+def _q5_0(b: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": _fields(b[:, 6:22], 16, 4), "codes_high": _bits(b[:, 2:6]), "d": _half(b, 0)}
+
+
+def _q5_1(b: np.ndarray) -> dict[str, np.ndarray]:
+    codes, high = _fields(b[:, 8:24], 16, 4), _bits(b[:, 4:8])
+    return {"codes": codes, "codes_high": high, "d": _half(b, 0), "m": _half(b, 2)}
+
+
+def _q8_0(b: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": b[:, 2:34] ^ np.uint8(128), "d": _half(b, 0)}  # a signed byte plus 128
+
+
+def _q2_k(b: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": _fields(b[:, 16:80], 32, 2), "d": _half(b, 80), "dmin": _half(b, 82), "packed": b[:, 0:16]}
+
+
+def _q3_k(b: np.ndarray) -> dict[str, np.ndarray]:
+    low = _fields(b[:, 96:104], 8, 4)
+    high = _fields(b[:, 104:108], 4, 2)
+    scales = (low | high << 4).view(np.int8) - np.int8(32)
+    codes, mask = _fields(b[:, 32:96], 32, 2), _fields(b[:, 0:32], 32, 1)
+    return {"codes": codes, "codes_high": mask, "d": _half(b, 108), "scales": scales}
+
+
+def _q4_k(b: np.ndarray) -> dict[str, np.ndarray]:
+    scales, mins = _scales_and_mins(b[:, 4:16])
+    codes = _fields(b[:, 16:144], 32, 4)
+    return {"codes": codes, "d": _half(b, 0), "dmin": _half(b, 2), "scales": scales, "mins": mins}
+
+
+def _q5_k(b: np.ndarray) -> dict[str, np.ndarray]:
+    scales, mins = _scales_and_mins(b[:, 4:16])
+    codes, high = _fields(b[:, 48:176], 32, 4), _fields(b[:, 16:48], 32, 1)
+    return {
+        "codes": codes,
+        "codes_high": high,
+        "d": _half(b, 0),
+        "dmin": _half(b, 2),
+        "scales": scales,
+        "mins": mins,
+    }
+
+
+def _q6_k(b: np.ndarray) -> dict[str, np.ndarray]:
+    codes, high = _fields(b[:, 0:128], 64, 4), _fields(b[:, 128:192], 32, 2)
+    return {"codes": codes, "codes_high": high, "d": _half(b, 208), "scales": b[:, 192:208].view(np.int8)}
+
+
+def _iq4_xs(b: np.ndarray) -> dict[str, np.ndarray]:
+    low = _fields(b[:, 4:8], 1, 4)
+    high = _fields(b[:, 2:4], 1, 2)
+    scales = (low | high << 4).view(np.int8) - np.int8(32)
+    return {"codes": _fields(b[:, 8:136], 16, 4), "d": _half(b, 0), "scales": scales}
+
+
+_READERS: dict[str, Callable[[np.ndarray], dict[str, np.ndarray]]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "IQ4_NL": _q4_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_XS": _iq4_xs,
+}

@@ -1,0 +1,71 @@
+"""Random ggml blocks of every type, made from bytes: gguf's writer has no K-quants."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+from strategies import DEVICE
+
+from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
+
+TYPES = list(LAYOUTS)
+
+# Byte offsets of the float16 numbers in a block: d first, then m or dmin.
+HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "IQ4_NL": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_XS": (0,),
+}
+
+
+def random_bytes(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> np.ndarray:
+    """Any bytes at all, [rows, bytes_per_row]: infinities and NaN among the scales."""
+    return rng.integers(0, 256, (rows, columns // LAYOUTS[ggml_type].block * BLOCK_BYTES[ggml_type]), dtype=np.uint8)
+
+
+def random_blocks(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> np.ndarray:
+    """Random codes under finite scales, [rows, bytes_per_row]: weights of about unit size."""
+    if LAYOUTS[ggml_type].is_float:
+        kind = gguf.GGMLQuantizationType[ggml_type]
+        return gguf.quants.quantize(rng.standard_normal((rows, columns)).astype(np.float32), kind).view(np.uint8)
+    raw = random_bytes(rng, ggml_type, rows, columns)
+    blocks = raw.reshape(-1, BLOCK_BYTES[ggml_type])
+    largest = 2.0 ** (LAYOUTS[ggml_type].low_bits + LAYOUTS[ggml_type].high_bits - 1)
+    if LAYOUTS[ggml_type].table is not None:
+        largest = 127.0
+    if LAYOUTS[ggml_type].block == 256:
+        largest *= 64.0 if ggml_type == "Q6_K" else 16.0
+    for offset in HALVES[ggml_type]:
+        scales = (rng.uniform(0.2, 2.0, len(blocks)) * rng.choice([-1.0, 1.0], len(blocks)) / largest).astype(
+            np.float16
+        )
+        blocks[:, offset : offset + 2] = scales[:, None].view(np.uint8)
+    return raw
+
+
+def random_weight(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> QuantizedTensor:
+    """A weight on DEVICE with finite scales."""
+    return repack(random_blocks(rng, ggml_type, rows, columns), ggml_type, columns).to(DEVICE)
+
+
+def gguf_dequantize(raw: np.ndarray, ggml_type: str) -> np.ndarray:
+    """What the gguf package makes of the blocks: [rows, columns] float32."""
+    if ggml_type in ("F32", "F16"):
+        return raw.view(np.float32 if ggml_type == "F32" else np.float16).astype(np.float32)
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[ggml_type])
+
+
+def some_columns(ggml_type: str) -> list[int]:
+    """Widths worth testing: one block, odd numbers of blocks, and for floats no block at all."""
+    return {1: [1, 7, 64, 100], 32: [32, 96, 288], 256: [256, 768]}[LAYOUTS[ggml_type].block]
