@@ -178,7 +178,7 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """Ids of a conversation: the rendered template, begun by exactly one BOS where the model uses one, no EOS added.
+        """Ids of a conversation: the rendered template, with one BOS before it where the model uses one, no EOS after.
 
         The messages' contents are part of the rendered text, so a control token spelled in one is read as one.
 

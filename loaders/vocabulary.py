@@ -36,7 +36,21 @@ class TokenType(IntEnum):
 
 # Tokens that end a turn or a text in the models at hand; each counts only where the vocabulary types it as control.
 END_OF_GENERATION = frozenset(
-    ["</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<EOT>", "<|return|>", "<|call|>", "<end_of_utterance>"]
+    [
+        "</s>",
+        "<eos>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<EOT>",
+        "<|return|>",
+        "<|call|>",
+        "<end_of_utterance>",
+    ]
 )
 
 _RECONVERT = "Convert the model again with a current convert_hf_to_gguf.py"
