@@ -1,0 +1,182 @@
+"""What is measured: one registry of kernels, shapes, the bytes and operations each case needs, and its peers.
+
+Every case builds several sets of buffers, so that a replay never finds its data in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rooflama import kernels
+from rooflama.kernels import LAYOUTS, QuantizedTensor
+
+CUDA = "cuda"
+BF16 = torch.bfloat16
+CACHE_BYTES = 200_000_000  # four times the L2 of an H100
+
+Calls = list[Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one kernel.
+
+    Attributes:
+        kernel, label: what and at which shape.
+        num_bytes: device memory that must move, each input read once, each output written once.
+        num_flops: operations that must be done on tensor cores.
+        implementations: name -> calls on different buffers; ``rooflama`` and its peers.
+    """
+
+    kernel: str
+    label: str
+    num_bytes: int
+    num_flops: int
+    implementations: dict[str, Calls] = field(repr=False)
+
+
+def random_weight(ggml_type: str, rows: int, columns: int) -> QuantizedTensor:
+    """Random codes with small scales; any bits are a valid weight."""
+    planes = []
+    for plane in LAYOUTS[ggml_type].planes:
+        shape, dtype = (rows, columns // plane.elements), getattr(torch, plane.dtype)
+        if dtype.is_floating_point:
+            planes.append((torch.randn(shape, device=CUDA) * 0.01).to(dtype))
+        else:
+            limits = torch.iinfo(dtype)
+            planes.append(torch.randint(limits.min, limits.max + 1, shape, device=CUDA, dtype=torch.int64).to(dtype))
+    return QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
+
+
+def _copies(num_bytes: int) -> int:
+    return max(2, min(64, -(-CACHE_BYTES // num_bytes)))
+
+
+def quantized_matmul_cases() -> Iterator[Case]:
+    """Decode (1 token) over every type, then 2 to 4096 tokens over Q4_K; the peer is cuBLAS on bf16 weights."""
+    shapes = [(4096, 4096), (28672, 4096), (4096, 14336)]
+    plan = [(t, n, k, 1) for n, k in shapes for t in LAYOUTS if t != "F32"]
+    plan += [(t, 28672, 4096, m) for t in ("Q4_K", "Q8_0") for m in (2, 4, 8, 16, 32, 64, 128, 512, 4096)]
+    for ggml_type, rows, columns, tokens in plan:
+        weight_bytes = random_weight(ggml_type, rows, columns).nbytes
+        weights = [random_weight(ggml_type, rows, columns) for _ in range(_copies(weight_bytes))]
+        dense = [random_weight("BF16", rows, columns) for _ in range(_copies(2 * rows * columns))]
+        x = torch.randn(tokens, columns, device=CUDA, dtype=BF16)
+        yield Case(
+            "quantized_matmul",
+            f"{ggml_type} [{rows}, {columns}] tokens={tokens}",
+            weight_bytes + 2 * tokens * (rows + columns),
+            2 * tokens * rows * columns,
+            {
+                "rooflama": [lambda w=w, x=x: kernels.quantized_matmul(x, w) for w in weights],
+                "torch bf16": [lambda w=w, x=x: F.linear(x, w.planes[0]) for w in dense],
+            },
+        )
+
+
+def _paged(num_seqs: int, context: int, kv_heads: int, head_dim: int, page_size: int) -> tuple[list, Tensor, Tensor]:
+    num_pages = num_seqs * context // page_size
+    shape = (num_pages, page_size, kv_heads, head_dim)
+    copies = min(8, _copies(4 * num_seqs * context * kv_heads * head_dim))
+    pools = [tuple(torch.randn(shape, device=CUDA, dtype=BF16) for _ in range(2)) for _ in range(copies)]
+    block_table = torch.randperm(num_pages, device=CUDA).to(torch.int32).view(num_seqs, -1)
+    return pools, block_table, torch.full((num_seqs,), context, device=CUDA, dtype=torch.int32)
+
+
+def attention_decode_cases() -> Iterator[Case]:
+    """One token over pages of 16; the peer is torch SDPA over contiguous keys and values."""
+    batches = [(1, 4096), (1, 32768), (1, 131072), (8, 4096), (8, 32768), (32, 4096), (64, 8192)]
+    for heads, kv_heads, head_dim in ((32, 8, 128), (28, 4, 128), (32, 32, 96)):
+        for num_seqs, context in batches:
+            if num_seqs * context * kv_heads * head_dim * 4 > 20e9:
+                continue
+            pools, block_table, seq_lens = _paged(num_seqs, context, kv_heads, head_dim, 16)
+            q = torch.randn(num_seqs, heads, head_dim, device=CUDA, dtype=BF16)
+            scale = head_dim**-0.5
+            dense = [
+                tuple(p.view(num_seqs, context, kv_heads, head_dim).transpose(1, 2) for p in pool) for pool in pools
+            ]
+
+            def ours(pool, q=q, table=block_table, lens=seq_lens, scale=scale):
+                return kernels.attention_decode(q, *pool, table, lens, softmax_scale=scale)
+
+            def sdpa(pool, q=q.unsqueeze(2)):
+                return F.scaled_dot_product_attention(q, *pool, enable_gqa=True)
+
+            yield Case(
+                "attention_decode",
+                f"{heads}/{kv_heads} d{head_dim} {num_seqs}x{context}",
+                4 * num_seqs * context * kv_heads * head_dim,
+                4 * num_seqs * context * heads * head_dim,
+                {
+                    "rooflama": [lambda p=p, f=ours: f(p) for p in pools],
+                    "torch SDPA": [lambda p=p, f=sdpa: f(p) for p in dense],
+                },
+            )
+
+
+def attention_prefill_cases() -> Iterator[Case]:
+    """A whole prompt over pages of 64; the peer is torch SDPA (its flash kernel)."""
+    for heads, kv_heads, head_dim in ((32, 8, 128), (32, 8, 64), (32, 32, 96)):
+        for tokens in (1024, 4096, 16384):
+            pools, block_table, seq_lens = _paged(1, tokens, kv_heads, head_dim, 64)
+            starts = torch.tensor([0, tokens], device=CUDA, dtype=torch.int32)
+            q = torch.randn(tokens, heads, head_dim, device=CUDA, dtype=BF16)
+            dense = [
+                tuple(p.view(1, tokens, kv_heads, head_dim).transpose(1, 2).contiguous() for p in pool)
+                for pool in pools
+            ]
+
+            def ours(pool, q=q, table=block_table, lens=seq_lens, starts=starts, scale=head_dim**-0.5):
+                return kernels.attention_prefill(q, *pool, table, lens, starts, softmax_scale=scale)
+
+            def sdpa(pool, q=q.transpose(0, 1).unsqueeze(0).contiguous()):
+                return F.scaled_dot_product_attention(q, *pool, is_causal=True, enable_gqa=True)
+
+            yield Case(
+                "attention_prefill",
+                f"{heads}/{kv_heads} d{head_dim} n={tokens}",
+                4 * tokens * (heads + kv_heads) * head_dim,
+                2 * tokens * tokens * heads * head_dim,
+                {
+                    "rooflama": [lambda p=p, f=ours: f(p) for p in pools],
+                    "torch SDPA": [lambda p=p, f=sdpa: f(p) for p in dense],
+                },
+            )
+
+
+def elementwise_cases() -> Iterator[Case]:
+    """Norm, SwiGLU, rotation with the cache write and sampling, at one token and at 4096."""
+    for tokens in (1, 4096):
+        for hidden in (576, 4096):
+            sets = _copies(4 * tokens * hidden)
+            weight = torch.ones(hidden, device=CUDA)
+            xs = [torch.randn(tokens, hidden, device=CUDA, dtype=BF16) for _ in range(sets)]
+            yield Case(
+                "norm", f"[{tokens}, {hidden}]", 4 * tokens * hidden, 0,
+                {
+                    "rooflama": [lambda x=x, w=weight: kernels.rms_norm(x, w, 1e-5) for x in xs],
+                    "torch": [lambda x=x, w=weight.to(BF16): F.rms_norm(x, w.shape, w, 1e-5) for x in xs],
+                },
+            )  # fmt: skip
+        gates = [torch.randn(tokens, 2 * 14336, device=CUDA, dtype=BF16) for _ in range(_copies(6 * tokens * 14336))]
+        yield Case(
+            "mlp", f"[{tokens}, 14336]", 6 * tokens * 14336, 0,
+            {
+                "rooflama": [lambda g=g: kernels.swiglu(*g.chunk(2, -1)) for g in gates],
+                "torch": [lambda g=g: F.silu(g[:, :14336]) * g[:, 14336:] for g in gates],
+            },
+        )  # fmt: skip
+
+
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "quantized_matmul": quantized_matmul_cases,
+    "attention_decode": attention_decode_cases,
+    "attention_prefill": attention_prefill_cases,
+    "elementwise": elementwise_cases,
+}

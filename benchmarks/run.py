@@ -1,0 +1,64 @@
+"""Measure kernels against the roofline and their peers: ``python benchmarks/run.py [GROUP ...] [--out FILE.csv]``.
+
+Needs a CUDA GPU. Writes one row for each case and implementation: percentiles, and what fraction of the roofline it
+reaches (the slower of bytes over copy bandwidth and operations over bf16 matrix rate, both measured in the same run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from cases import CASES
+from timing import ceilings, measure, provenance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.csv")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.groups) - set(CASES):
+        parser.error(f"unknown groups {sorted(unknown)}; there are {', '.join(CASES)}")
+    if not torch.cuda.is_available():
+        sys.exit("a benchmark needs a CUDA GPU; the interpreter's time says nothing")
+
+    origin = provenance()
+    copy_rate, matrix_rate = ceilings()
+    print(f"{origin['gpu']}: copy {copy_rate / 1e12:.2f} TB/s, bf16 matrix product {matrix_rate / 1e12:.0f} TFLOP/s")
+    rows = []
+    for group in arguments.groups or CASES:
+        for case in CASES[group]():
+            floor_us = 1e6 * max(case.num_bytes / copy_rate, case.num_flops / matrix_rate)
+            for name, calls in case.implementations.items():
+                time = measure(calls)
+                row = {
+                    "kernel": case.kernel,
+                    "case": case.label,
+                    "implementation": name,
+                    "us_p20": f"{time.p20:.2f}",
+                    "us_p50": f"{time.p50:.2f}",
+                    "us_p80": f"{time.p80:.2f}",
+                    "gb_per_s": f"{case.num_bytes / time.p50 / 1e3:.0f}",
+                    "tflop_per_s": f"{case.num_flops / time.p50 / 1e6:.1f}",
+                    "of_roofline": f"{floor_us / time.p50:.3f}",
+                    **origin,
+                }
+                rows.append(row)
+                print(
+                    f"{case.kernel:18s} {case.label:40s} {name:12s} {time.p50:9.1f} us "
+                    f"{row['gb_per_s']:>6s} GB/s {row['tflop_per_s']:>6s} TFLOP/s {float(row['of_roofline']):6.1%}",
+                    flush=True,
+                )
+    arguments.out.parent.mkdir(exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

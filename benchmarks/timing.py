@@ -1,0 +1,67 @@
+"""How long a call takes on a GPU, without the host in it and without a warm cache."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Microseconds of one call: percentiles over replays."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def measure(calls: Sequence[Callable[[], object]], *, replays: int = 20) -> Measured:
+    """Time calls that do the same work on different buffers, captured together in one CUDA graph.
+
+    Together the buffers should exceed the L2 cache several times, so that no call finds its data there.
+    """
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    times.sort()
+    return Measured(*(times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8)))
+
+
+def ceilings() -> tuple[float, float]:
+    """What this GPU reaches: (bytes a second of a large copy, reads and writes counted; bf16 FLOP/s of 8192^3)."""
+    source = torch.randint(0, 255, (2**31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = measure([lambda: target.copy_(source)])
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = measure([lambda: a @ b])
+    return 2 * source.numel() / copy.p50 * 1e6, 2 * 8192**3 / product.p50 * 1e6
+
+
+def provenance() -> dict[str, str]:
+    """Where and with what a figure was measured."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": git.stdout.strip() or "unknown",
+        "date": date.today().isoformat(),
+    }
