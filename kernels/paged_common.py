@@ -1,0 +1,196 @@
+"""What the kernels that write K/V pages share: the codes of quantised pages, the checks, the NumPy route.
+
+Quantised pages hold int8 or float8 e4m3 codes, with scales [num_pages, page_size, num_kv_heads], float32:
+    scale = max|x| / limit, limit 127 or 448;  code = x / scale, rounded half to even;  value = code * scale
+A row of zeros has scale 0. A row with an infinity or a NaN gets scale NaN, so that it shows.
+Numerics: correctly rounded float32 divisions, as the NumPy definition has. e4m3 is encoded with integer arithmetic,
+because not every target converts it and Triton's interpreter rounds it wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import as_array, as_tensor
+from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest code
+TILE = 1024  # elements of heads x head_dim that one program writes
+_INT8_LIMIT = tl.constexpr(127.0)
+_ROUNDER = tl.constexpr(1.5 * 2.0**23)  # float32's step there is 1, so adding it rounds to an integer
+
+
+@triton.jit
+def largest_magnitude(x):
+    """[ROWS, COLUMNS] float32 -> [ROWS]; NaN if the row holds an infinity or a NaN, which tl.max may pass over."""
+    return tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)
+
+
+@triton.jit
+def row_scale(largest, LIMIT: tl.constexpr):
+    return tl.div_rn(largest, tl.full(largest.shape, LIMIT, tl.float32))
+
+
+@triton.jit
+def encode(x, scale, LIMIT: tl.constexpr):
+    """[ROWS, COLUMNS] float32, [ROWS] -> codes: int8, or e4m3's bits as uint8."""
+    divisor = tl.where(scale > 0.0, scale, 1.0)
+    ratio = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    ratio = tl.minimum(tl.maximum(ratio, -LIMIT), LIMIT)
+    if LIMIT == _INT8_LIMIT:
+        return ((ratio + _ROUNDER) - _ROUNDER).to(tl.int8)
+    bits = ratio.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # From 2^-6 on: drop 20 of 23 fraction bits, rounding half to even, and take the exponent's bias from 127 to 7.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
+    # Below, e4m3's step is 2^-9, which is float32's step at 2^14: adding that rounds, and the low bits are the code.
+    subnormal = (tl.abs(ratio) + 16384.0).to(tl.uint32, bitcast=True) & 0xFF
+    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def write_heads(
+    x_ptr,  # at one token
+    x_head_stride,
+    page_ptr,  # at one slot
+    head_stride,
+    scale_ptr,  # [slots, num_kv_heads], written if LIMIT
+    scale_row,  # slot * num_kv_heads, int64
+    heads,  # [BLOCK_HEADS] int64
+    num_kv_heads,
+    LIMIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """One token's heads, as they are or quantised, into its slot."""
+    offs = tl.arange(0, BLOCK_DIM)
+    mask_heads = heads < num_kv_heads
+    mask = mask_heads[:, None] & (offs < HEAD_DIM)[None, :]
+    x = tl.load(x_ptr + heads[:, None] * x_head_stride + offs[None, :], mask=mask, other=0.0).to(tl.float32)
+    ptrs = page_ptr + heads[:, None] * head_stride + offs[None, :]
+    if LIMIT:
+        scale = row_scale(largest_magnitude(x), LIMIT)
+        tl.store(scale_ptr + scale_row + heads, scale, mask=mask_heads)
+        tl.store(ptrs, encode(x, scale, LIMIT), mask=mask)
+    else:
+        tl.store(ptrs, x.to(page_ptr.dtype.element_ty), mask=mask)
+
+
+def check_pages(name: str, pages: Tensor, scale: Tensor | None) -> None:
+    check_shape(name, pages, (None, None, None, None))
+    page_size, head_dim = pages.shape[1], pages.shape[3]
+    check(
+        page_size in (16, 32, 64, 128, 256),
+        f"page_size is {page_size}",
+        "page_size must be a power of two from 16 to 256",
+        "Allocate the pages anew",
+    )
+    check(0 < head_dim <= 256, f"head_dim is {head_dim}", "head_dim must be 1 to 256", "Use a model with smaller heads")
+    check_dtype(name, pages, FLOATS + tuple(LIMITS))
+    check_last_dim_contiguous(**{name: pages})
+    check(
+        (scale is not None) == (pages.dtype in LIMITS),
+        f"scales of {name} are {'given' if scale is not None else 'None'} with {pages.dtype} pages",
+        "int8 and float8 pages come with scales, float pages without",
+        f"Pass {'no ' if scale is not None else ''}scales",
+    )
+    if scale is not None:
+        check_shape(f"scale of {name}", scale, tuple(pages.shape[:3]))
+        check_dtype(f"scale of {name}", scale, (torch.float32,))
+        check(
+            scale.is_contiguous(),
+            f"scale of {name} has strides {scale.stride()}",
+            f"scale of {name} must be contiguous",
+            "Copy it",
+        )
+
+
+def check_write(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """What writing k and v to pages needs. On the CPU, that the slots exist as well."""
+    check_pages("k_pages", k_pages, k_scale)
+    check_pages("v_pages", v_pages, v_scale)
+    check_shape("v_pages", v_pages, tuple(k_pages.shape))
+    check_dtype("v_pages", v_pages, (k_pages.dtype,))
+    check(
+        k_pages.stride() == v_pages.stride(),
+        f"k_pages has strides {k_pages.stride()}, v_pages {v_pages.stride()}",
+        "K and V pages must be laid out alike",
+        "Allocate both pools the same way",
+    )
+    check_shape("k", k, (None, *k_pages.shape[2:]))
+    check_shape("v", v, tuple(k.shape))
+    check_shape("slot_mapping", slot_mapping, (k.shape[0],))
+    check_dtype("k", k, FLOATS)
+    check_dtype("v", v, (k.dtype,))
+    check_dtype("slot_mapping", slot_mapping, (torch.int64,))
+    check_same_device(
+        k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
+    )
+    check_last_dim_contiguous(k=k, v=v, slot_mapping=slot_mapping)
+    if slot_mapping.device.type == "cpu":
+        num_slots = k_pages.shape[0] * k_pages.shape[1]
+        largest = as_array(slot_mapping).max(initial=-1)
+        check(
+            largest < num_slots,
+            f"slot_mapping holds {largest}",
+            f"slots are numbered 0 to {num_slots - 1}; a negative one writes nothing",
+            "Take slots from pages of this pool",
+        )
+
+
+def write_by_definition(
+    define: Callable,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> np.ndarray | None:
+    """Let a definition write to pages of one slot, one for each token; what it wrote then goes to the slots.
+
+    NumPy lacks two of the dtypes of pages, and a pool is too large to convert.
+
+    Args:
+        define: called with arrays k_pages, v_pages, slot_mapping, k_scale, v_scale.
+    """
+    num_tokens = slot_mapping.shape[0]
+    written = [
+        None
+        if tensor is None
+        else np.empty((num_tokens, 1, *tensor.shape[2:]), np.int8 if tensor.dtype == torch.int8 else np.float32)
+        for tensor in (k_pages, v_pages, k_scale, v_scale)
+    ]
+    result = define(written[0], written[1], np.arange(num_tokens), written[2], written[3])
+    kept = slot_mapping >= 0
+    slots = slot_mapping[kept]
+    page, place = slots // k_pages.shape[1], slots % k_pages.shape[1]
+    for tensor, rows in zip((k_pages, v_pages, k_scale, v_scale), written, strict=True):
+        if tensor is not None:
+            tensor[page, place] = as_tensor(rows[:, 0], like=tensor)[kept]
+    return result
+
+
+def write_blocks(num_heads: int, head_dim: int) -> tuple[int, int]:
+    """(BLOCK_HEADS, BLOCK_DIM): about TILE elements a program."""
+    block_dim = triton.next_power_of_2(head_dim)
+    return min(triton.next_power_of_2(num_heads), max(1, TILE // block_dim)), block_dim
+
+
+def as_codes(pages: Tensor) -> Tensor:
+    """Pages as a kernel writes them: e4m3 as its bits."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages

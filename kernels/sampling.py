@@ -1,0 +1,490 @@
+"""Drawing the next token on the device: greedy, or temperature with top-k, top-p and min-p; repetition penalty first.
+
+    token = argmax over the tokens kept of (logit - largest) / temperature - log(e),  e = -log(1 - u)   (Gumbel, 1954)
+
+u comes from Philox4x32-10, keyed by (seed, step, token): a sequence's token depends on nothing beside it. The NumPy
+definition, which states the filters, draws the same numbers.
+Layout: logits [num_seqs, vocab], last dimension contiguous; every parameter a tensor [num_seqs] on the device, so that
+a captured graph can be replayed with other values.
+One program owns a chunk of CHUNK tokens of one row; a last program for each row compares the chunks' winners.
+Top-k and top-p are one search: the smallest value such that all larger values weigh less than a bound (weight 1 and
+bound k; weight p and bound top_p). It runs on the float's order-preserving integer image, BITS bits a launch: each
+program adds up its chunk's weights by the next digit, and the next launch sums the chunks in a fixed order and chooses
+the digit. No sort; exact, but for the rounding of the weights' sums.
+Numerics: float32 throughout; sums in a fixed order, so the same call gives the same token.
+Moves: the logits once when greedy, 2 times when drawing, and 8 times more for each of top-k and top-p (from L2).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+from .backend import as_array, as_tensor, runs_numpy
+from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .operators import operator
+
+CHUNK = 1024
+BITS = tl.constexpr(4)
+LEVELS = 32 // BITS.value
+_DIGITS = tl.constexpr(2**BITS.value)
+_TINY = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def _load_chunk(
+    logits_ptr,  # [num_seqs, vocab]
+    seen_ptr,  # [num_seqs, vocab], read if PENALISED
+    penalty_ptr,  # [num_seqs], read if PENALISED
+    logits_stride,
+    seen_stride,
+    row,
+    offs,
+    vocab_size,
+    PENALISED: tl.constexpr,
+):
+    """A row's logits in float32, penalised; -inf past the vocabulary."""
+    mask = offs < vocab_size
+    logits = tl.load(logits_ptr + row * logits_stride + offs, mask=mask, other=float("-inf")).to(tl.float32)
+    if PENALISED:
+        penalty = tl.broadcast_to(tl.load(penalty_ptr + row), logits.shape)
+        seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=0) != 0
+        penalised = tl.where(logits < 0.0, logits * penalty, tl.div_rn(logits, penalty))
+        logits = tl.where(seen, penalised, logits)
+    return logits
+
+
+@triton.jit
+def _image(x):
+    """uint32 in the order of the floats; both zeros alike."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
+    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def _relative(logits, largest, temperature):
+    """(logits - largest) / temperature; 0 at the largest even if that is infinite."""
+    return tl.where(logits == largest, 0.0, (logits - largest) / temperature)
+
+
+@triton.jit
+def _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr):
+    offs = tl.arange(0, BLOCK_CHUNKS)
+    return tl.max(tl.load(maxima_ptr + row * num_chunks + offs, mask=offs < num_chunks, other=float("-inf")))
+
+
+@triton.jit
+def _positive_temperature(temperature_ptr, row):
+    """That of a row that draws; 1 for a greedy row, whose weights are not used."""
+    temperature = tl.load(temperature_ptr + row)
+    return tl.where(temperature > 0.0, temperature, 1.0)
+
+
+@triton.jit
+def _max_kernel(
+    logits_ptr,  # [num_seqs, vocab]
+    seen_ptr,  # [num_seqs, vocab], read if PENALISED
+    penalty_ptr,  # [num_seqs], read if PENALISED
+    maxima_ptr,  # [num_seqs, num_chunks]
+    logits_stride,
+    seen_stride,
+    vocab_size,
+    PENALISED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    logits = _load_chunk(
+        logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
+    )
+    largest = tl.max(tl.where(logits != logits, float("-inf"), logits))
+    tl.store(maxima_ptr + row * tl.num_programs(0) + chunk, largest)
+
+
+@triton.jit
+def _resume_search(
+    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS]
+    prefix_ptr,  # [LEVELS, num_seqs]
+    above_ptr,  # [LEVELS, num_seqs]
+    bound_ptr,  # [LEVELS, num_seqs]
+    limit_ptr,  # [num_seqs]
+    row,
+    num_seqs,
+    num_chunks,
+    LEVEL: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    """After LEVEL digits: those digits, the weight of everything larger than they allow, and the bound."""
+    if LEVEL == 0:
+        return tl.zeros([], tl.uint32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+    before = (LEVEL - 1) * num_seqs + row
+    digits = tl.arange(0, _DIGITS)
+    chunks = tl.arange(0, BLOCK_CHUNKS)
+    offs = (before * num_chunks + chunks[:, None]) * _DIGITS + digits[None, :]
+    weights = tl.sum(tl.load(sums_ptr + offs, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
+    if LEVEL == 1:
+        prefix, above = tl.zeros([], tl.uint32), tl.zeros([], tl.float32)
+        limit = tl.load(limit_ptr + row).to(tl.float32)
+        if WEIGHTED:
+            bound = tl.where(limit < 1.0, tl.maximum(limit * tl.sum(weights), _TINY), float("inf"))
+        else:
+            bound = tl.where(limit > 0.0, limit, float("inf"))
+    else:
+        prefix = tl.load(prefix_ptr + before).to(tl.uint32, bitcast=True)
+        above = tl.load(above_ptr + before)
+        bound = tl.load(bound_ptr + before)
+    larger = tl.where(digits[:, None] > digits[None, :], weights[:, None], 0.0)
+    weight_above = above + tl.sum(larger, axis=0)
+    digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS - 1))
+    above = tl.sum(tl.where(digits == digit, weight_above, 0.0))
+    return (prefix << BITS) | digit.to(tl.uint32), above, bound
+
+
+@triton.jit
+def _narrow_kernel(
+    logits_ptr,  # [num_seqs, vocab]
+    seen_ptr,  # [num_seqs, vocab], read if PENALISED
+    penalty_ptr,  # [num_seqs], read if PENALISED
+    maxima_ptr,  # [num_seqs, num_chunks], read if WEIGHTED
+    temperature_ptr,  # [num_seqs], read if WEIGHTED
+    limit_ptr,  # [num_seqs], top_p if WEIGHTED, else top_k
+    floor_ptr,  # [num_seqs], image of the smallest value that an earlier search kept
+    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS], weights by digit; row LEVEL is written
+    prefix_ptr,  # [LEVELS, num_seqs], the digits found before a level
+    above_ptr,  # [LEVELS, num_seqs], weight of the values larger than every one with those digits
+    bound_ptr,  # [LEVELS, num_seqs]
+    logits_stride,
+    seen_stride,
+    vocab_size,
+    num_seqs,
+    PENALISED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LEVEL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,  # power of two >= num_chunks
+):
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_chunks = tl.num_programs(0)
+    prefix, above, bound = _resume_search(
+        sums_ptr, prefix_ptr, above_ptr, bound_ptr, limit_ptr, row, num_seqs, num_chunks, LEVEL, WEIGHTED, BLOCK_CHUNKS
+    )
+    if chunk == 0:
+        here = LEVEL * num_seqs + row
+        tl.store(prefix_ptr + here, prefix.to(tl.int32, bitcast=True))
+        tl.store(above_ptr + here, above)
+        tl.store(bound_ptr + here, bound)
+
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    logits = _load_chunk(
+        logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
+    )
+    image = _image(logits)
+    candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
+    if LEVEL > 0:
+        candidate = candidate & (image >> (32 - LEVEL * BITS) == prefix)
+    weight = tl.full([CHUNK], 1.0, tl.float32)
+    if WEIGHTED:
+        temperature = _positive_temperature(temperature_ptr, row)
+        weight = tl.exp(_relative(logits, _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS), temperature))
+    digits = tl.arange(0, _DIGITS)
+    digit = ((image >> (32 - (LEVEL + 1) * BITS)) & (_DIGITS - 1)).to(tl.int32)
+    chosen = candidate[:, None] & (digit[:, None] == digits[None, :])
+    sums = tl.sum(tl.where(chosen, weight[:, None], 0.0), axis=0)
+    tl.store(sums_ptr + ((LEVEL * num_seqs + row) * num_chunks + chunk) * _DIGITS + digits, sums)
+
+
+@triton.jit
+def _raise_floor_kernel(
+    limit_ptr,  # [num_seqs]
+    floor_ptr,  # [num_seqs]
+    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS]
+    prefix_ptr,  # [LEVELS, num_seqs]
+    above_ptr,  # [LEVELS, num_seqs]
+    bound_ptr,  # [LEVELS, num_seqs]
+    num_seqs,
+    num_chunks,
+    WEIGHTED: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    found, _, _ = _resume_search(
+        sums_ptr, prefix_ptr, above_ptr, bound_ptr, limit_ptr, row, num_seqs, num_chunks, LEVELS, WEIGHTED, BLOCK_CHUNKS
+    )
+    floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
+    tl.store(floor_ptr + row, tl.maximum(floor, found).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _exponential(seed, step, tokens):
+    """-log(1 - u) for u of (seed, step, token): standard exponential variates, to full precision near 0 as well."""
+    low, high = (step & 0xFFFFFFFF).to(tl.uint32), ((step >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    counter = tokens.to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, counter, counter * 0 + low, counter * 0 + high, counter * 0)
+    u = tl.minimum(word.to(tl.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24)
+    rest = 1.0 - u
+    # The rounding of 1 - u moves the log by the same factor as it moves u (Kahan's log1p).
+    return tl.where(rest == 1.0, u, -tl.log(rest) * (u / (1.0 - rest)))
+
+
+@triton.jit
+def _choose_kernel(
+    logits_ptr,  # [num_seqs, vocab]
+    seen_ptr,  # [num_seqs, vocab], read if PENALISED
+    penalty_ptr,  # [num_seqs], read if PENALISED
+    maxima_ptr,  # [num_seqs, num_chunks], read if DRAWS, as all up to steps
+    temperature_ptr,  # [num_seqs]
+    min_p_ptr,  # [num_seqs], read if MIN_P
+    floor_ptr,  # [num_seqs], read if FLOOR
+    seeds_ptr,  # [num_seqs]
+    steps_ptr,  # [num_seqs]
+    scores_ptr,  # [num_seqs, num_chunks], the winner's
+    winners_ptr,  # [num_seqs, num_chunks], tokens; -1 if the chunk holds a NaN
+    logits_stride,
+    seen_stride,
+    vocab_size,
+    PENALISED: tl.constexpr,
+    DRAWS: tl.constexpr,  # False: every row is greedy
+    FLOOR: tl.constexpr,
+    MIN_P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_chunks = tl.num_programs(0)
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    logits = _load_chunk(
+        logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
+    )
+    has_nan = tl.max((logits != logits).to(tl.int32)) != 0
+    score = tl.where(logits != logits, float("-inf"), logits)
+    if DRAWS:
+        temperature = tl.load(temperature_ptr + row)
+        if temperature > 0.0:
+            largest = _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS)
+            relative = _relative(score, largest, temperature)
+            kept = offs < vocab_size
+            if FLOOR:
+                kept = kept & (_image(score) >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
+            if MIN_P:
+                kept = kept & (relative >= tl.log(tl.load(min_p_ptr + row)))
+            noise = -tl.log(_exponential(tl.load(seeds_ptr + row), tl.load(steps_ptr + row), offs))
+            score = tl.where(kept, relative + noise, float("-inf"))
+    winner = chunk * CHUNK + tl.argmax(score, axis=0)
+    tl.store(scores_ptr + row * num_chunks + chunk, tl.max(score))
+    tl.store(winners_ptr + row * num_chunks + chunk, tl.where(has_nan, -1, winner))
+
+
+@triton.jit
+def _last_kernel(
+    scores_ptr,  # [num_seqs, num_chunks]
+    winners_ptr,  # [num_seqs, num_chunks]
+    out_ptr,  # [num_seqs]
+    num_chunks,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_CHUNKS)
+    mask = offs < num_chunks
+    scores = tl.load(scores_ptr + row * num_chunks + offs, mask=mask, other=float("-inf"))
+    winners = tl.load(winners_ptr + row * num_chunks + offs, mask=mask, other=0)
+    best = tl.sum(tl.where(offs == tl.argmax(scores, axis=0), winners, 0))
+    tl.store(out_ptr + row, tl.where(tl.min(winners) < 0, -1, best))
+
+
+def _sample_fake(
+    logits: Tensor,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seeds: Tensor | None = None,
+    steps: Tensor | None = None,
+    penalty: Tensor | None = None,
+    seen: Tensor | None = None,
+    *,
+    vocab_size: int | None = None,
+) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
+
+
+@operator(_sample_fake)
+def sample(
+    logits: Tensor,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seeds: Tensor | None = None,
+    steps: Tensor | None = None,
+    penalty: Tensor | None = None,
+    seen: Tensor | None = None,
+    *,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Draw one token for each sequence. A parameter that is None is off for every sequence, and costs nothing.
+
+    Args:
+        logits: [num_seqs, vocab], float32, float16 or bfloat16.
+        temperature: float32 [num_seqs]; 0 is greedy: the largest logit, the lowest token among equals.
+        top_k: int32 [num_seqs], 0 for off; keeps every token that equals the k-th.
+        top_p: float32 [num_seqs], 1 for off.
+        min_p: float32 [num_seqs], 0 for off.
+        seeds: int64 [num_seqs], needed with ``temperature``.
+        steps: int64 [num_seqs], needed with ``temperature``: how many tokens the sequence has drawn before.
+        penalty: float32 [num_seqs], 1 for off; positive.
+        seen: bool or uint8 [num_seqs, vocab], needed with ``penalty``: the tokens it applies to.
+        vocab_size: tokens from here on are padding and never drawn; the width of ``logits`` by default.
+
+    Returns:
+        int32 [num_seqs]; -1 for a row with a NaN among its logits.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices do not fit, or a parameter lacks the one it needs.
+    """
+    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    _check(logits, temperature, top_k, top_p, min_p, seeds, steps, penalty, seen, vocab_size)
+    if runs_numpy(logits):
+        parameters = (temperature, top_k, top_p, min_p, seeds, steps, penalty, seen)
+        arrays = [None if t is None else as_array(t) for t in parameters]
+        return as_tensor(
+            reference.sample(as_array(logits), *arrays, vocab_size=vocab_size), like=logits, dtype=torch.int32
+        )
+    num_seqs, device = logits.shape[0], logits.device
+    out = torch.empty(num_seqs, dtype=torch.int32, device=device)
+    if num_seqs == 0:
+        return out
+    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    grid = (num_chunks, num_seqs)
+    penalised = penalty is not None
+    sizes = {"CHUNK": CHUNK, "BLOCK_CHUNKS": triton.next_power_of_2(num_chunks)}
+    rows = (logits, seen, penalty)
+    strides = (logits.stride(0), seen.stride(0) if seen is not None else 0, vocab_size)
+    maxima = floor = None
+    if temperature is not None:
+        maxima = torch.empty(grid[::-1], dtype=torch.float32, device=device)
+        _max_kernel[grid](*rows, maxima, *strides, PENALISED=penalised, CHUNK=CHUNK)
+        if top_k is not None or top_p is not None:
+            floor = torch.zeros(num_seqs, dtype=torch.int32, device=device)
+        for limit, weighted in ((top_k, False), (top_p, True)):
+            if limit is not None:
+                _search(limit, weighted, rows, maxima, temperature, floor, strides, penalised, sizes)
+    scores = torch.empty(grid[::-1], dtype=torch.float32, device=device)
+    winners = torch.empty(grid[::-1], dtype=torch.int32, device=device)
+    _choose_kernel[grid](
+        *rows,
+        maxima,
+        temperature,
+        min_p,
+        floor,
+        seeds,
+        steps,
+        scores,
+        winners,
+        *strides,
+        PENALISED=penalised,
+        DRAWS=temperature is not None,
+        FLOOR=floor is not None,
+        MIN_P=min_p is not None,
+        **sizes,
+    )
+    _last_kernel[(num_seqs,)](scores, winners, out, num_chunks, BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"])
+    return out
+
+
+def _search(
+    limit: Tensor,
+    weighted: bool,
+    rows: tuple[Tensor | None, ...],
+    maxima: Tensor,
+    temperature: Tensor,
+    floor: Tensor,
+    strides: tuple[int, ...],
+    penalised: bool,
+    sizes: dict[str, int],
+) -> None:
+    """Raise ``floor`` to the image of the smallest value that the limit keeps."""
+    num_seqs, num_chunks = maxima.shape
+    sums = torch.empty((LEVELS, num_seqs, num_chunks, _DIGITS.value), dtype=torch.float32, device=maxima.device)
+    prefix = torch.empty((LEVELS, num_seqs), dtype=torch.int32, device=maxima.device)
+    above, bound = torch.empty((2, LEVELS, num_seqs), dtype=torch.float32, device=maxima.device)
+    state = (sums, prefix, above, bound)
+    for level in range(LEVELS):
+        _narrow_kernel[(num_chunks, num_seqs)](
+            *rows,
+            maxima,
+            temperature,
+            limit,
+            floor,
+            *state,
+            *strides,
+            num_seqs,
+            PENALISED=penalised,
+            WEIGHTED=weighted,
+            LEVEL=level,
+            **sizes,
+        )
+    _raise_floor_kernel[(num_seqs,)](
+        limit,
+        floor,
+        *state,
+        num_seqs,
+        num_chunks,
+        WEIGHTED=weighted,
+        LEVELS=LEVELS,
+        BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"],
+    )
+
+
+def _check(
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor | None,
+    steps: Tensor | None,
+    penalty: Tensor | None,
+    seen: Tensor | None,
+    vocab_size: int,
+) -> None:
+    check_shape("logits", logits, (None, None))
+    num_seqs, vocab = logits.shape
+    check_dtype("logits", logits, FLOATS)
+    check_last_dim_contiguous(logits=logits, seen=seen)
+    check(
+        0 < vocab_size <= vocab < 2**24,
+        f"vocab_size is {vocab_size}, logits has {vocab} columns",
+        "vocab_size must be 1 to the width of logits, which must be below 2^24",
+        "Pass the tokenizer's vocabulary size",
+    )
+    parameters = {
+        "temperature": (temperature, torch.float32),
+        "top_k": (top_k, torch.int32),
+        "top_p": (top_p, torch.float32),
+        "min_p": (min_p, torch.float32),
+        "seeds": (seeds, torch.int64),
+        "steps": (steps, torch.int64),
+        "penalty": (penalty, torch.float32),
+    }
+    for name, (tensor, dtype) in parameters.items():
+        if tensor is not None:
+            check_shape(name, tensor, (num_seqs,))
+            check_dtype(name, tensor, (dtype,))
+            check_last_dim_contiguous(**{name: tensor})
+    if seen is not None:
+        check_shape("seen", seen, (num_seqs, vocab))
+        check_dtype("seen", seen, (torch.bool, torch.uint8))
+    check_same_device(logits=logits, seen=seen, **{name: tensor for name, (tensor, _) in parameters.items()})
+    needs = (("temperature", temperature, "seeds", seeds), ("temperature", temperature, "steps", steps))
+    for name, tensor, needed_name, needed in (*needs, ("penalty", penalty, "seen", seen)):
+        check(
+            tensor is None or needed is not None,
+            f"{name} without {needed_name}",
+            f"{name} needs {needed_name}",
+            f"Pass {needed_name} too",
+        )
