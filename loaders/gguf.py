@@ -35,26 +35,7 @@ from .gguf_types import TYPE_SIZES, ByteOrder, Header, StringArray, TensorInfo
 
 __all__ = ["GGUFError", "GGUFFile", "Metadata", "MissingKeyError", "StringArray", "TensorInfo", "read_gguf"]
 
-_MAGIC = b"GGUF"
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
-
-# What people pass instead of GGUF, by how it begins.
-_MISTAKEN = [
-    (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for", "Run git lfs pull in its repository"),
-    (
-        b"PK\x03\x04",
-        "a zip archive, as PyTorch writes",
-        "Convert the checkpoint with llama.cpp's convert_hf_to_gguf.py",
-    ),
-    (b"ggjt", "a GGJT file, the format before GGUF", "Convert the original checkpoint again"),
-    (b"tjgg", "a GGJT file, the format before GGUF", "Convert the original checkpoint again"),
-    (b"lmgg", "a GGML file, the format before GGUF", "Convert the original checkpoint again"),
-    (b"fmgg", "a GGMF file, the format before GGUF", "Convert the original checkpoint again"),
-    (b"\x1f\x8b", "a gzip archive", "Unpack it first"),
-    (b"<", "a web page or XML", "The download gave a page instead of the file: download it again"),
-    (b"FUGG", "GGUF's first bytes in reverse order", "Its writer is at fault: convert the checkpoint again"),
-    (b"{", "JSON", "Name the .gguf file itself"),
-]
 
 # Byte offsets of the 16-bit fields of one block; the rest of the block is single bytes.
 _WIDE_FIELDS: dict[str, tuple[int, ...]] = {
@@ -249,22 +230,7 @@ def _open(path: Path, file_index: int) -> tuple[np.ndarray, Header]:
         if isinstance(error, GGUFError):
             raise
         refuse(f"cannot be opened ({error})", "the file must be readable", "Check its permissions and the disk")
-    _check_magic(bytes(mapped[:32]), path)
     return mapped, parse_header(memoryview(mapped), str(path), file_index)
-
-
-def _check_magic(start: bytes, path: Path) -> None:
-    if start.startswith(_MAGIC):
-        return
-    found, remedy = f"starts with {start[:4]!r}", DAMAGED
-    if start[8:9] == b"{":
-        found, remedy = "a safetensors file", "Load the folder that holds it, with its config.json"
-    else:
-        for signature, what, cure in _MISTAKEN:
-            if start.startswith(signature):
-                found, remedy = what, cure
-                break
-    raise GGUFError(found, rule="a GGUF file starts with the bytes GGUF", remedy=remedy, path=str(path), offset=0)
 
 
 def _shards(first: Path, split: Metadata, count: int) -> list[Path]:

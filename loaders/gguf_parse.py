@@ -25,6 +25,7 @@ from .gguf_types import (
     ARRAY,
     BOOL,
     GGML_TYPES,
+    MISTAKEN,
     REMOVED_GGML_TYPES,
     SCALARS,
     STRING,
@@ -77,17 +78,20 @@ class _Cursor:
                 "The file is cut short or damaged: compare its size with the source's and download it again",
             )
 
-    def number(self, code: str, what: str) -> Any:
-        layout = self.prefix + code
+    def numbers(self, codes: str, what: str) -> tuple[Any, ...]:
+        layout = self.prefix + codes
         size = struct.calcsize(layout)
         self.need(size, what)
-        (value,) = struct.unpack_from(layout, self.data, self.position)
+        values = struct.unpack_from(layout, self.data, self.position)
         self.position += size
-        return value
+        return values
+
+    def number(self, code: str, what: str) -> Any:
+        return self.numbers(code, what)[0]
 
     def text(self, what: str, max_bytes: int = MAX_STRING_BYTES) -> str:
         start = self.position
-        length = self.number("Q", f"the length of {what}")
+        length = self.number("Q", what)
         if length > max_bytes:
             self.fail(f"{what} has a length of {length} bytes", f"it may have at most {max_bytes}", at=start)
         self.need(length, what)
@@ -120,6 +124,7 @@ def parse_header(data: memoryview, path: str, file_index: int = 0) -> Header:
         GGUFError: the first rule that the bytes break, with the byte at which they do.
     """
     cursor = _Cursor(data, path)
+    _magic(cursor)
     version = _version(cursor)
     tensor_count = _count(cursor, "tensor count", MAX_TENSORS, MIN_TENSOR_INFO_BYTES)
     key_count = _count(cursor, "key count", MAX_KEYS, MIN_KEY_VALUE_BYTES)
@@ -134,8 +139,21 @@ def parse_header(data: memoryview, path: str, file_index: int = 0) -> Header:
     return Header(version, cursor.order, alignment, metadata, value_offsets, tensors, data_start)
 
 
+def _magic(cursor: _Cursor) -> None:
+    start = bytes(cursor.data[:32])
+    if not start.startswith(b"GGUF"):
+        found, remedy = f"starts with {start[:4]!r}", DAMAGED
+        if start[8:9] == b"{":
+            found, remedy = "a safetensors file", "Load the folder that holds it, with its config.json"
+        for signature, what, cure in MISTAKEN:
+            if start.startswith(signature):
+                found, remedy = what, cure
+                break
+        cursor.fail(found, "a GGUF file starts with the bytes GGUF", remedy)
+    cursor.position = 4
+
+
 def _version(cursor: _Cursor) -> int:
-    cursor.position = 4  # the magic was matched when the file was opened
     version = cursor.number("I", "the version")
     if version & 0xFFFF == 0:  # the number's low half is never 0: the file has the other byte order
         cursor.order, cursor.position = "big", 4
@@ -292,7 +310,8 @@ def _tensor_info(cursor: _Cursor, index: int) -> _ListedTensor:
     if not 1 <= n_dims <= MAX_DIMS:
         cursor.fail(f"{n_dims} dimensions", f"a tensor has 1 to {MAX_DIMS}", at=at)
     dims_at = cursor.position
-    dims = [cursor.number("Q", "a dimension") for _ in range(n_dims)]
+    *dims, kind, offset = cursor.numbers(f"{n_dims}QIQ", "the tensor's dimensions, type and offset")
+    kind_at, offset_at = dims_at + 8 * n_dims, dims_at + 8 * n_dims + 4
     n_elements = 1
     for i, dim in enumerate(dims):
         n_elements *= dim
@@ -300,17 +319,13 @@ def _tensor_info(cursor: _Cursor, index: int) -> _ListedTensor:
             cursor.fail(f"dimension {i} is 0", "every dimension is at least 1", at=dims_at + 8 * i)
         if n_elements >= 2**63:
             cursor.fail(f"dimensions {dims}", "their product is below 2^63", at=dims_at + 8 * i)
-    at = cursor.position
-    kind = cursor.number("I", "the tensor's type")
     if kind not in GGML_TYPES:
-        _refuse_type(cursor, kind, at)
+        _refuse_type(cursor, kind, kind_at)
     type_name, block, block_bytes = GGML_TYPES[kind]
     if dims[0] % block:
         cursor.fail(
             f"rows of {dims[0]} elements in type {type_name}", f"a row holds whole blocks of {block}", at=dims_at
         )
-    offset_at = cursor.position
-    offset = cursor.number("Q", "the tensor's offset")
     nbytes = n_elements // block * block_bytes
     return _ListedTensor(start, name, type_name, tuple(reversed(dims)), n_elements, nbytes, offset, offset_at)
 
@@ -351,7 +366,7 @@ def _place(cursor: _Cursor, listed: list[_ListedTensor], alignment: int, file_in
                 f"tensors lie one after another without gap or overlap, so it must be {expected}",
                 at=tensor.offset_at,
             )
-        cursor.need(tensor.nbytes, f"its data ({tensor.nbytes} bytes of {tensor.ggml_type} {list(tensor.shape)})")
+        cursor.need(tensor.nbytes, "its data")
         tensors[tensor.name] = TensorInfo(
             tensor.name,
             tensor.ggml_type,
@@ -365,7 +380,7 @@ def _place(cursor: _Cursor, listed: list[_ListedTensor], alignment: int, file_in
         padding = -tensor.nbytes % alignment
         if i == len(listed) - 1:
             padding = min(padding, cursor.size - cursor.position)
-        cursor.zeros(padding, f"the padding after tensor {tensor.name!r}")
+        cursor.zeros(padding, "the padding after its data")
     cursor.reading = "the end of the file"
     if cursor.position != cursor.size:
         cursor.fail(

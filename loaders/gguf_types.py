@@ -29,6 +29,24 @@ REMOVED_GGML_TYPES = {
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
 
+# What people pass instead of GGUF, by how it begins.
+MISTAKEN = [
+    (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for", "Run git lfs pull in its repository"),
+    (
+        b"PK\x03\x04",
+        "a zip archive, as PyTorch writes",
+        "Convert the checkpoint with llama.cpp's convert_hf_to_gguf.py",
+    ),
+    (b"ggjt", "a GGJT file, the format before GGUF", "Convert the original checkpoint again"),
+    (b"tjgg", "a GGJT file, the format before GGUF", "Convert the original checkpoint again"),
+    (b"lmgg", "a GGML file, the format before GGUF", "Convert the original checkpoint again"),
+    (b"fmgg", "a GGMF file, the format before GGUF", "Convert the original checkpoint again"),
+    (b"\x1f\x8b", "a gzip archive", "Unpack it first"),
+    (b"<", "a web page or XML", "The download gave a page instead of the file: download it again"),
+    (b"FUGG", "GGUF's first bytes in reverse order", "Its writer is at fault: convert the checkpoint again"),
+    (b"{", "JSON", "Name the .gguf file itself"),
+]
+
 
 class StringArray(Sequence[str]):
     """The strings of a metadata array, decoded when asked for. 16 bytes a string beyond its text; valid after close.

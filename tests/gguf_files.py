@@ -64,25 +64,25 @@ def gguf_bytes(
     pad_last: bool = True,
 ) -> bytes:
     """The file of these parts, right in everything that the arguments do not falsify."""
-    out = b"GGUF" + number(U32, version, order)
-    out += number(U64, len(tensors) if tensor_count is None else tensor_count, order)
-    out += number(U64, len(keys) if key_count is None else key_count, order)
-    out += b"".join(keys)
+    parts = [b"GGUF", number(U32, version, order)]
+    parts.append(number(U64, len(tensors) if tensor_count is None else tensor_count, order))
+    parts.append(number(U64, len(keys) if key_count is None else key_count, order))
+    parts += keys
     offset = 0
     for tensor in tensors:
-        out += text(tensor.name, order)
-        out += number(U32, len(tensor.dims) if tensor.n_dims is None else tensor.n_dims, order)
-        out += b"".join(number(U64, dim, order) for dim in tensor.dims)
-        out += number(U32, tensor.kind, order)
-        out += number(U64, offset if tensor.offset is None else tensor.offset, order)
+        parts.append(text(tensor.name, order))
+        parts.append(number(U32, len(tensor.dims) if tensor.n_dims is None else tensor.n_dims, order))
+        parts += [number(U64, dim, order) for dim in tensor.dims]
+        parts.append(number(U32, tensor.kind, order))
+        parts.append(number(U64, offset if tensor.offset is None else tensor.offset, order))
         offset += len(tensor.data) + -len(tensor.data) % alignment
-    if tensors:
-        out += bytes(-len(out) % alignment)
+    header = b"".join(parts)
+    parts = [header, bytes(-len(header) % alignment if tensors else 0)]
     for i, tensor in enumerate(tensors):
-        out += tensor.data
+        parts.append(tensor.data)
         if pad_last or i < len(tensors) - 1:
-            out += bytes(-len(tensor.data) % alignment)
-    return out
+            parts.append(bytes(-len(tensor.data) % alignment))
+    return b"".join(parts)
 
 
 def random_tensor(rng: np.random.Generator, kind: GGMLQuantizationType, rows: int, blocks: int) -> np.ndarray:
