@@ -6,9 +6,13 @@ from .backend import INTERPRETED, backend_for, use_backend
 from .dequantize import dequantize
 from .embedding import embedding
 from .errors import KernelInputError, RooflamaError
+from .mlp import swiglu
 from .norm import add_rms_norm, rms_norm
+from .paged_cache import copy_pages, gather_kv, write_kv
 from .quantized_matmul import quantized_matmul
 from .quantized_tensor import LAYOUTS, QuantizedTensor, resident_form
+from .rope import rope, rope_and_cache_write
+from .sampling import sample
 
 __all__ = [
     "INTERPRETED",
@@ -20,10 +24,17 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "backend_for",
+    "copy_pages",
     "dequantize",
     "embedding",
+    "gather_kv",
     "quantized_matmul",
     "resident_form",
     "rms_norm",
+    "rope",
+    "rope_and_cache_write",
+    "sample",
+    "swiglu",
     "use_backend",
+    "write_kv",
 ]

@@ -8,15 +8,26 @@ on a machine without a GPU. Imports NumPy and nothing else.
 from .attention import attention_decode, attention_prefill
 from .dequantize import dequantize
 from .embedding import embedding
+from .mlp import swiglu
 from .norm import add_rms_norm, rms_norm
+from .paged_cache import copy_pages, gather_kv, write_kv
 from .quantized_matmul import quantized_matmul
+from .rope import rope, rope_and_cache_write
+from .sampling import sample
 
 __all__ = [
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
+    "copy_pages",
     "dequantize",
     "embedding",
+    "gather_kv",
     "quantized_matmul",
     "rms_norm",
+    "rope",
+    "rope_and_cache_write",
+    "sample",
+    "swiglu",
+    "write_kv",
 ]
