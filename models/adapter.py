@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from . import llama
+from . import llama, phi3, qwen
 from .config import ModelConfig
 from .decoder import Step
 from .metadata import ConfigError
@@ -28,6 +28,9 @@ class Adapter(Protocol):
 
 ADAPTERS: dict[str, Adapter] = {
     "llama": llama,
+    "phi3": phi3,
+    "qwen2": qwen,
+    "qwen3": qwen,
 }
 
 

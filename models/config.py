@@ -24,7 +24,7 @@ class ModelConfig:
         rope: the rotary embedding.
         sliding_windows: per layer, keys a query sees, itself included; 0 = all before it.
         tied_embeddings: the output projection is the token embedding.
-        qkv_bias, output_bias: whether the attention's projections add a bias.
+        qkv_bias, output_bias, ffn_bias: which projections add a bias: those into attention, out of it, feed-forward.
         qk_norm: whether each query and key head is normed before rotation.
     """
 
@@ -45,6 +45,7 @@ class ModelConfig:
     tied_embeddings: bool
     qkv_bias: bool = False
     output_bias: bool = False
+    ffn_bias: bool = False
     qk_norm: bool = False
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from rooflama.kernels import sample
 from .decoder import Decoder, Step
 from .kv_cache import PagedKVCache
 from .metadata import ConfigError
-from .rope import choose_factor_set, rope_tables
+from .rope import FactorSetPolicy, choose_factor_set, rope_tables
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,21 @@ class Engine:
         max_context: tokens a sequence may reach, prompt included.
         dtype: of activations.
         prefill_chunk: tokens a prefill pass takes at most.
+        longrope: which of LongRoPE's two sets a sequence gets: by its planned length, or always the same.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: PagedKVCache, *, max_context: int, dtype: torch.dtype, prefill_chunk: int
+        self,
+        decoder: Decoder,
+        cache: PagedKVCache,
+        *,
+        max_context: int,
+        dtype: torch.dtype,
+        prefill_chunk: int,
+        longrope: FactorSetPolicy = "auto",
     ):
+        choose_factor_set(decoder.config.rope, 0, longrope)  # refuses an unknown policy
+        self.longrope = longrope
         self.decoder, self.cache = decoder, cache
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
@@ -104,7 +114,7 @@ class Engine:
         spec = self.decoder.config.rope
         if spec.kind != "longrope":
             return 0
-        return self.max_context if choose_factor_set(spec, planned_tokens) == "long" else 0
+        return self.max_context if choose_factor_set(spec, planned_tokens, self.longrope) == "long" else 0
 
     def block_table(self, sequence_ids: list[int]) -> Tensor:
         return self.cache.block_table(sequence_ids, self.cache.pages_for(self.max_context)).to(self.device)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from rooflama.kernels import RooflamaError
 
@@ -14,6 +17,7 @@ class ConfigError(RooflamaError, ValueError):
 
 
 _REQUIRED: Any = object()
+DAMAGED = "The file is damaged or was converted wrongly"
 
 
 class Hyperparameters:
@@ -43,31 +47,40 @@ class Hyperparameters:
     def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
         """A whole number >= ``minimum``. An array, one entry a layer, counts if all its entries are equal."""
         value = self._get(key, default)
-        if not isinstance(value, str | bytes) and hasattr(value, "__len__"):
-            distinct = sorted({int(v) for v in value})
-            if len(distinct) != 1:
-                self._refuse(
-                    key, value, "layers of different shapes are not supported", "Use a model with equal layers"
-                )
-            value = distinct[0]
-        if isinstance(value, bool) or int(value) != value or value < minimum:
-            self._refuse(
-                key, value, f"must be a whole number >= {minimum}", "The file is damaged or was converted wrongly"
-            )
-        return int(value)
+        entries = list(value) if isinstance(value, np.ndarray | list | tuple) else [value]
+        for entry in entries:
+            if not _is_number(entry) or not math.isfinite(entry) or int(entry) != entry or entry < minimum:
+                self._refuse(key, value, f"must be a whole number >= {minimum}", DAMAGED)
+        if len({int(entry) for entry in entries}) != 1:
+            self._refuse(key, value, "layers of different shapes are not supported", "Use a model with equal layers")
+        return int(entries[0])
 
-    def real(self, key: str, default: Any = _REQUIRED, *, positive: bool = True) -> float:
-        """A finite float, > 0 unless ``positive`` is False."""
+    def real(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A finite float > 0; the default as it is."""
         value = self._get(key, default)
-        if isinstance(value, bool | str) or not math.isfinite(value) or (positive and value <= 0):
-            kind = "finite and > 0" if positive else "finite"
-            self._refuse(key, value, f"must be {kind}", "The file is damaged or was converted wrongly")
-        return float(value)
+        if self.has(key) and (not _is_number(value) or not math.isfinite(value) or value <= 0):
+            self._refuse(key, value, "must be a finite number > 0", DAMAGED)
+        return float(value) if self.has(key) else value
+
+    def booleans(self, key: str, default: tuple[bool, ...], *, length: int) -> tuple[bool, ...]:
+        """An array of ``length`` booleans, one a layer."""
+        value = self._get(key, default)
+        entries = list(value) if isinstance(value, np.ndarray | list | tuple) else []
+        if len(entries) != length or not all(isinstance(entry, bool | np.bool_) for entry in entries):
+            self._refuse(key, value, f"must be {length} booleans, one for each layer", DAMAGED)
+        return tuple(bool(entry) for entry in entries)
+
+    def mapping(self, key: str) -> Mapping[str, Any] | None:
+        """What a loader put there that no file can hold; None where it did not."""
+        value = self._get(key, None)
+        if value is not None and not isinstance(value, Mapping):
+            self._refuse(key, value, "must be a mapping", DAMAGED)
+        return value
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._get(key, default)
         if value is not None and not isinstance(value, str):
-            self._refuse(key, value, "must be a string", "The file is damaged or was converted wrongly")
+            self._refuse(key, value, "must be a string", DAMAGED)
         return value
 
     def _refuse(self, key: str, value: Any, rule: str, remedy: str) -> None:
@@ -84,3 +97,7 @@ class Hyperparameters:
                 rule=f"the {self.architecture} adapter does not know what that changes, and drops nothing silently",
                 remedy="Teach the adapter the key, or report the checkpoint",
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)

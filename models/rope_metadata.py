@@ -1,4 +1,8 @@
-"""The rotary embedding that a GGUF file describes, read as llama.cpp reads it."""
+"""The rotary embedding that a checkpoint describes.
+
+A GGUF file's keys are read as llama.cpp reads them. A Hugging Face folder's own parameters come whole under one key,
+``rope.huggingface``, which no file can hold: they say more than GGUF's keys can.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,8 @@ def read_rope(
         ConfigError: an unknown scaling type, or factors that contradict it.
         RopeError: numbers that describe no rotation.
     """
+    if (parameters := keys.mapping("rope.huggingface")) is not None:
+        return RopeSpec.from_hf(**parameters, head_dim=head_dim, max_position_embeddings=context_length)
     common = {
         "head_dim": head_dim,
         "rotary_dim": keys.integer("rope.dimension_count", head_dim),
@@ -37,15 +43,15 @@ def read_rope(
     }
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
     original_context = keys.integer("rope.scaling.original_context_length", context_length)
-    magnitude = keys.real("rope.scaling.attn_factor", 1.0)
+    magnitude = keys.real("rope.scaling.attn_factor", None)
     # A file without a type is linear to llama.cpp; Phi-3's files name no type and are told by their factor tensors.
-    kind = keys.text("rope.scaling.type", "longrope" if long_factors else "linear")
-
-    has_both_sets = bool(short_factors and long_factors)
-    if (kind == "longrope") != has_both_sets:
+    sets = [factors for factors in (short_factors, long_factors) if factors is not None]
+    kind = keys.text("rope.scaling.type", "longrope" if sets else "linear")
+    if len(sets) != (2 if kind == "longrope" else 0) or (sets and divisors is not None):
         raise ConfigError(
-            f"rope.scaling.type {kind!r} {'with' if has_both_sets else 'without'} both RoPE factor tensors",
-            rule="longrope needs rope_factors_short and rope_factors_long, and nothing else reads them",
+            f"rope.scaling.type {kind!r} with {len(sets)} of the tensors rope_factors_short and rope_factors_long"
+            + (" and with rope_freqs" if divisors is not None else ""),
+            rule="longrope needs both factor tensors and no other, and nothing else reads them",
             remedy="Convert the checkpoint again",
         )
     if kind == "longrope":
@@ -63,7 +69,7 @@ def read_rope(
         yarn = Yarn(
             factor=factor,
             original_context=original_context,
-            attention_factor=implied * magnitude,
+            attention_factor=implied * (magnitude or 1.0),
             beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0),
         )
@@ -74,7 +80,7 @@ def read_rope(
             rule="GGUF's types are none, linear, yarn and longrope",
             remedy="The file is newer than this release, or damaged",
         )
-    if magnitude != 1.0:
+    if magnitude not in (None, 1.0):
         raise ConfigError(
             f"rope.scaling.attn_factor {magnitude} with scaling type {kind!r}",
             rule="only yarn and longrope scale the attention",

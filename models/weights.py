@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import QuantizedTensor, concat_rows, quantized_matmul, resident_form
+from rooflama.kernels import QuantizedTensor, quantized_matmul, resident_form
 from rooflama.loaders.quant_layout import repack
 
 from .metadata import ConfigError, Hyperparameters
 
 if TYPE_CHECKING:
-    from rooflama.loaders.checkpoint import Checkpoint
+    from rooflama.loaders.checkpoint import Checkpoint, TensorInfo
     from rooflama.loaders.device import Device
+
+    from .config import ModelConfig
 
 
 class Projection:
@@ -69,8 +71,8 @@ class CheckpointReader:
             )
         return rows
 
-    def host_matrix(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
-        """A tensor in plane layout, in host memory. Raises ConfigError if it is missing or misshapen."""
+    def checked_info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """Where a tensor lies, now taken. Raises ConfigError if it is missing or misshapen."""
         if name not in self.checkpoint.tensors:
             raise ConfigError(
                 f"tensor {name} is missing",
@@ -85,6 +87,11 @@ class CheckpointReader:
                 remedy="The file's metadata and tensors disagree; convert it again",
             )
         self._taken.add(name)
+        return info
+
+    def host_matrix(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+        """A tensor in plane layout, in host memory. Raises ConfigError if it is missing or misshapen."""
+        info = self.checked_info(name, shape)
         return repack(self.checkpoint.data(name), info.ggml_type, shape[-1])
 
     def host_vector(self, name: str, size: int) -> Tensor:
@@ -152,33 +159,65 @@ class TensorSource(CheckpointReader):
         rows: dict[str, int],
         columns: int,
         *,
-        row_order: dict[str, np.ndarray] | None = None,
+        bias: bool | dict[str, int] = False,
+        row_order: np.ndarray | None = None,
     ) -> Projection:
         """Projections of one input stacked along their outputs, in the order of ``rows``: name -> number of rows.
 
-        Reads ``<prefix><name>.weight`` [rows, columns] and, where the file has it, ``<prefix><name>.bias`` [rows].
-        ``row_order`` names the projections whose rows (and biases) are reordered.
+        Args:
+            prefix: of the tensors ``<prefix><name>.weight`` [rows, columns] and ``<prefix><name>.bias`` [rows].
+            rows, columns: the shapes.
+            bias: whether each has one; or their own names and sizes, where those are not the weights'.
+            row_order: int64 [all rows], which stored row comes where; it moves no row out of its tensor.
         """
+        weight_names = [f"{prefix}{name}.weight" for name in rows]
+        bias_sizes = {f"{prefix}{name}.bias": size for name, size in (rows if bias is True else bias or {}).items()}
         parts: list[QuantizedTensor] = []
-        biases: list[Tensor] = []
-        names = []
-        for name, num_rows in rows.items():
-            weight_name, bias_name = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
-            part = self.host_matrix(weight_name, (num_rows, columns))
-            bias = self.host_vector(bias_name, num_rows) if self.has(bias_name) else None
-            names += [weight_name] if bias is None else [weight_name, bias_name]
-            if row_order and name in row_order:
-                order = torch.from_numpy(row_order[name])
-                part = part.take_rows(order)
-                bias = bias[order] if bias is not None else None
+        start = 0
+        for name, num_rows in zip(weight_names, rows.values(), strict=True):
+            part = self.host_matrix(name, (num_rows, columns))
+            if row_order is not None:
+                part = part.take_rows(torch.from_numpy(row_order[start : start + num_rows] - start))
+            start += num_rows
             if parts and parts[-1].ggml_type == part.ggml_type:
-                parts[-1] = concat_rows([parts[-1], part])
+                parts[-1] = QuantizedTensor.concat_rows([parts[-1], part])
             else:
                 parts.append(part)
-            biases.append(torch.zeros(num_rows) if bias is None else bias)
         label = f"{prefix}{{{','.join(rows)}}}"
-        has_bias = any(name.endswith(".bias") for name in names)
-        bias_on_device = self._place(torch.cat(biases), label) if has_bias else None
-        projection = Projection([self._upload(part, label) for part in parts], bias_on_device)
-        self._done(*names)
+        stacked_bias = None
+        if bias_sizes:
+            biases = torch.cat([self.host_vector(name, size) for name, size in bias_sizes.items()])
+            stacked_bias = self._place(biases if row_order is None else biases[torch.from_numpy(row_order)], label)
+        projection = Projection([self._upload(part, label) for part in parts], stacked_bias)
+        self._done(*weight_names, *bias_sizes)
         return projection
+
+    def qkv(self, prefix: str, config: ModelConfig) -> Projection:
+        """Queries, keys and values, from ``attn_q``, ``attn_k``, ``attn_v`` or from ``attn_qkv``, as the file has them.
+
+        Rows that the file stores as interleaved rotary pairs come out half-split.
+        """
+        head_dim = config.head_dim
+        sizes = {
+            "attn_q": config.num_heads * head_dim,
+            "attn_k": config.num_kv_heads * head_dim,
+            "attn_v": config.num_kv_heads * head_dim,
+        }
+        fused = {"attn_qkv": sum(sizes.values())}
+        row_order = None
+        if self.checkpoint.interleaved_rope_rows:
+            row_order = np.arange(fused["attn_qkv"])
+            rotated = unpair_rows(config.num_heads + config.num_kv_heads, head_dim, config.rope.rotary_dim)
+            row_order[: len(rotated)] = rotated
+        rows = fused if self.has(f"{prefix}attn_qkv.weight") else sizes
+        biases = fused if self.has(f"{prefix}attn_qkv.bias") else sizes
+        return self.projection(
+            prefix, rows, config.hidden_size, bias=biases if config.qkv_bias else False, row_order=row_order
+        )
+
+    def gate_up(self, prefix: str, config: ModelConfig) -> Projection:
+        """The feed-forward's gate, then its up projection: from ``ffn_gate`` and ``ffn_up``, or both in ``ffn_up``."""
+        inner = config.intermediate_size
+        separate = {"ffn_gate": inner, "ffn_up": inner}
+        rows = separate if self.has(f"{prefix}ffn_gate.weight") else {"ffn_up": 2 * inner}
+        return self.projection(prefix, rows, config.hidden_size, bias=config.ffn_bias)

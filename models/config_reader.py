@@ -1,0 +1,111 @@
+"""The part of a config that all families read alike. A family's page adds what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from .config import ModelConfig
+from .metadata import ConfigError, Hyperparameters
+from .rope import Yarn
+from .rope_metadata import read_rope
+from .weights import CheckpointReader
+
+FACTOR_TENSORS = {
+    "divisors": "rope_freqs.weight",
+    "short_factors": "rope_factors_short.weight",
+    "long_factors": "rope_factors_long.weight",
+}
+
+
+def read_decoder_config(
+    reader: CheckpointReader,
+    keys: Hyperparameters,
+    *,
+    softmax_scale: float | None = None,
+    qk_norm: bool = False,
+    qkv_bias: bool | None = None,
+    harmless: Collection[str] = (),
+) -> ModelConfig:
+    """The numbers of a decoder, from metadata and tensor shapes.
+
+    Args:
+        reader: the checkpoint.
+        keys: its hyperparameters; the family has read its own keys already.
+        softmax_scale: None for 1 / sqrt(head_dim).
+        qk_norm: whether the family norms query and key heads.
+        qkv_bias: True where the family always has the biases; None as the file says.
+        harmless: keys that the family knows and that change no result.
+
+    Raises:
+        ConfigError: a key is missing, out of range, contradicts another or the tensors, or is unknown.
+        RopeError: the rotary parameters describe no rotation.
+    """
+    hidden_size = keys.integer("embedding_length")
+    num_heads = keys.integer("attention.head_count")
+    head_dim = _head_dim(keys, hidden_size, num_heads)
+    context_length = keys.integer("context_length")
+    rope = read_rope(keys, head_dim=head_dim, context_length=context_length, **_factors(reader, keys, head_dim))
+    if isinstance(rope.scaling, Yarn):  # files state the context before YaRN, or the one it reaches
+        context_length = max(context_length, int(rope.scaling.original_context * rope.scaling.factor))
+    config = ModelConfig(
+        architecture=keys.architecture,
+        name=str(reader.checkpoint.metadata.get("general.name", "unnamed")),
+        num_layers=(num_layers := keys.integer("block_count")),
+        hidden_size=hidden_size,
+        intermediate_size=keys.integer("feed_forward_length"),
+        num_heads=num_heads,
+        num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        vocab_size=reader.vocab_size(keys),
+        context_length=context_length,
+        rms_norm_eps=keys.real("attention.layer_norm_rms_epsilon"),
+        softmax_scale=softmax_scale or head_dim**-0.5,
+        rope=rope,
+        sliding_windows=_sliding_windows(keys, num_layers),
+        tied_embeddings=not reader.has("output.weight"),
+        qkv_bias=_any(reader, "attn_q.bias", "attn_qkv.bias") if qkv_bias is None else qkv_bias,
+        output_bias=_any(reader, "attn_output.bias"),
+        ffn_bias=_any(reader, "ffn_down.bias"),
+        qk_norm=qk_norm,
+    )
+    keys.refuse_unread(("rope.scaling.finetuned", *harmless))
+    return config
+
+
+def _any(reader: CheckpointReader, *names: str) -> bool:
+    """Whether the first layer has one of these tensors; all layers must be like it."""
+    return any(reader.has(f"blk.0.{name}") for name in names)
+
+
+def _head_dim(keys: Hyperparameters, hidden_size: int, num_heads: int) -> int:
+    if not keys.has("attention.key_length") and hidden_size % num_heads:
+        raise ConfigError(
+            f"embedding_length {hidden_size} with {num_heads} heads and no attention.key_length",
+            rule="without key_length, a head has embedding_length / head_count dimensions",
+            remedy="Convert the checkpoint again with a current converter",
+        )
+    head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
+    value_dim = keys.integer("attention.value_length", head_dim)
+    if value_dim != head_dim:
+        raise ConfigError(
+            f"attention.key_length {head_dim} and attention.value_length {value_dim}",
+            rule="keys and values have one head_dim",
+            remedy="Use a model where they agree",
+        )
+    return head_dim
+
+
+def _factors(reader: CheckpointReader, keys: Hyperparameters, head_dim: int) -> dict[str, tuple[float, ...] | None]:
+    """The rotary factor tensors that the file has, one number a pair each."""
+    num_pairs = keys.integer("rope.dimension_count", head_dim) // 2
+    return {
+        argument: tuple(reader.host_vector(name, num_pairs).tolist()) if reader.has(name) else None
+        for argument, name in FACTOR_TENSORS.items()
+    }
+
+
+def _sliding_windows(keys: Hyperparameters, num_layers: int) -> tuple[int, ...]:
+    """One window a layer; ``sliding_window_pattern`` says which layers have it, without it all do."""
+    window = keys.integer("attention.sliding_window", 0, minimum=0)
+    slides = keys.booleans("attention.sliding_window_pattern", (True,) * num_layers, length=num_layers)
+    return tuple(window if sliding else 0 for sliding in slides)

@@ -1,0 +1,68 @@
+"""Every family and edge case against transformers' logits in float32, from GGUF and from safetensors."""
+
+import pytest
+import torch
+from rooflama.loaders.gguf import read_gguf
+from running_models import assert_parity, decode_logits, prefill_logits, running
+from tiny_checkpoints import cases, module, random_tokens, reference_logits, write_case
+
+pytestmark = pytest.mark.usefixtures("numpy_backend")
+
+GGUF_CASES = [name for name, case in cases().items() if case.in_gguf]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def tokens_of(name, length):
+    return random_tokens(length, cases()[name].config.vocab_size)
+
+
+def check_every_way(checkpoint, name, chunk_sizes):
+    """Prefill in passes of each size, then half prefill and half decode, at each of the case's lengths."""
+    with running(checkpoint) as engine:
+        for length in cases()[name].lengths:
+            tokens = tokens_of(name, length)
+            expected = reference_logits(module(name), tokens)
+            for chunk in chunk_sizes:
+                (logits,) = prefill_logits(engine, [tokens], chunk)
+                assert_parity(logits, expected, f"{name}, {length} tokens in passes of {chunk}")
+            prompt = length // 2
+            (logits,) = decode_logits(engine, [tokens], [prompt])
+            assert_parity(logits, expected[prompt:], f"{name}, {length} tokens, decoded from {prompt}")
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_gguf_matches_transformers(name, folder):
+    with read_gguf(write_case(name, folder, "gguf")) as checkpoint:
+        check_every_way(checkpoint, name, chunk_sizes=(1, 7, 64, 1024))
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "mistral-window", "phi3-128k", "qwen2-yarn", "qwen3"])
+def test_a_batch_of_mixed_lengths_equals_one_by_one(name, folder):
+    lengths, prompt_lengths = [5, 72, 33, 1, 17], [2, 40, 32, 1, 9]
+    sequences = [tokens_of(name, length) for length in lengths]
+    with (
+        read_gguf(write_case(name, folder, "gguf")) as checkpoint,
+        running(checkpoint, num_seqs=len(lengths)) as engine,
+    ):
+        together = prefill_logits(engine, sequences, 64)
+        decoded = decode_logits(engine, sequences[:3], prompt_lengths[:3])
+        for tokens, logits in zip(sequences, together, strict=True):
+            (alone,) = prefill_logits(engine, [tokens], 1024)
+            assert_parity(logits, alone, f"{len(tokens)} tokens, in a batch against alone", 2e-6)
+            assert_parity(logits, reference_logits(module(name), tokens), f"{len(tokens)} tokens of a batch")
+        for tokens, prompt, logits in zip(sequences, prompt_lengths, decoded, strict=False):
+            (alone,) = decode_logits(engine, [tokens], [prompt])
+            assert_parity(logits, alone, f"{len(tokens)} tokens, decoded in a batch against alone", 2e-6)
+
+
+def test_the_cache_is_free_again_after_use(folder):
+    with read_gguf(write_case("llama2", folder, "gguf")) as checkpoint, running(checkpoint) as engine:
+        free = engine.cache.pool.num_free
+        prefill_logits(engine, [tokens_of("llama2", 40)], 7)
+        decode_logits(engine, [tokens_of("llama2", 40)], [20])
+        assert engine.cache.pool.num_free == free
+    assert torch.get_default_dtype() == torch.float32

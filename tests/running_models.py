@@ -1,0 +1,104 @@
+"""Checkpoints as engines on the CPU, and the ways to run them that the parity tests compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rooflama.loaders.checkpoint import Checkpoint
+from rooflama.loaders.device import open_device
+from rooflama.models import DecodeBatch, Decoder, Engine, PagedKVCache, SamplingParams, TensorSource, adapter_for
+from torch import Tensor
+
+PAGE_SIZE = 16
+
+
+@contextmanager
+def running(
+    checkpoint: Checkpoint,
+    *,
+    max_context: int = 96,
+    num_seqs: int = 1,
+    prefill_chunk: int = 1024,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    longrope: str = "auto",
+) -> Iterator[Engine]:
+    """The checkpoint's engine, with pages for ``num_seqs`` sequences of ``max_context`` tokens."""
+    adapter = adapter_for(checkpoint.metadata["general.architecture"])
+    with open_device(device) as owner:
+        source = TensorSource(checkpoint, owner)
+        config = adapter.read_config(source)
+        decoder = Decoder.load(source, config, adapter)
+        num_pages = num_seqs * -(-max_context // PAGE_SIZE)
+        cache = PagedKVCache(config, num_pages=num_pages, page_size=PAGE_SIZE, dtype=dtype, device=owner)
+        yield Engine(
+            decoder, cache, max_context=max_context, dtype=dtype, prefill_chunk=prefill_chunk, longrope=longrope
+        )
+
+
+def prefill_logits(
+    engine: Engine, sequences: list[list[int]], chunk: int, *, planned: int | None = None
+) -> list[Tensor]:
+    """Teacher-forced logits of each sequence, float32 [num_tokens, vocab_size], in passes of ``chunk`` tokens."""
+    engine.prefill_chunk = chunk
+    ids = [engine.cache.add() for _ in sequences]
+    offsets = [engine.rope_offset(planned or len(tokens)) for tokens in sequences]
+    rows: list[list[Tensor]] = [[] for _ in sequences]
+    for spans, hidden in engine.prefill(ids, sequences, offsets):
+        logits = engine.decoder.logits(hidden).cpu()
+        for span, part in zip(spans, logits.split([span.num_tokens for span in spans]), strict=True):
+            rows[span.index].append(part)
+    for sequence_id in ids:
+        engine.cache.free(sequence_id)
+    return [torch.cat(parts) for parts in rows]
+
+
+class _ForcedBatch(DecodeBatch):
+    """Decodes given tokens and keeps the logits of every step."""
+
+    def force(self, continuations: list[list[int]]) -> list[Tensor]:
+        """Row i feeds ``continuations[i]``; shorter rows rest once they are through."""
+        self.seen: list[Tensor] = []
+        for step in range(max(len(tokens) for tokens in continuations)):
+            tokens = [tokens[step] if step < len(tokens) else 0 for tokens in continuations]
+            self.token_ids.copy_(torch.tensor(tokens, dtype=torch.int32))
+            self._step()
+        return [
+            torch.stack([logits[row] for logits in self.seen[: len(tokens)]])
+            for row, tokens in enumerate(continuations)
+        ]
+
+    def draw(self, logits: Tensor) -> Tensor:
+        self.seen.append(logits.cpu().clone())
+        return self.token_ids
+
+
+def decode_logits(engine: Engine, sequences: list[list[int]], prompt_lengths: list[int]) -> list[Tensor]:
+    """The logits that follow each sequence's prompt, decoded step by step through the paged cache, all together."""
+    ids = [engine.cache.add() for _ in sequences]
+    lengths = [len(tokens) for tokens in sequences]
+    for sequence_id, length in zip(ids, lengths, strict=True):
+        engine.cache.reserve(sequence_id, length)
+    offsets = [engine.rope_offset(length) for length in lengths]
+    prompts = [tokens[:length] for tokens, length in zip(sequences, prompt_lengths, strict=True)]
+    for _ in engine.prefill(ids, prompts, offsets):
+        pass
+    batch = _ForcedBatch(engine, ids, lengths, offsets, [SamplingParams()] * len(ids))
+    logits = batch.force([tokens[length:] for tokens, length in zip(sequences, prompt_lengths, strict=True)])
+    for sequence_id in ids:
+        engine.cache.free(sequence_id)
+    return logits
+
+
+def worst_row_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest of the rows' relative errors |actual - expected| / |expected|, Euclidean."""
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
+    difference = (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    return float(difference.nan_to_num(nan=float("inf")).max())
+
+
+def assert_parity(actual: Tensor, expected: Tensor, what: str, tolerance: float = 2e-5) -> None:
+    error = worst_row_error(actual, expected)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} of the worst token, allowed {tolerance:.0e}"
