@@ -146,8 +146,11 @@ def _replaced(text: str, old: str, new: str, count: int | None = -1) -> str:
     return text.replace(old, new, count)
 
 
-def _split_cost(text: str, separator: str | None = None) -> int:
-    return len(text) + ITEM_COST * (text.count(separator) if separator else len(text))
+def _pieces(text: str, method: str, separator: Any) -> int:
+    """At most so many strings come out of one of the splitting methods."""
+    if method.endswith("partition"):
+        return 3
+    return text.count(separator) + 1 if separator and isinstance(separator, str) else len(text)
 
 
 @jinja2.pass_environment
@@ -196,6 +199,24 @@ def _strftime_now(pattern: str) -> str:
     if len(pattern) > _TIME_PATTERN_CHARACTERS:
         raise SecurityError(f"a time format ends at {_TIME_PATTERN_CHARACTERS} characters")
     return datetime.now().strftime(pattern)
+
+
+class _Namespace(Namespace):
+    """Jinja's namespace, without names that Python or Jinja would call behind the sandbox's back."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # self is among args: "self" may be one of the names
+        Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **kwargs).items():
+            args[0][name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace takes no name with an underscore before it, such as {name!r}")
+        super().__setitem__(name, value)
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
 
 
 def _raise_exception(message: str) -> None:
@@ -267,6 +288,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         self.filters.update(join=_join_filter, replace=_replace_filter, indent=_indent_filter, tojson=_tojson_filter)
         self.filters["string"] = _text
         del self.globals["lipsum"]
+        self.globals.update(dict=_dict, namespace=_Namespace)
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
 
     def render(self, template: jinja2.Template, budget: Budget, variables: dict[str, Any]) -> str:
@@ -318,7 +340,9 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
                 return _joined(text, *args)
             if name == "replace":
                 return _replaced(text, *args, **kwargs)
-            budget.spend(_split_cost(text, *args[:1], **kwargs) if "split" in name else len(text))
+            budget.spend(len(text))
+            if "split" in name:
+                budget.spend(ITEM_COST * _pieces(text, name, args[0] if args else kwargs.get("sep")))
         return budget.pay(super().call(__context, __obj, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:

@@ -8,8 +8,8 @@ become text again, and the chat template is rendered.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from .chat_template import ChatTemplate, ChatTemplateError
 from .detokenizer import Piece, StreamDecoder
@@ -18,8 +18,25 @@ from .tokenizer_bpe import ByteLevelBPE
 from .tokenizer_spm import SentencePieceBPE
 from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_flag, read_string
 
+
+class TextModel(Protocol):
+    """Plain text to ids and ids to bytes; special tokens are cut out before.
+
+    Attributes:
+        add_bos: whether BOS is added where the file does not say.
+        add_space_prefix: whether a text, and what follows a special token, is encoded with a space before it.
+    """
+
+    add_bos: bool
+    add_space_prefix: bool
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
 # `tokenizer.ggml.model` -> what encodes plain text. What is not here raises.
-MODELS = {"gpt2": ByteLevelBPE, "llama": SentencePieceBPE}
+MODELS: dict[str, Callable[[Vocabulary, Metadata], TextModel]] = {"gpt2": ByteLevelBPE, "llama": SentencePieceBPE}
 
 _MATCHED_WHOLE = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 _SKIPPED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.UNUSED)
@@ -48,13 +65,8 @@ class Tokenizer:
         self.add_space_prefix = self._text_model.add_space_prefix
         self.add_bos = read_flag(metadata, "tokenizer.ggml.add_bos_token", self._text_model.add_bos)
         self.add_eos = read_flag(metadata, "tokenizer.ggml.add_eos_token", False)
-        for name, added, token_id in (("bos", self.add_bos, self.bos_id), ("eos", self.add_eos, self.eos_id)):
-            if added and token_id is None:
-                raise TokenizerError(
-                    f"tokenizer.ggml.{name}_token_id is missing",
-                    rule=f"a tokenizer that adds {name.upper()} must name it",
-                    remedy=f"Set it, or set tokenizer.ggml.add_{name}_token to false, with gguf_set_metadata.py",
-                )
+        self._bos = _addition("bos", self.add_bos, self.bos_id)
+        self._eos = _addition("eos", self.add_eos, self.eos_id)
         user_defined = self._texts(vocabulary.of_type(TokenType.USER_DEFINED))
         everything = self._texts(vocabulary.of_type(*_MATCHED_WHOLE))
         strip_after = _phi3_strips_after(vocabulary, everything)
@@ -97,10 +109,9 @@ class Tokenizer:
             else:
                 ids += self._text_model.encode(" " + part if at_boundary and self.add_space_prefix else part)
             at_boundary = isinstance(part, int)
-        if add_special and self.add_bos and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
-        if add_special and self.add_eos and ids[-1:] != [self.eos_id]:
-            ids.append(self.eos_id)
+        if add_special:
+            ids = self._begun(ids)
+            ids += self._eos if ids[-1:] != self._eos else []
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
@@ -186,9 +197,10 @@ class Tokenizer:
         """
         text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
         ids = self.encode(text, add_special=False, parse_special=True)
-        if self.add_bos and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
-        return ids
+        return self._begun(ids)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        return ids if ids[:1] == self._bos else [*self._bos, *ids]
 
     def __repr__(self) -> str:
         return f"Tokenizer(model={self._vocabulary.model!r}, vocab_size={self.vocab_size})"
@@ -196,6 +208,19 @@ class Tokenizer:
     def _texts(self, token_ids: Iterable[int]) -> dict[str, int]:
         """How special tokens look in text -> their ids."""
         return {self._text_model.token_bytes(token_id).decode(): token_id for token_id in token_ids}
+
+
+def _addition(name: str, added: bool, token_id: int | None) -> list[int]:
+    """The ids that ``encode`` adds: the one, or none."""
+    if not added:
+        return []
+    if token_id is None:
+        raise TokenizerError(
+            f"tokenizer.ggml.{name}_token_id is missing",
+            rule=f"a tokenizer that adds {name.upper()} must name it",
+            remedy=f"Set it, or set tokenizer.ggml.add_{name}_token to false, with gguf_set_metadata.py",
+        )
+    return [token_id]
 
 
 def _phi3_strips_after(vocabulary: Vocabulary, special: Mapping[str, int]) -> set[int]:

@@ -32,7 +32,7 @@ class SentencePieceBPE:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise TokenizerError(
-                f"sentencepiece: {error}",
+                f"sentencepiece: {str(error).rstrip('.')}",
                 rule="tokenizer.ggml.tokens, scores and token_type must make a SentencePiece model",
                 remedy="Convert the model again with a current convert_hf_to_gguf.py",
             ) from None

@@ -1,0 +1,120 @@
+"""Byte-level BPE against a plain spelling of the algorithm, cut into words by another regex engine."""
+
+import functools
+import itertools
+
+import pytest
+import regex
+from hypothesis import example, given
+from hypothesis import strategies as st
+from vocabularies import bpe_metadata, trained_bpe
+
+from rooflama.loaders.tokenizer import Tokenizer, TokenizerError
+from rooflama.loaders.tokenizer_bpe import BYTE_ALPHABET
+
+# As published in the models' tokenizer.json; the first of each list cuts first, what it leaves between counts too.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PUBLISHED = {
+    "gpt-2": [GPT2],
+    "smollm": [r"\p{N}", GPT2],
+    "llama-bpe": [WORDS],
+    "smaug-bpe": [WORDS],
+    "qwen2": [WORDS.replace("{1,3}", "")],
+    "gpt-4o": [CASED],
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+}
+# What the patterns tell apart: letters of either case, marks, digits of all kinds, punctuation, spaces, line ends.
+texts = st.lists(
+    st.sampled_from([*"abZÉßſ漢अा1209٣½Ⅷ'sStTrRelLvVmMdD.,!$+<=>^~|_/ \t\n\r\u00a0\u3000🙂\u0301"]), max_size=24
+).map("".join)
+
+
+def cut(patterns, text):
+    pieces = [text]
+    for pattern in patterns:
+        pieces = [part for piece in pieces for part in regex.split(f"({pattern})", piece, flags=regex.V1) if part]
+    return pieces
+
+
+def merge(word, ranks):
+    """The definition: join the pair of lowest rank, leftmost first, until no pair has a rank."""
+    symbols = [BYTE_ALPHABET[byte] for byte in word.encode()]
+    while pairs := [(ranks[pair], i) for i, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]:
+        _, i = min(pairs)
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    return symbols
+
+
+@functools.cache
+def tokenizer(pre):
+    tokens, merges = trained_bpe()
+    return Tokenizer.from_metadata(bpe_metadata(tokens, merges, pre=pre, add_bos_token=False))
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+@given(text=texts)
+@example(text="We'LL see  1234567 llamas\r\n\n  isn't\u00a0it ½Ⅷ٣٣ $+<a|b> ")
+def test_encode_equals_the_definition(pre, text):
+    ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(trained_bpe()[1])}
+    symbols = [symbol for word in cut(PUBLISHED[pre], text) for symbol in merge(word, ranks)]
+    assert [tokenizer(pre).tokens[i] for i in tokenizer(pre).encode(text)] == symbols, f"{pre=} {text=}"
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+@given(text=st.text())
+@example(text="\x00\x04\u2028🙂\U0010ffff")
+def test_decode_gives_back_the_text(pre, text):
+    assert tokenizer(pre).decode(tokenizer(pre).encode(text)) == text
+
+
+def test_ignore_merges_takes_the_whole_word():
+    """Merges lead to "th" + "e"; only a pre-tokeniser that ignores merges finds "the"."""
+    tokens = [*BYTE_ALPHABET, "th", "he", "the"]
+    names = {}
+    for pre in ("llama-bpe", "smaug-bpe"):
+        metadata = bpe_metadata(tokens, ["t h", "h e"], pre=pre, add_bos_token=False)
+        names[pre] = [tokens[i] for i in Tokenizer.from_metadata(metadata).encode("the")]
+    assert names == {"llama-bpe": ["the"], "smaug-bpe": ["th", "e"]}
+
+
+def test_ignore_merges_finds_no_control_token_in_plain_text():
+    tokens = [*BYTE_ALPHABET, "stop"]
+    metadata = bpe_metadata(tokens, [], pre="llama-bpe", types=[1] * 256 + [3], add_bos_token=False)
+    stopper = Tokenizer.from_metadata(metadata)
+    assert stopper.encode("stop") == [tokens.index(c) for c in "stop"]
+    assert stopper.encode("stop", parse_special=True) == [256]
+
+
+def test_a_byte_without_a_token_is_refused():
+    tokens = [character for byte, character in enumerate(BYTE_ALPHABET) if byte != 0x04]
+    narrow = Tokenizer.from_metadata(bpe_metadata(tokens, []))
+    with pytest.raises(
+        TokenizerError, match=r"'\\x04' \(U\+0004\), at 2 in a piece of the text: this vocabulary has no"
+    ):
+        narrow.encode("ok\x04")
+
+
+def test_a_merge_of_unknown_tokens_is_refused():
+    with pytest.raises(TokenizerError, match=r"merges\[1\] = 't zz': .* 'zz' is no token"):
+        Tokenizer.from_metadata(bpe_metadata([*BYTE_ALPHABET, "th"], ["t h", "t zz"]))
+
+
+def test_unknown_pre_tokenizer_names_the_known():
+    with pytest.raises(
+        TokenizerError, match="'bloom': the pre-tokeniser must be one of deepseek-r1-qwen, default, gpt-2"
+    ):
+        Tokenizer.from_metadata(bpe_metadata(BYTE_ALPHABET, [], pre="bloom"))
+
+
+def test_missing_pre_tokenizer_warns():
+    with pytest.warns(UserWarning, match="tokenizer.ggml.pre is missing: words are cut by the 'default' rules"):
+        Tokenizer.from_metadata(bpe_metadata(BYTE_ALPHABET, [], pre=None))

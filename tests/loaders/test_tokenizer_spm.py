@@ -1,0 +1,149 @@
+"""SentencePiece vocabularies, rebuilt from metadata, against the sentencepiece model that the metadata came from."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given
+from hypothesis import strategies as st
+from vocabularies import spm_metadata, trained_sentencepiece
+
+from rooflama.loaders.tokenizer import Tokenizer, TokenizerError
+
+texts = st.text() | st.lists(st.sampled_from(["the", "roof", " ", "  ", "\n", "\t", "12", "é", "漢", "🙂", "\0"])).map(
+    "".join
+)
+
+
+@functools.cache
+def original(byte_fallback=True):
+    return sentencepiece.SentencePieceProcessor(model_proto=trained_sentencepiece(byte_fallback))
+
+
+@functools.cache
+def rebuilt(byte_fallback=True):
+    return Tokenizer.from_metadata(spm_metadata(trained_sentencepiece(byte_fallback)))
+
+
+def with_user_defined(**keys):
+    """The trained vocabulary with <tool> as one more, user-defined token."""
+    metadata = spm_metadata(trained_sentencepiece(), **keys)
+    metadata["tokenizer.ggml.tokens"].append("<tool>")
+    metadata["tokenizer.ggml.scores"] = np.append(metadata["tokenizer.ggml.scores"], np.float32(0))
+    metadata["tokenizer.ggml.token_type"] = np.append(metadata["tokenizer.ggml.token_type"], np.int32(4))
+    return metadata
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+@given(text=texts)
+@example(text=" a  roof \u2581 \U0010ffff\0")
+def test_encode_equals_sentencepiece(byte_fallback, text):
+    assert rebuilt(byte_fallback).encode(text, add_special=False) == original(byte_fallback).encode(text)
+
+
+@given(text=texts)
+@example(text="  two before, two after  ")
+@example(text="")
+def test_decode_gives_back_the_text(text):
+    """U+2581 is how the vocabulary writes a space, so that one character comes back as a space."""
+    ids = rebuilt().encode(text)
+    assert rebuilt().decode(ids, skip_special=True) == text.replace("\u2581", " ")
+    assert rebuilt().decode(ids) == "<s>" + text.replace("\u2581", " ")
+
+
+@given(ids=st.lists(st.integers(0, 429)))
+def test_decode_of_any_ids_equals_sentencepiece(ids):
+    """Control and unknown tokens aside; how many U+FFFD stand for a run of stray bytes is a matter of taste."""
+    ids = [i for i in ids if not (original().is_control(i) or original().is_unknown(i))]
+    ours, theirs = (re.sub("\ufffd+", "\ufffd", text) for text in (rebuilt().decode(ids), original().decode(ids)))
+    assert ours == theirs
+
+
+def test_a_space_goes_before_the_text_and_after_special_tokens():
+    tokenizer = rebuilt()
+    assert [tokenizer.tokens[i] for i in tokenizer.encode("the<|end|>the", parse_special=True)] == [
+        "<s>", "\u2581the", "<|end|>", "\u2581the",
+    ]  # fmt: skip
+    assert tokenizer.decode(tokenizer.encode("the<|end|>the", parse_special=True)) == "<s>the<|end|>the"
+
+
+def test_no_space_prefix_where_the_file_says_so():
+    tokenizer = Tokenizer.from_metadata(spm_metadata(trained_sentencepiece(), add_space_prefix=False))
+    ids = tokenizer.encode(" the", add_special=False)
+    assert [tokenizer.tokens[i] for i in ids] == ["\u2581the"]
+    assert tokenizer.decode(ids) == " the"
+    assert tokenizer.encode("the", add_special=False) != ids
+
+
+def test_a_stream_that_continues_a_prompt_keeps_its_first_space():
+    tokenizer = rebuilt()
+    the, end = tokenizer.tokens.index("\u2581the"), tokenizer.tokens.index("<|end|>")
+    assert tokenizer.stream().feed(the) == "the"
+    assert tokenizer.stream(after=the).feed(the) == " the"
+    assert tokenizer.stream(after=end).feed(the) == "the"
+
+
+def test_user_defined_tokens_are_found_in_plain_text_and_control_tokens_are_not():
+    tokenizer = Tokenizer.from_metadata(with_user_defined())
+    tool, end = tokenizer.tokens.index("<tool>"), tokenizer.tokens.index("<|end|>")
+    ids = tokenizer.encode("the<tool> roof<|end|>")
+    assert tool in ids
+    assert end not in ids
+    assert tokenizer.decode(ids, skip_special=True) == "the<tool> roof<|end|>"
+    assert end in tokenizer.encode("roof<|end|>", parse_special=True)
+
+
+def test_phi3_special_tokens_swallow_the_whitespace_after_them():
+    """<|end|> does, <s> does not; for any other architecture neither does."""
+    text = "<s>\ni<|end|>\n \u00a0the"
+    pieces = {}
+    for arch in ("phi3", "llama"):
+        metadata = spm_metadata(trained_sentencepiece()) | {"general.architecture": arch}
+        tokenizer = Tokenizer.from_metadata(metadata)
+        pieces[arch] = [tokenizer.tokens[i] for i in tokenizer.encode(text, parse_special=True)]
+    assert pieces["phi3"] == ["<s>", "\u2581", "<0x0A>", "i", "<|end|>", "\u2581the"]
+    assert pieces["llama"][:8] == ["<s>", "\u2581", "<0x0A>", "i", "<|end|>", "\u2581", "<0x0A>", "\u2581"]
+
+
+def test_customary_ids_where_the_file_names_none():
+    metadata = spm_metadata(trained_sentencepiece(), bos_token_id=None, eos_token_id=None, unknown_token_id=None)
+    tokenizer = Tokenizer.from_metadata(metadata)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
+    metadata["tokenizer.ggml.token_type"][1] = 1
+    with pytest.raises(TokenizerError, match="bos_token_id is missing: a tokenizer that adds BOS must name it"):
+        Tokenizer.from_metadata(metadata)
+
+
+def _change(key, index, value):
+    metadata = spm_metadata(trained_sentencepiece())
+    array = metadata[f"tokenizer.ggml.{key}"]
+    array[index] = value
+    return metadata
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (lambda: spm_metadata(trained_sentencepiece(), scores=None), r"scores is missing"),
+        (lambda: _change("scores", 300, np.nan), r"scores\[300\] = nan: scores must be finite"),
+        (lambda: _change("token_type", 10, 1), r"has 255 byte tokens: there must be 256 or none"),
+        (
+            lambda: _change("token_type", 400, 6),
+            r"tokens\[400\] = '.+', typed as a byte: byte tokens are spelled",
+        ),
+        (lambda: spm_metadata(trained_sentencepiece(), remove_extra_whitespaces=True), "text is encoded here as it is"),
+        (lambda: spm_metadata(trained_sentencepiece(), precompiled_charsmap=np.zeros(4, np.uint8)), "as it is"),
+    ],
+)
+def test_bad_metadata_is_refused(metadata, message):
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.from_metadata(metadata())
+
+
+def test_a_vocabulary_without_unknown_or_byte_tokens_is_refused():
+    metadata = spm_metadata(trained_sentencepiece(byte_fallback=False), unknown_token_id=None)
+    metadata["tokenizer.ggml.token_type"][0] = 1
+    with pytest.raises(TokenizerError, match="sentencepiece: INTERNAL: unk is not defined"):
+        Tokenizer.from_metadata(metadata)
