@@ -70,12 +70,11 @@ def _gemv_kernel(
     BLOCK_K: tl.constexpr,
 ):
     VECTORS: tl.constexpr = BLOCK_K // 8  # eight columns are summed before anything else happens to them
-    FOLD: tl.constexpr = 1 if LOW_BITS == 0 else min(VECTORS, 16 // LOW_BITS)  # vectors in 16 bytes of codes
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < rows
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     mask_m = offs_m < num_tokens
-    acc = tl.zeros([BLOCK_M, BLOCK_N, VECTORS // FOLD], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N, VECTORS], tl.float32)
     for step in range(tl.cdiv(columns, BLOCK_K)):
         values = load_values(
             low_ptr,
@@ -108,7 +107,7 @@ def _gemv_kernel(
             if m_ptr is not None:
                 minima = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
                 sums += _each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)
-        acc += tl.sum(tl.reshape(sums, [BLOCK_M, BLOCK_N, VECTORS // FOLD, FOLD]), axis=3)
+        acc += sums
     _store(tl.sum(acc, axis=2), bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n)
 
 
@@ -215,7 +214,7 @@ def _dot_kernel(
 def _launch_gemv(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
     num_tokens, rows = out.shape
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
-    block_n = 4 if rows <= 2048 else 8
+    block_n = 8 if rows > 2048 and num_tokens <= 2 else 4  # enough programs to fill the chip, few enough registers
     _gemv_kernel[(triton.cdiv(rows, block_n),)](
         x,
         bias_ptr=bias,
@@ -256,25 +255,26 @@ def _launch_dot(
 
 
 def _matmul(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    num_tokens, rows = out.shape
-    columns = x.shape[1]
-    addend = residual
-    if bias is not None:
-        addend = bias.expand(num_tokens, rows) if residual is None else residual.float() + bias.float()
-    ready = weight.layout.is_float and weight.planes[0].dtype == x.dtype
-    step = rows if ready else max(16, WORKSPACE_BYTES // (x.element_size() * columns) // 16 * 16)
-    workspace = None if ready else torch.empty((min(step, rows), columns), dtype=x.dtype, device=x.device)
+    rows, columns = weight.shape
+    addend = residual if bias is None else bias.expand(out.shape) if residual is None else residual.float() + bias
+    if weight.layout.is_float and weight.planes[0].dtype == x.dtype:
+        _add_product(x, weight.planes[0], addend, out)
+        return
+    step = max(16, WORKSPACE_BYTES // (x.element_size() * max(1, columns)) // 16 * 16)
+    workspace = torch.empty((min(step, rows), columns), dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        if ready:
-            part = weight.planes[0]
-        else:
-            part = workspace[: stop - start]
-            dequantize_rows(weight, start, stop, part)
-        if addend is None:
-            torch.mm(x, part.T, out=out[:, start:stop]) if step >= rows else out[:, start:stop].copy_(x @ part.T)
-        else:
-            out[:, start:stop] = torch.addmm(addend[:, start:stop].to(x.dtype), x, part.T)
+        dequantize_rows(weight, start, stop, workspace)
+        part = None if addend is None else addend[:, start:stop]
+        _add_product(x, workspace[: stop - start], part, out[:, start:stop])
+
+
+def _add_product(x: Tensor, rows: Tensor, addend: Tensor | None, out: Tensor) -> None:
+    """out = x @ rows.T (+ addend), written where ``out`` is even if that is some columns of a wider tensor."""
+    if addend is None:
+        torch.mm(x, rows.T, out=out)
+    else:
+        torch.addmm(addend.to(x.dtype), x, rows.T, out=out)
 
 
 def _quantized_matmul_fake(
@@ -315,8 +315,7 @@ def quantized_matmul_planes(
     check_same_device(x=x, weight=planes[0], bias=bias, residual=residual)
     check_last_dim_contiguous(x=x, bias=bias, residual=residual)
     if runs_numpy(x, bias, residual):
-        arrays = (None if t is None else as_array(t) for t in (bias, residual))
-        bias_array, residual_array = arrays
+        bias_array, residual_array = (None if t is None else as_array(t) for t in (bias, residual))
         product = reference.quantized_matmul(as_array(x), weight.numpy(), bias_array, residual=residual_array)
         return as_tensor(product, like=x)
     num_tokens = x.shape[0]

@@ -107,13 +107,12 @@ def check_weight(name: str, weight: QuantizedTensor) -> QuantLayout:
 
 
 def resident_form(weight: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:
-    """``weight`` on ``device``, in the form that the backend there reads fastest.
+    """``weight`` in the form that the backend of ``device`` reads fastest. Nothing moves: the caller uploads it.
 
     The Triton kernels read the planes as they are. The NumPy definitions get float32 rows, dequantised once, so that a
     decode step on a CPU is a plain float32 matrix product; this costs 4 bytes a weight.
     """
-    device = torch.device(device)
-    if backend_for(device) == "numpy" and weight.ggml_type != "F32":
-        rows = torch.from_numpy(reference.dequantize(weight.numpy()))
-        return QuantizedTensor("F32", (rows.to(device),), weight.shape)
-    return weight.to(device)
+    if backend_for(torch.device(device)) == "triton" or weight.ggml_type == "F32":
+        return weight
+    rows = torch.from_numpy(reference.dequantize(weight.numpy()))
+    return QuantizedTensor("F32", (rows,), weight.shape)

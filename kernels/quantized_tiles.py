@@ -47,7 +47,7 @@ def load_codes(
 
 @triton.jit
 def load_values(
-    low_ptr,  # [rows, ...] int32, or the float weights [rows, columns]
+    low_ptr,  # [rows, ...] int32, or the float weights [rows, columns], bfloat16 as int16
     high_ptr,
     table_ptr,  # [16] float32, for types whose codes index a table
     offs_n,  # [BLOCK_N] int64
@@ -65,13 +65,20 @@ def load_values(
     if LOW_BITS == 0:
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = mask_n[:, None] & (offs_k < columns)[None, :]
-        return tl.load(low_ptr + offs_n[:, None] * columns + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-    codes = load_codes(low_ptr, offs_n, mask_n, step, num_blocks, LOW_BITS, BLOCK, BLOCK_K)
-    if HIGH_BITS > 0:
-        codes |= load_codes(high_ptr, offs_n, mask_n, step, num_blocks, HIGH_BITS, BLOCK, BLOCK_K) << LOW_BITS
-    if table_ptr is not None:
-        return tl.load(table_ptr + codes)
-    return (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
+        values = tl.load(low_ptr + offs_n[:, None] * columns + offs_k[None, :], mask=mask, other=0)
+        if low_ptr.dtype.element_ty == tl.int16:  # bfloat16: the upper half of a float32
+            values = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        else:
+            values = values.to(tl.float32)
+    else:
+        codes = load_codes(low_ptr, offs_n, mask_n, step, num_blocks, LOW_BITS, BLOCK, BLOCK_K)
+        if HIGH_BITS > 0:
+            codes |= load_codes(high_ptr, offs_n, mask_n, step, num_blocks, HIGH_BITS, BLOCK, BLOCK_K) << LOW_BITS
+        if table_ptr is not None:
+            values = tl.load(table_ptr + codes)
+        else:
+            values = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
+    return values
 
 
 @triton.jit
@@ -140,16 +147,16 @@ def load_tile(
         BLOCK,
         BLOCK_K,
     )
-    if LOW_BITS == 0:
-        return values
-    scales = load_scales(
-        d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
-    )
-    tile = tl.reshape(values, [offs_n.shape[0], BLOCK_K // GROUP, GROUP]) * scales[:, :, None]
-    if m_ptr is not None:
-        mins = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
-        tile += mins[:, :, None]
-    return tl.reshape(tile, [offs_n.shape[0], BLOCK_K])
+    if LOW_BITS > 0:
+        scales = load_scales(
+            d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
+        )
+        tile = tl.reshape(values, [offs_n.shape[0], BLOCK_K // GROUP, GROUP]) * scales[:, :, None]
+        if m_ptr is not None:
+            mins = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
+            tile += mins[:, :, None]
+        values = tl.reshape(tile, [offs_n.shape[0], BLOCK_K])
+    return values
 
 
 @triton.jit
@@ -177,6 +184,8 @@ def plane_arguments(weight: QuantizedTensor) -> dict[str, object]:
     layout = weight.layout
     planes = {plane.name: tensor for plane, tensor in zip(layout.planes, weight.planes, strict=True)}
     packed = planes.get("packed")
+    if weight.ggml_type == "BF16":  # the interpreter widens bfloat16 subnormals wrongly; whole numbers it gets right
+        planes["values"] = planes["values"].view(torch.int16)
     return {
         "low_ptr": planes.get("values", planes.get("low")),
         "high_ptr": planes.get("high"),

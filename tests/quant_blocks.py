@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gguf
 import numpy as np
-from strategies import DEVICE
+import torch
+from strategies import DEVICE, guarded
+from torch import Tensor
 
 from rooflama.kernels import LAYOUTS, QuantizedTensor
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
@@ -69,3 +71,18 @@ def gguf_dequantize(raw: np.ndarray, ggml_type: str) -> np.ndarray:
 def some_columns(ggml_type: str) -> list[int]:
     """Widths worth testing: one block, odd numbers of blocks, and for floats no block at all."""
     return {1: [1, 7, 64, 100], 32: [32, 96, 288], 256: [256, 768]}[LAYOUTS[ggml_type].block]
+
+
+def guarded_weight(weight: QuantizedTensor) -> tuple[QuantizedTensor, list[Tensor]]:
+    """The weight with poison around each plane, and the buffers for ``assert_guards_intact``."""
+    pairs = [guarded(plane) for plane in weight.planes]
+    return weight._replace(planes=tuple(view for view, _ in pairs)), [buffer for _, buffer in pairs]
+
+
+def virtual_rows(rows: int, columns: int) -> QuantizedTensor:
+    """F16 rows of zeros that take no memory on the CPU until they are written."""
+    if DEVICE.type == "cuda":
+        zeros = torch.zeros(rows, columns, dtype=torch.float16, device=DEVICE)
+    else:
+        zeros = torch.from_numpy(np.memmap("/dev/zero", dtype=np.float16, mode="c", shape=(rows, columns)))
+    return QuantizedTensor("F16", (zeros,), (rows, columns))

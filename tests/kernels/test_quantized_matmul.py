@@ -1,0 +1,263 @@
+"""Quantised matmul: every type and regime against the definition, and the laws it keeps."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from assertions import assert_bit_equal, assert_guards_intact
+from hypothesis import given
+from hypothesis import strategies as st
+from quant_blocks import TYPES, guarded_weight, random_weight, some_columns
+from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
+
+from rooflama.kernels import (
+    LAYOUTS,
+    KernelInputError,
+    QuantizedTensor,
+    dequantize,
+    quantized_matmul,
+    reference,
+    resident_form,
+)
+
+# The gemv regime serves up to 8 tokens, dot up to 64, matmul the rest.
+tokens_of_any_regime = st.sampled_from([0, 1, 2, 3, 5, 8, 9, 17, 33, 64, 65])
+tokens_of_own_kernels = st.sampled_from([1, 3, 8, 9, 20])
+cases_of_own_kernels = st.tuples(st.sampled_from(TYPES), tokens_of_own_kernels).filter(
+    lambda case: case[1] <= 8 or not LAYOUTS[case[0]].is_float  # more tokens on float weights are torch's business
+)
+
+
+def magnitude(weight):
+    """|scale * value| + |minimum| of each weight, float64: what the kernel's terms are made of before they cancel."""
+    parts = []
+    for cleared in (("m", "dmin"), ("d", "values")):
+        planes = (
+            torch.zeros_like(plane) if p.name in cleared else plane
+            for p, plane in zip(weight.layout.planes, weight.planes, strict=True)
+        )
+        parts.append(np.abs(reference.dequantize(weight._replace(planes=tuple(planes)).numpy(), np.float64)))
+    return parts[0] + parts[1]
+
+
+def assert_matmul_close(got, x, weight, bias=None, residual=None, *, context):
+    """Within the rounding of float32 sums, of weights rounded to the dtype of x, and of the result.
+
+    A sum of K float32 products is off by about sqrt(K) half units in the last place of sum |x w|.
+    """
+
+    def as64(tensor):
+        return None if tensor is None else exact(tensor)
+
+    expected = reference.quantized_matmul(exact(x), weight.numpy(), as64(bias), residual=as64(residual))
+    unit32, unit = 2.0**-24, torch.finfo(x.dtype).eps / 2
+    terms = np.abs(exact(x)) @ magnitude(weight).T
+    added = sum(np.abs(as64(t)) for t in (bias, residual) if t is not None) + np.zeros_like(expected)
+    bound = (4 + np.sqrt(x.shape[1])) * unit32 * (terms + added) + 2 * unit * (np.abs(expected) + added)
+    if x.dtype != torch.float32 and not (weight.layout.is_float and weight.planes[0].dtype == x.dtype):
+        bound += unit * np.abs(exact(x)) @ np.abs(reference.dequantize(weight.numpy())).T
+    error = np.abs(exact(got) - expected)
+    bad = ~(error <= bound + torch.finfo(x.dtype).smallest_normal)
+    if bad.any():
+        worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(error / bound, nan=np.inf), 0)), bad.shape)
+        raise AssertionError(
+            f"{bad.sum()} of {bad.size} elements are off; worst at {tuple(int(i) for i in worst)}: "
+            f"got {exact(got)[worst]!r}, expected {expected[worst]!r}, allowed {bound[worst]:.3e}; {context}"
+        )
+
+
+@pytest.mark.parametrize("ggml_type", TYPES)
+@given(
+    num_tokens=tokens_of_any_regime,
+    rows=st.integers(1, 40),
+    dtype=dtypes,
+    has_bias=st.booleans(),
+    has_residual=st.booleans(),
+    batch_invariant=st.booleans(),
+    data=st.data(),
+    seed=seeds,
+)
+def test_quantized_matmul_equals_definition(
+    ggml_type, num_tokens, rows, dtype, has_bias, has_residual, batch_invariant, data, seed
+):
+    columns = data.draw(st.sampled_from(some_columns(ggml_type)))
+    rng = np.random.default_rng(seed)
+    weight, buffers = guarded_weight(random_weight(rng, ggml_type, rows, columns))
+    x, _ = guarded(normal(rng, num_tokens, columns, dtype=dtype))
+    bias = guarded(normal(rng, rows))[0] if has_bias else None
+    residual = guarded(normal(rng, num_tokens, rows, dtype=dtype))[0] if has_residual else None
+    got = quantized_matmul(x, weight, bias, residual=residual, batch_invariant=batch_invariant)
+    context = f"{ggml_type} [{rows}, {columns}] num_tokens={num_tokens} {dtype} seed={seed}"
+    assert_matmul_close(got, x, weight, bias, residual, context=context)
+    for buffer in buffers:
+        assert_guards_intact(buffer, context=context)
+
+
+@pytest.mark.parametrize("ggml_type", TYPES)
+@given(num_tokens=tokens_of_own_kernels, dtype=dtypes, data=st.data(), seed=seeds)
+def test_a_unit_vector_reads_out_one_column(ggml_type, num_tokens, dtype, data, seed):
+    """Nothing is summed, so nothing but the conversion to the dtype rounds."""
+    columns = data.draw(st.sampled_from(some_columns(ggml_type)))
+    rng = np.random.default_rng(seed)
+    weight = random_weight(rng, ggml_type, 11, columns)
+    chosen = torch.from_numpy(rng.integers(0, columns, num_tokens)).to(DEVICE)
+    x = torch.nn.functional.one_hot(chosen, columns).to(dtype)
+    assert_bit_equal(quantized_matmul(x, weight), dequantize(weight, dtype).T[chosen], context=f"seed={seed}")
+
+
+@given(case=cases_of_own_kernels, rows=st.integers(2, 30), dtype=dtypes, seed=seeds)
+def test_permuting_rows_permutes_outputs(case, rows, dtype, seed):
+    """What un-permuting the q and k rows of arch llama on the quantised bytes rests on."""
+    ggml_type, num_tokens = case
+    rng = np.random.default_rng(seed)
+    weight, x = random_weight(rng, ggml_type, rows, 256), normal(rng, num_tokens, 256, dtype=dtype)
+    order = torch.from_numpy(rng.permutation(rows)).to(DEVICE)
+    assert_bit_equal(quantized_matmul(x, weight.take_rows(order)), quantized_matmul(x, weight)[:, order])
+
+
+@given(case=cases_of_own_kernels, rows=st.lists(st.integers(1, 20), min_size=1, max_size=3), seed=seeds)
+def test_concatenating_rows_concatenates_outputs(case, rows, seed):
+    """What a fused QKV or gate and up matrix rests on."""
+    ggml_type, num_tokens = case
+    rng = np.random.default_rng(seed)
+    x = normal(rng, num_tokens, 256)
+    weights = [random_weight(rng, ggml_type, n, 256) for n in rows]
+    joined = quantized_matmul(x, QuantizedTensor.concat_rows(weights))
+    assert_bit_equal(joined, torch.cat([quantized_matmul(x, w) for w in weights], dim=1))
+
+
+@given(ggml_type=st.sampled_from(TYPES), num_tokens=st.integers(2, 40), dtype=dtypes, seed=seeds)
+def test_batch_invariance(ggml_type, num_tokens, dtype, seed):
+    """With batch_invariant, a token's bits do not depend on the tokens beside it."""
+    rng = np.random.default_rng(seed)
+    weight, x = random_weight(rng, ggml_type, 10, 256), normal(rng, num_tokens, 256, dtype=dtype)
+    cut = int(rng.integers(1, num_tokens))
+    alone = [quantized_matmul(part, weight, batch_invariant=True) for part in (x[:1], x[1:cut], x[max(1, cut) :])]
+    assert_bit_equal(quantized_matmul(x, weight, batch_invariant=True), torch.cat(alone))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20, 70])
+def test_run_to_run(num_tokens):
+    rng = np.random.default_rng(0)
+    weight, x = random_weight(rng, "Q4_K", 40, 512), normal(rng, num_tokens, 512)
+    assert_bit_equal(quantized_matmul(x, weight), quantized_matmul(x, weight))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+@given(exponent=st.integers(-6, 6), seed=seeds)
+def test_a_power_of_two_changes_no_mantissa(num_tokens, exponent, seed):
+    rng = np.random.default_rng(seed)
+    weight, x = random_weight(rng, "Q5_1", 9, 96), normal(rng, num_tokens, 96)
+    assert_bit_equal(quantized_matmul(x * 2.0**exponent, weight), quantized_matmul(x, weight) * 2.0**exponent)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20, 70])
+def test_strided_rows(num_tokens):
+    """x and the residual may be slices of wider tensors; what lies beside them is not read."""
+    rng = np.random.default_rng(0)
+    weight = random_weight(rng, "Q8_0", 12, 64)
+    wide_x = torch.full((num_tokens, 96), float("nan"), device=DEVICE)
+    wide_residual = torch.full((num_tokens, 20), float("nan"), device=DEVICE)
+    wide_x[:, 16:80], wide_residual[:, 4:16] = normal(rng, num_tokens, 64), normal(rng, num_tokens, 12)
+    x, residual = wide_x[:, 16:80], wide_residual[:, 4:16]
+    expected = quantized_matmul(x.contiguous(), weight, residual=residual.contiguous())
+    assert_bit_equal(quantized_matmul(x, weight, residual=residual), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 9])
+def test_offsets_beyond_int32(num_tokens):
+    """The last row starts past 2^31 elements; the storage is virtual, only the rows of x are touched."""
+    stride = 2**31 // (num_tokens - 1) // 8 * 8 + 16
+    shape = (num_tokens, 64)
+    numel = stride * (num_tokens - 1) + 64
+    if DEVICE.type == "cuda":
+        buffer = torch.empty(numel, dtype=torch.float16, device=DEVICE)
+    else:
+        buffer = torch.from_numpy(np.memmap("/dev/zero", dtype=np.float16, mode="c", shape=(numel,)))
+    rng = np.random.default_rng(0)
+    x = buffer.as_strided(shape, (stride, 1))
+    x.copy_(normal(rng, *shape, dtype=torch.float16))
+    weight = random_weight(rng, "Q4_0", 5, 64)
+    assert_bit_equal(quantized_matmul(x, weight), quantized_matmul(x.contiguous(), weight))
+    residual = buffer.as_strided((num_tokens, 5), (stride, 1))
+    assert_bit_equal(
+        quantized_matmul(x, weight, residual=residual), quantized_matmul(x, weight, residual=residual.contiguous())
+    )
+
+
+@pytest.mark.parametrize("ggml_type", ["Q4_1", "Q6_K"])
+def test_a_small_workspace_changes_nothing_but_the_number_of_passes(ggml_type, monkeypatch):
+    rng = np.random.default_rng(0)
+    weight, x = random_weight(rng, ggml_type, 40, 256), normal(rng, 70, 256)
+    bias, residual = normal(rng, 40), normal(rng, 70, 40)
+    module = importlib.import_module("rooflama.kernels.quantized_matmul")  # its name is the function's
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", 16 * 256 * 4)
+    got = quantized_matmul(x, weight, bias, residual=residual)
+    assert_matmul_close(got, x, weight, bias, residual, context=ggml_type)
+    assert_matmul_close(quantized_matmul(x, weight), x, weight, context=ggml_type)
+
+
+@pytest.mark.parametrize("ggml_type", TYPES)
+def test_definition_runs_on_resident_rows(ggml_type, numpy_backend):
+    rng = np.random.default_rng(0)
+    weight, x = random_weight(rng, ggml_type, 6, 256), normal(rng, 3, 256)
+    resident = resident_form(weight, DEVICE)
+    bias, residual = normal(rng, 6), normal(rng, 3, 6)
+    got = quantized_matmul(x, resident, bias, residual=residual)
+    assert_bit_equal(got, quantized_matmul(x, weight, bias, residual=residual))
+    assert_matmul_close(got, x, weight, bias, residual, context=ggml_type)
+    assert np.shares_memory(reference.dequantize(resident.numpy()), resident.numpy().planes[0])
+
+
+def test_opcheck():
+    rng = np.random.default_rng(0)
+    for ggml_type, num_tokens in (("Q4_K", 2), ("IQ4_XS", 20), ("F16", 70)):
+        weight, x = random_weight(rng, ggml_type, 5, 256), normal(rng, num_tokens, 256)
+        arguments = (x, list(weight.planes), ggml_type, 5, 256, normal(rng, 5), normal(rng, num_tokens, 5), False)
+        torch.library.opcheck(torch.ops.rooflama.quantized_matmul_planes, arguments)
+
+
+def test_torch_compile_traces_through():
+    rng = np.random.default_rng(0)
+    weight, x = random_weight(rng, "Q4_1", 6, 64), normal(rng, 3, 64)
+
+    def block(x, weight):
+        return torch.relu(quantized_matmul(x, weight, residual=x[:, :6]))
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert_bit_equal(compiled(x, weight), block(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(2, 32)}, r"x must have shape \[any, 64\]"),
+        ({"x": torch.zeros(64)}, r"x must have shape \[any, 64\]"),
+        ({"x": torch.zeros(2, 64, dtype=torch.float64)}, "x is torch.float64"),
+        ({"x": torch.zeros(64, 2).T}, "last dimension of x must be contiguous"),
+        ({"bias": torch.zeros(4)}, r"bias must have shape \[3\]"),
+        ({"residual": torch.zeros(1, 3)}, r"residual must have shape \[2, 3\]"),
+        ({"residual": torch.zeros(2, 3, dtype=torch.int32)}, "residual is torch.int32"),
+    ],
+)
+def test_bad_input_is_refused_before_a_launch(changes, message):
+    weight = random_weight(np.random.default_rng(0), "Q4_1", 3, 64)
+    arguments = {"x": torch.zeros(2, 64), "bias": None, "residual": None, **changes}
+    x, bias, residual = (None if t is None else t.to(DEVICE) for t in arguments.values())
+    with pytest.raises(KernelInputError, match=message):
+        quantized_matmul(x, weight, bias, residual=residual)
+
+
+def test_rows_of_different_types_do_not_join():
+    rng = np.random.default_rng(0)
+    weights = [random_weight(rng, "Q4_K", 2, 256), random_weight(rng, "Q6_K", 2, 256)]
+    with pytest.raises(KernelInputError, match="rows of Q4_K with 256 columns and Q6_K with 256 columns"):
+        QuantizedTensor.concat_rows(weights)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")
+def test_bfloat16_is_refused_under_the_interpreter():
+    weight = random_weight(np.random.default_rng(0), "BF16", 3, 64)
+    with pytest.raises(KernelInputError, match="interpreter computes bfloat16 wrongly"):
+        quantized_matmul(torch.zeros(1, 64, dtype=torch.bfloat16), weight)
