@@ -195,7 +195,7 @@ def write_kv(
         *k_pages.stride()[:3],
         num_kv_heads,
         k_pages.shape[1].bit_length() - 1,
-        LIMIT=LIMITS.get(k_pages.dtype, 0.0),
+        LIMIT=LIMITS.get(k_pages.dtype, 0),
         HEAD_DIM=head_dim,
         BLOCK_HEADS=block_heads,
         BLOCK_DIM=block_dim,

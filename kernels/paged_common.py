@@ -20,9 +20,9 @@ from torch import Tensor
 from .backend import as_array, as_tensor
 from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 
-LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest code
+LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}  # the largest code
 TILE = 1024  # elements of heads x head_dim that one program writes
-_INT8_LIMIT = tl.constexpr(127.0)
+_INT8_LIMIT = tl.constexpr(127)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)  # float32's step there is 1, so adding it rounds to an integer
 
 
@@ -44,15 +44,16 @@ def encode(x, scale, LIMIT: tl.constexpr):
     ratio = tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
     ratio = tl.minimum(tl.maximum(ratio, -LIMIT), LIMIT)
     if LIMIT == _INT8_LIMIT:
-        return ((ratio + _ROUNDER) - _ROUNDER).to(tl.int8)
-    bits = ratio.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # From 2^-6 on: drop 20 of 23 fraction bits, rounding half to even, and take the exponent's bias from 127 to 7.
-    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
-    # Below, e4m3's step is 2^-9, which is float32's step at 2^14: adding that rounds, and the low bits are the code.
-    subnormal = (tl.abs(ratio) + 16384.0).to(tl.uint32, bitcast=True) & 0xFF
-    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+        codes = ((ratio + _ROUNDER) - _ROUNDER).to(tl.int8)
+    else:
+        bits = ratio.to(tl.uint32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        # From 2^-6 on: drop 20 of 23 fraction bits, rounding half to even, and take the exponent's bias from 127 to 7.
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
+        # Below, e4m3's step is 2^-9, float32's step at 2^14: adding that rounds, and the low bits are the code.
+        subnormal = (tl.abs(ratio) + 16384.0).to(tl.uint32, bitcast=True) & 0xFF
+        codes = (tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return codes
 
 
 @triton.jit

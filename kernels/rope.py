@@ -475,7 +475,7 @@ def rope_and_cache_write(
         eps,
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
-        LIMIT=LIMITS.get(k_pages.dtype, 0.0),
+        LIMIT=LIMITS.get(k_pages.dtype, 0),
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
         BLOCK_DIM=block_dim,

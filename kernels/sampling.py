@@ -119,29 +119,29 @@ def _resume_search(
     BLOCK_CHUNKS: tl.constexpr,
 ):
     """After LEVEL digits: those digits, the weight of everything larger than they allow, and the bound."""
-    if LEVEL == 0:
-        return tl.zeros([], tl.uint32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
-    before = (LEVEL - 1) * num_seqs + row
-    digits = tl.arange(0, _DIGITS)
-    chunks = tl.arange(0, BLOCK_CHUNKS)
-    offs = (before * num_chunks + chunks[:, None]) * _DIGITS + digits[None, :]
-    weights = tl.sum(tl.load(sums_ptr + offs, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
-    if LEVEL == 1:
-        prefix, above = tl.zeros([], tl.uint32), tl.zeros([], tl.float32)
-        limit = tl.load(limit_ptr + row).to(tl.float32)
-        if WEIGHTED:
-            bound = tl.where(limit < 1.0, tl.maximum(limit * tl.sum(weights), _TINY), float("inf"))
+    prefix, above, bound = tl.zeros([], tl.uint32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+    if LEVEL > 0:
+        before = (LEVEL - 1) * num_seqs + row
+        digits = tl.arange(0, _DIGITS)
+        chunks = tl.arange(0, BLOCK_CHUNKS)
+        offs = (before * num_chunks + chunks[:, None]) * _DIGITS + digits[None, :]
+        weights = tl.sum(tl.load(sums_ptr + offs, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
+        if LEVEL > 1:
+            prefix = tl.load(prefix_ptr + before).to(tl.uint32, bitcast=True)
+            above = tl.load(above_ptr + before)
+            bound = tl.load(bound_ptr + before)
         else:
-            bound = tl.where(limit > 0.0, limit, float("inf"))
-    else:
-        prefix = tl.load(prefix_ptr + before).to(tl.uint32, bitcast=True)
-        above = tl.load(above_ptr + before)
-        bound = tl.load(bound_ptr + before)
-    larger = tl.where(digits[:, None] > digits[None, :], weights[:, None], 0.0)
-    weight_above = above + tl.sum(larger, axis=0)
-    digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS - 1))
-    above = tl.sum(tl.where(digits == digit, weight_above, 0.0))
-    return (prefix << BITS) | digit.to(tl.uint32), above, bound
+            limit = tl.load(limit_ptr + row).to(tl.float32)
+            if WEIGHTED:
+                bound = tl.where(limit < 1.0, tl.maximum(limit * tl.sum(weights), _TINY), float("inf"))
+            else:
+                bound = tl.where(limit > 0.0, limit, float("inf"))
+        larger = tl.where(digits[:, None] > digits[None, :], weights[:, None], 0.0)
+        weight_above = above + tl.sum(larger, axis=0)
+        digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS - 1))
+        above = tl.sum(tl.where(digits == digit, weight_above, 0.0))
+        prefix = (prefix << BITS) | digit.to(tl.uint32)
+    return prefix, above, bound
 
 
 @triton.jit
@@ -426,6 +426,7 @@ def _search(
             PENALISED=penalised,
             WEIGHTED=weighted,
             LEVEL=level,
+            num_warps=8,
             **sizes,
         )
     _raise_floor_kernel[(num_seqs,)](
