@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import open_device
 from rooflama.models import DecodeBatch, Decoder, Engine, PagedKVCache, SamplingParams, TensorSource, adapter_for
-from torch import Tensor
 
 PAGE_SIZE = 16
 
