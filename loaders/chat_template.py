@@ -15,7 +15,8 @@ from jinja2.sandbox import SecurityError
 
 from rooflama.kernels.errors import RooflamaError
 
-from .template_sandbox import Budget, OverBudget, Refused, environment
+from .template_budget import Budget, OverBudget
+from .template_sandbox import Refused, environment
 
 MAX_SOURCE_CHARACTERS = 64 * 1024
 MAX_UNITS = 2**27  # characters made in all while rendering; see template_sandbox

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
@@ -31,16 +29,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-ITEM_COST = 16  # units; about the bytes that an item takes in a list
+from .template_budget import INTEGER_BITS, ITEM_COST, Budget, current
 
-_INTEGER_BITS = 1024
 _INDENT_CHARACTERS = 64
 _TIME_PATTERN_CHARACTERS = 256
 
 _FILTERS = """
     abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min
-    reject rejectattr reverse safe select selectattr sort title trim truncate unique upper wordcount
+    reject rejectattr reverse safe select selectattr sort title truncate unique upper wordcount
 """
+_SPLITTING_FILTERS = frozenset({"groupby", "list", "sort", "title", "wordcount"})  # of a string: an item a character
 _STRING_METHODS = """
     capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier islower
     isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind
@@ -57,93 +55,35 @@ _METHODS: dict[type, frozenset[str]] = {
 }
 
 
-class OverBudget(Exception):
-    """The rendering took more time, or made more, than it may."""
-
-
 class Refused(Exception):
     """The template called ``raise_exception``."""
 
 
-class Budget:
-    """What one rendering may still spend.
-
-    Args:
-        units: characters it may make in all, and the largest that one value may be when written out.
-        seconds: wall-clock time.
-    """
-
-    def __init__(self, units: int, seconds: float):
-        self.left = self._limit = units
-        self._seconds = seconds
-        self._deadline = time.monotonic() + seconds
-        self._sizes: dict[int, tuple[int, Any]] = {}  # id -> (size, the container, held so that its id stays its own)
-
-    def spend(self, units: int) -> None:
-        self.left -= units
-        if self.left < 0:
-            raise OverBudget(f"it makes more than {self._limit:,} characters and list items x {ITEM_COST}")
-        if time.monotonic() > self._deadline:
-            raise OverBudget(f"it takes longer than {self._seconds:g} s")
-
-    def size(self, value: Any) -> int:
-        """Units of ``value`` written out in full."""
-        if isinstance(value, str):
-            return ITEM_COST + len(value)
-        if isinstance(value, Namespace):
-            raise SecurityError("a namespace cannot be printed or put into a list")
-        if isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
-            raise SecurityError(f"whole numbers end at {_INTEGER_BITS} bits")
-        if not isinstance(value, list | tuple | dict):
-            return ITEM_COST
-        known = self._sizes.get(id(value))
-        if known:
-            return known[0]
-        total = ITEM_COST
-        for item in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
-            total += self.size(item)
-            if total > self._limit:
-                raise OverBudget(f"a list in it is larger than {self._limit:,} characters when written out")
-        self._sizes[id(value)] = total, value
-        return total
-
-    def pay(self, value: Any) -> Any:
-        """Pay for a value just made, and hand it on."""
-        if isinstance(value, Namespace):
-            return value
-        size = self.size(value)
-        self.spend(size if isinstance(value, str) else ITEM_COST * (1 + _length(value)))
-        return value
-
-
-_current: ContextVar[Budget] = ContextVar("budget of the rendering at work")
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, list | tuple | dict) else 0
-
-
 def _text(value: Any) -> str:
     """``str(value)``, paid for."""
-    budget = _current.get()
+    budget = current.get()
     if not isinstance(value, str):
         budget.spend(budget.size(value))
         value = str(value)
-    budget.spend(len(value))
-    return value
+    return budget.pay(value)
 
 
 def _joined(separator: str, values: Iterable[Any]) -> str:
     texts = [_text(value) for value in values]
-    _current.get().spend(sum(map(len, texts)) + len(separator) * len(texts))
+    current.get().spend(sum(map(len, texts)) + len(separator) * len(texts))
     return separator.join(texts)
 
 
 def _replaced(text: str, old: str, new: str, count: int | None = -1) -> str:
     found = text.count(old)
     count = -1 if count is None else count
-    _current.get().spend(len(text) + len(new) * (found if count < 0 else min(found, count)))
+    current.get().spend(len(text) + len(new) * (found if count < 0 else min(found, count)))
     return text.replace(old, new, count)
+
+
+def _stripping_cost(text: str, characters: Any) -> int:
+    """Each character of the text may be looked for among all that are stripped."""
+    return len(text) * len(characters) if isinstance(characters, str) else len(text)
 
 
 def _pieces(text: str, method: str, separator: Any) -> int:
@@ -160,6 +100,12 @@ def _join_filter(environment: jinja2.Environment, value: Any, d: str = "", attri
     return _joined(_text(d), value)
 
 
+def _trim_filter(value: Any, chars: str | None = None) -> str:
+    text = _text(value)
+    current.get().spend(_stripping_cost(text, chars))
+    return text.strip(chars)
+
+
 def _replace_filter(s: Any, old: Any, new: Any, count: int | None = None) -> str:
     return _replaced(_text(s), _text(old), _text(new), count)
 
@@ -168,7 +114,7 @@ def _indent_filter(s: str, width: int | str = 4, first: bool = False, blank: boo
     s, step = _text(s), width if isinstance(width, int) else len(width)
     if step > _INDENT_CHARACTERS:
         raise SecurityError(f"an indent of {step} is more than {_INDENT_CHARACTERS} characters")
-    _current.get().spend(len(s) + (step + 1) * (1 + len(s.splitlines())))
+    current.get().spend(len(s) + (step + 1) * (1 + len(s.splitlines())))
     return filters.do_indent(s, width, first, blank)
 
 
@@ -183,7 +129,7 @@ def _tojson_filter(
     step = indent if isinstance(indent, int) else len(indent or "")
     if max(step, *map(len, separators or ("",))) > _INDENT_CHARACTERS:
         raise SecurityError(f"indents and separators end at {_INDENT_CHARACTERS} characters")
-    budget = _current.get()
+    budget = current.get()
     budget.spend(budget.size(value) * (1 + max(map(len, separators or ("",)))))
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, check_circular=False
@@ -247,6 +193,14 @@ class _Rewriter(NodeTransformer):
 
     visit_List = visit_Dict = _made
 
+    def _unpacking(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = self._call(node, "unpacked", [node.dyn_args])
+        return node
+
+    visit_Call = visit_Filter = visit_Test = _unpacking
+
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         if node.ctx == "load":
             return self._made(node)
@@ -284,19 +238,19 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
             extensions=["jinja2.ext.loopcontrols", _GenerationTag],
             finalize=jinja2.pass_context(lambda context, value: _text(value)),
         )
-        self.filters = {name: _paid(self.filters[name]) for name in _FILTERS.split()}
+        self.filters = {name: _paid(name, self.filters[name]) for name in _FILTERS.split()}
         self.filters.update(join=_join_filter, replace=_replace_filter, indent=_indent_filter, tojson=_tojson_filter)
-        self.filters["string"] = _text
+        self.filters.update(string=_text, trim=_trim_filter)
         del self.globals["lipsum"]
         self.globals.update(dict=_dict, namespace=_Namespace)
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
 
     def render(self, template: jinja2.Template, budget: Budget, variables: dict[str, Any]) -> str:
-        token = _current.set(budget)
+        token = current.set(budget)
         try:
             return template.render(variables)
         finally:
-            _current.reset(token)
+            current.reset(token)
 
     # What the rewritten template calls.
 
@@ -309,6 +263,12 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return value  # the result of every call is paid for
 
     @staticmethod
+    def unpacked(values: Any) -> Any:
+        if isinstance(values, str):
+            raise SecurityError("a string is not unpacked into arguments")
+        return values
+
+    @staticmethod
     def concatenate(*values: Any) -> str:
         return _joined("", values)
 
@@ -318,7 +278,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return super()._generate(_Rewriter().visit(source), *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        budget = _current.get()
+        budget = current.get()
         if operator == "%" and isinstance(left, str):
             raise SecurityError("strings are not formatted with % here; join them with ~")
         if operator == "**" and not _small_power(left, right):
@@ -332,7 +292,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return budget.pay(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = _current.get()
+        budget = current.get()
         budget.spend(ITEM_COST)
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str):
@@ -341,7 +301,9 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
             if name == "replace":
                 return _replaced(text, *args, **kwargs)
             budget.spend(len(text))
-            if "split" in name:
+            if "strip" in name and args:
+                budget.spend(_stripping_cost(text, args[0]))
+            if "split" in name or "partition" in name:
                 budget.spend(ITEM_COST * _pieces(text, name, args[0] if args else kwargs.get("sep")))
         return budget.pay(super().call(__context, __obj, *args, **kwargs))
 
@@ -360,16 +322,18 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
 def _small_power(base: Any, exponent: Any) -> bool:
     if isinstance(base, int) and isinstance(exponent, int):
-        return abs(exponent) * base.bit_length() <= _INTEGER_BITS
+        return abs(exponent) * base.bit_length() <= INTEGER_BITS
     return isinstance(base, int | float) and isinstance(exponent, int | float)
 
 
-def _paid(function: Callable[..., Any]) -> Callable[..., Any]:
+def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The filter, its result paid for."""
 
     @functools.wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:
-        return _current.get().pay(function(*args, **kwargs))
+        if name in _SPLITTING_FILTERS:
+            current.get().spend(ITEM_COST * max((len(arg) for arg in args if isinstance(arg, str)), default=0))
+        return current.get().pay(function(*args, **kwargs))
 
     return paid
 
