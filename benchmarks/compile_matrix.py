@@ -1,0 +1,384 @@
+"""Compile every kernel at the real shapes of the models, for four targets, on a machine without any of them.
+
+    python benchmarks/compile_matrix.py            the whole matrix, written to docs/compile_matrix.csv
+    python benchmarks/compile_matrix.py --fast     each kernel once, for two targets; nothing written
+
+What is compiled comes from the launchers themselves. ``model_calls`` calls each public function with the shapes of a
+model, on tensors that say they live on a GPU but have no memory; a launch is caught on its way to Triton, with the
+arguments, tile sizes and options that the launcher chose for that target. So the matrix cannot drift from the code.
+
+Fails on a compile error, on spilled registers beyond ``SPILLS_ALLOWED``, on more shared memory than a block may have,
+and on a kernel of ``rooflama.kernels`` that no call reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import fnmatch
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+
+import numpy as np
+import torch
+import triton
+from model_calls import EVERYTHING, calls
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, MockTensor
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "compile_matrix.csv"
+CACHE = ROOT / "build" / "compile_matrix"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for: what Triton, and what a launcher that asks torch, is told about it."""
+
+    gpu: GPUTarget
+    shared_bytes: int  # the most a block may use
+    multiprocessors: int
+    capability: tuple[int, int]
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166_912, 108, (8, 0)),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232_448, 132, (9, 0)),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232_448, 148, (10, 0)),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65_536, 304, (9, 4)),
+}
+
+# (kernel, target), shell patterns: the spilled bytes (Nvidia) or registers (AMD) that pass, and why they do.
+SPILLS_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+
+# Before the ones they contain: a tcgen05 kernel may also hold mma.sync.
+MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma", "v_smfmac")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of a kernel, as Triton would compile it."""
+
+    kernel: str
+    arguments: str  # one a parameter: type, ":16" if divisible by 16, or name=value of a constant
+    options: str
+    call: str  # the first call that led here
+    function: JITFunction = dataclasses.field(compare=False)
+    source: ASTSource = dataclasses.field(compare=False)
+    compile_options: dict[str, Any] = dataclasses.field(compare=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    kernel: str
+    target: str
+    call: str
+    arguments: str
+    options: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    matrix_instruction: str
+    problem: str
+    seconds: float = dataclasses.field(default=0.0, compare=False)
+
+
+COLUMNS = [field.name for field in dataclasses.fields(Row) if field.name not in ("problem", "seconds")]
+
+
+def _index_without_device(tensor: FakeTensor, index: Any) -> torch.Tensor:
+    """``tensor[index]`` for slices and numbers: torch's own indexing asks a driver for the device."""
+    with unset_fake_temporarily():
+        view = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")[index]
+    return tensor.as_strided(view.shape, view.stride(), tensor.storage_offset() + view.storage_offset())
+
+
+def _copy_without_device(tensor: FakeTensor, source: torch.Tensor) -> FakeTensor:
+    source.expand(tensor.shape)  # raises if it does not fit
+    return tensor
+
+
+def _assign_without_device(tensor: FakeTensor, index: Any, value: torch.Tensor) -> None:
+    _copy_without_device(_index_without_device(tensor, index), value)
+
+
+def _tensor_without_device(data: Any, *, dtype: torch.dtype = torch.float32, device: Any = "cuda") -> torch.Tensor:
+    return torch.empty(np.shape(data), dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def pretend_device(target: Target) -> Iterator[None]:
+    """Tensors may be made on "cuda", and whoever asks what that is hears of ``target``."""
+    properties = SimpleNamespace(
+        name=str(target.gpu.arch),
+        shared_memory_per_block_optin=target.shared_bytes,
+        multi_processor_count=target.multiprocessors,
+        warp_size=target.gpu.warp_size,
+        major=target.capability[0],
+        minor=target.capability[1],
+        gcnArchName=str(target.gpu.arch),
+    )
+    driver = SimpleNamespace(get_current_target=lambda: target.gpu, get_current_device=lambda: 0)
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch("torch.version.hip", "6.4" if target.gpu.backend == "hip" else None),
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
+        mock.patch("torch.cuda.get_device_capability", return_value=target.capability),
+        mock.patch("torch.tensor", _tensor_without_device),
+        mock.patch.object(FakeTensor, "__getitem__", _index_without_device, create=True),
+        mock.patch.object(FakeTensor, "__setitem__", _assign_without_device, create=True),
+        mock.patch.object(FakeTensor, "copy_", _copy_without_device, create=True),
+        FakeTensorMode(),
+        torch.device("cuda"),
+    ):
+        yield
+
+
+class _Pointer(MockTensor):
+    """What a kernel is specialised on of a tensor: its dtype and the alignment of its first element."""
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__(tensor.dtype)
+        self.offset = tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self.offset
+
+
+def _describe(signature: dict, constants: dict, attributes: dict) -> str:
+    words = []
+    for i, (name, kind) in enumerate(signature.items()):
+        divisible = ":16" if any("divisibility" in str(a) for a in attributes.get((i,), [])) else ""
+        words.append(f"{name}={constants[i,]}" if (i,) in constants else f"{kind}{divisible}")
+    return " ".join(words)
+
+
+class Recorder:
+    """Catches launches while its ``with`` block runs. ``call`` names what is being called."""
+
+    def __init__(self) -> None:
+        self.launches: dict[Launch, None] = {}
+        self.call = ""
+
+    def _catch(self, function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        args = tuple(_Pointer(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
+        _, _, _, backend, bind = function.create_binder()
+        bound, specialization, options = bind(*args, **{"debug": False, **kwargs})
+        options, signature, constants, attributes = function._pack_args(backend, kwargs, bound, specialization, options)
+        defaults = backend.parse_options({})
+        changed = {k: v for k, v in vars(options).items() if v != getattr(defaults, k) and k != "debug"}
+        changed |= {"num_warps": options.num_warps, "num_stages": options.num_stages}
+        launch = Launch(
+            kernel=function.__name__,
+            arguments=_describe(signature, constants, attributes),
+            options=" ".join(f"{k}={v}" for k, v in sorted(changed.items())),
+            call=self.call,
+            function=function,
+            source=ASTSource(function, signature, constants, attributes),
+            compile_options=vars(options),
+        )
+        key = dataclasses.replace(launch, call="")
+        self.launches.setdefault(key, launch)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        recorder = self
+
+        def run(function: JITFunction, *args: Any, **kwargs: Any) -> None:
+            recorder._catch(function, *args, **kwargs)
+
+        with mock.patch.object(JITFunction, "run", run):
+            yield
+
+
+def record(target: Target, models: list[str]) -> tuple[list[Launch], list[str]]:
+    """(every launch that the calls of ``models`` lead to on ``target``, each specialisation once; failed calls)."""
+    from rooflama import kernels
+
+    recorder, failed = Recorder(), []
+    with pretend_device(target), recorder.recording():
+        for model, call in calls(models):
+            recorder.call = " ".join(filter(None, (model, call.function, call.note)))
+            try:
+                getattr(kernels, call.function)(*call.args, **call.kwargs)
+            except Exception as error:
+                failed.append(f"{recorder.call}: {type(error).__name__}: {error}")
+    return list(recorder.launches.values()), failed
+
+
+def resources(launch: Launch, target: Target) -> tuple[int, int, int, str, str]:
+    """(registers, spills, shared bytes, matrix instruction, problem) of a launch compiled for ``target``.
+
+    Remembered from one run to the next, for as long as the kernel's source and Triton stay the same.
+    """
+    identity = (launch.source.hash(), target.gpu, sorted(launch.compile_options.items()), triton.__version__)
+    cached = CACHE / f"{hashlib.sha256(repr(identity).encode()).hexdigest()}.json"
+    if cached.exists():
+        return tuple(json.loads(cached.read_text()))
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            kernel = triton.compile(launch.source, target=target.gpu, options=launch.compile_options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        return 0, 0, 0, "", f"{type(error).__name__}: {' '.join(reason[-3:])}"
+    if target.gpu.backend == "cuda":
+        code, report = kernel.asm["ptx"], log.getvalue()
+        registers = max(map(int, re.findall(r"Used (\d+) registers", report)))
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report)))
+    else:
+        code = report = kernel.asm["amdgcn"]
+        registers = max(map(int, re.findall(r"\.vgpr_count:\s+(\d+)", report)))
+        spills = sum(map(int, re.findall(r"\.vgpr_spill_count:\s+(\d+)", report)))
+    instruction = next((name for name in MATRIX_INSTRUCTIONS if name in code), "")
+    found = (registers, spills, kernel.metadata.shared, instruction, "")
+    cached.write_text(json.dumps(found))
+    return found
+
+
+def problem_of(row: Row) -> str:
+    """What forbids this row, or an empty string."""
+    if row.problem:
+        return row.problem
+    limit = TARGETS[row.target].shared_bytes
+    if row.shared_bytes > limit:
+        return f"{row.shared_bytes:,} bytes of shared memory, a block has {limit:,}"
+    allowed = max(
+        (
+            bound
+            for (kernel, target), (bound, _) in SPILLS_ALLOWED.items()
+            if fnmatch.fnmatch(row.kernel, kernel) and fnmatch.fnmatch(row.target, target)
+        ),
+        default=0,
+    )
+    return f"{row.spills} spilled, {allowed} allowed" if row.spills > allowed else ""
+
+
+def compile_target(name: str, models: list[str], pattern: str, fast: bool) -> tuple[list[Row], list[str]]:
+    """(the table's rows for one target, calls that failed). In a process of its own: launchers remember the device."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    triton.knobs.compilation.always_compile = True  # ptxas reports registers only while it runs
+    triton.knobs.nvidia.dump_ptxas_log = True
+    target, rows = TARGETS[name], []
+    launches, failed = record(target, models)
+    if fast:
+        launches = list({launch.kernel: launch for launch in reversed(launches)}.values())
+    for launch in launches:
+        if not re.search(pattern, launch.kernel):
+            continue
+        (CACHE / f"{name}.current").write_text(f"{launch.call}: {launch.kernel} {launch.arguments}")
+        start = time.perf_counter()
+        found = resources(launch, target)
+        row = Row(
+            launch.kernel, name, launch.call, launch.arguments, launch.options, *found, time.perf_counter() - start
+        )
+        rows.append(dataclasses.replace(row, problem=problem_of(row)))
+    return rows, [f"{name}: {failure}" for failure in failed]
+
+
+def all_kernels() -> set[str]:
+    """Every kernel that a launcher of rooflama.kernels can start: jitted functions named ``..._kernel``."""
+    package = importlib.import_module("rooflama.kernels")
+    found = set()
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        found |= {n for n, f in vars(module).items() if isinstance(f, JITFunction) and n.endswith("_kernel")}
+    return found
+
+
+def write(rows: list[Row], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        table.writerows(sorted([getattr(row, column) for column in COLUMNS] for row in rows))
+
+
+def summary(rows: list[Row]) -> str:
+    """One line a kernel and target: how many specialisations, and the worst of each resource."""
+    lines = [
+        f"{'kernel':34} {'target':7} {'n':>4} {'registers':>9} {'spills':>6} {'shared':>8}  instructions        seconds"
+    ]
+    for kernel, target in sorted({(row.kernel, row.target) for row in rows}):
+        group = [row for row in rows if (row.kernel, row.target) == (kernel, target)]
+        instructions = ",".join(sorted({row.matrix_instruction for row in group}))
+        lines.append(
+            f"{kernel:34} {target:7} {len(group):4} {max(r.registers for r in group):9} "
+            f"{max(r.spills for r in group):6} {max(r.shared_bytes for r in group):8}  {instructions:19} "
+            f"{sum(r.seconds for r in group):7.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="each kernel once, for sm_90 and gfx942; nothing written")
+    parser.add_argument(
+        "--kernels", default="", metavar="REGEX", help="only kernels whose name matches; nothing written"
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--models", nargs="+", default=[], help="only these, by name; nothing written")
+    parser.add_argument("--output", type=Path, default=TABLE)
+    options = parser.parse_args()
+    if options.fast:
+        options.targets, options.models = ["sm_90", "gfx942"], [EVERYTHING]
+
+    start = time.perf_counter()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
+        jobs = [
+            pool.submit(compile_target, name, options.models, options.kernels, options.fast) for name in options.targets
+        ]
+        try:
+            parts = [job.result() for job in jobs]
+        except BrokenProcessPool:
+            for current in sorted(CACHE.glob("*.current")):
+                print(f"the compiler crashed; {current.stem} was at {current.read_text()}", file=sys.stderr)
+            return 1
+    rows = [row for part, _ in parts for row in part]
+    print(summary(rows))
+
+    problems = [failure for _, failed in parts for failure in failed]
+    problems += [
+        f"{row.kernel} {row.target} ({row.call}): {row.problem}\n    {row.arguments}" for row in rows if row.problem
+    ]
+    missed = {name for name in all_kernels() if re.search(options.kernels, name)} - {row.kernel for row in rows}
+    problems += [f"{name}: no call in model_calls reaches it" for name in sorted(missed)]
+    print(f"{len(rows)} specialisations in {time.perf_counter() - start:.0f} s, {len(problems)} problems")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    whole = not (options.kernels or options.models) and options.targets == list(TARGETS)
+    if whole and not problems:
+        write(rows, options.output)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
