@@ -1,0 +1,76 @@
+"""The demo checkpoint on a GPU: weights still quantised, sixteen-bit activations, against transformers in float32."""
+
+import functools
+
+import pytest
+import rooflama
+import torch
+from demo_oracle import PROMPTS, checkpoint_path, greedy, transformers_llama
+from strategies import DEVICE
+
+pytestmark = [pytest.mark.gpu, pytest.mark.demo_checkpoint]
+NUM_TOKENS = 32
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+def model(request):
+    with rooflama.load(checkpoint_path(), dtype=request.param, max_context=2048, progress=False) as model:
+        yield model
+
+
+@functools.cache
+def oracle(prompt_ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """transformers' logits of a sequence in ``dtype``, on the GPU with its weights rounded to it."""
+    model = transformers_llama().to(device=DEVICE, dtype=dtype)
+    transformers_llama.cache_clear()  # .to() converted it in place
+    with torch.no_grad():
+        return model(torch.tensor([prompt_ids], device=DEVICE)).logits[0].float().cpu()
+
+
+def test_weights_stay_quantised(model):
+    assert model.weight_bytes <= 1.1 * checkpoint_path().stat().st_size
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_logits_within_rounding(model, prompt):
+    """No further from float32 than twice what transformers is in the same dtype."""
+    ids = tuple(model.tokenizer.encode(prompt, parse_special=True))
+    exact_logits, same_dtype = oracle(ids, torch.float32), oracle(ids, model.engine.dtype)
+    error = (model.logits(ids) - exact_logits).norm(dim=-1)
+    allowed = 2 * (same_dtype - exact_logits).norm(dim=-1)
+    assert bool((error <= allowed).all()), f"errors {error.tolist()}, allowed {allowed.tolist()}"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_tokens_equal_wherever_the_margin_exceeds_rounding(model, prompt):
+    ids = model.tokenizer.encode(prompt, parse_special=True)
+    expected, margins = greedy(ids, NUM_TOKENS)
+    whole = tuple(ids + expected)
+    rounding = (oracle(whole, model.engine.dtype) - oracle(whole, torch.float32)).abs().amax(-1)
+    got = model.generate(ids, max_new_tokens=NUM_TOKENS).token_ids
+    for step, (token, margin) in enumerate(zip(expected, margins, strict=True)):
+        if step == len(got):
+            assert got[-1] in model.tokenizer.eos_ids
+            return
+        if got[step] != token:
+            allowed = 2 * float(rounding[len(ids) - 1 + step])
+            assert margin <= allowed, (
+                f"token {step} differs at a margin of {margin:.3f}, rounding explains {allowed:.3f}"
+            )
+            return  # from here on the texts differ, and so do the questions
+
+
+def test_run_to_run_and_graph_replay_are_bit_identical(model):
+    first = model.generate(PROMPTS[2], max_new_tokens=64)
+    assert first.token_ids == model.generate(PROMPTS[2], max_new_tokens=64).token_ids
+    ids = model.tokenizer.encode(PROMPTS[2])
+    assert torch.equal(model.logits(ids), model.logits(ids))
+
+
+def test_quantised_pages_stay_close():
+    reference = oracle(tuple(rooflama.load_tokenizer(checkpoint_path()).encode(PROMPTS[2])), torch.float32)
+    for kv_dtype, allowed in (("int8", 0.05), ("fp8", 0.15)):
+        with rooflama.load(checkpoint_path(), kv_dtype=kv_dtype, max_context=512, progress=False) as model:
+            logits = model.logits(model.tokenizer.encode(PROMPTS[2]))
+        error = (logits - reference).norm() / reference.norm()
+        assert error <= allowed, f"{kv_dtype}: relative error {error:.3f}"
