@@ -201,11 +201,16 @@ class Device:
             CopyOutOfRange: the bytes would pass the buffer's end.
         """
         host = device_raw.host_tensor(source, buffer.label)
-        target = self._range(buffer, offset_bytes, host.nbytes)
         with self._lock, self.guard(f"copying {buffer.label!r} to the device", asked=host.nbytes):
             if self.kind != "cpu" and self._staging is None:
                 self._staging = device_raw.Staging(self.torch_device)
-            device_raw.copy_in(target, device_raw.as_bytes(host), self._staging, buffer.label, progress)
+            device_raw.copy_in(
+                self._range(buffer, offset_bytes, host.nbytes),
+                device_raw.as_bytes(host),
+                self._staging,
+                buffer.label,
+                progress,
+            )
 
     def download(self, buffer: DeviceBuffer) -> Tensor:
         """A copy of the buffer in host memory, [buffer.shape]."""
@@ -217,9 +222,8 @@ class Device:
         Raises:
             CopyOutOfRange: the range passes the buffer's end.
         """
-        source = self._range(buffer, offset_bytes, nbytes)
         with self._lock, self.guard(f"copying {buffer.label!r} from the device", asked=nbytes):
-            return device_raw.copy_out(source, buffer.label)
+            return device_raw.copy_out(self._range(buffer, offset_bytes, nbytes), buffer.label)
 
     def free(self, buffer: DeviceBuffer) -> None:
         """End a live buffer of this device.
@@ -229,12 +233,7 @@ class Device:
             DeviceError: another device owns it.
         """
         with self._lock:
-            if buffer.device is not self:
-                raise DeviceError(
-                    f"buffer {buffer.label!r} of {buffer.device.name}",
-                    rule="a buffer is freed by the device that made it",
-                    remedy="Call buffer.close()",
-                )
+            self._check_mine(buffer)
             if buffer.closed:
                 raise DoubleFree(
                     f"buffer {buffer.label!r} ({buffer.nbytes} bytes)",
@@ -318,6 +317,7 @@ class Device:
 
     def _range(self, buffer: DeviceBuffer, offset_bytes: int, nbytes: int) -> Tensor:
         """The bytes of the buffer from ``offset_bytes`` on, uint8 [nbytes]."""
+        self._check_mine(buffer)
         flat = device_raw.as_bytes(buffer.tensor)
         if offset_bytes < 0 or nbytes < 0 or offset_bytes + nbytes > buffer.nbytes:
             raise CopyOutOfRange(
@@ -326,6 +326,14 @@ class Device:
                 remedy="Copy within the buffer, or allocate a larger one",
             )
         return flat[offset_bytes : offset_bytes + nbytes]
+
+    def _check_mine(self, buffer: DeviceBuffer) -> None:
+        if buffer.device is not self:
+            raise DeviceError(
+                f"buffer {buffer.label!r} of {buffer.device!r}",
+                rule="a buffer is copied and freed by the device that made it",
+                remedy="Call the methods of buffer.device",
+            )
 
     def _check_open(self, doing: str) -> None:
         if self._closed:

@@ -19,7 +19,7 @@ class DeviceUnavailable(DeviceError):
     """There is no such device, or torch or the driver cannot use it."""
 
 
-class DeviceOutOfMemory(DeviceError, MemoryError):
+class DeviceOutOfMemory(DeviceError):
     """An allocation that does not fit. ``asked``, ``free``, ``total``, ``held``, ``limit`` are bytes; None: unknown."""
 
     asked: int | None = None
@@ -57,7 +57,7 @@ class DeviceLost(DeviceError):
         )
 
 
-class CopyOutOfRange(DeviceError, IndexError):
+class CopyOutOfRange(DeviceError):
     """A copy that would pass the end of a buffer. Nothing was copied."""
 
 

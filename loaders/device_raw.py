@@ -37,8 +37,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, l
 class Staging:
     """Two pinned buffers, a copy stream, and the event that says when each buffer may be filled again."""
 
-    def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES):
-        self.buffers = [torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    def __init__(self, device: torch.device):
+        self.buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self.stream = torch.cuda.Stream(device)
         self.sent = [torch.cuda.Event() for _ in range(2)]
 
@@ -60,6 +60,7 @@ class Staging:
                     after_chunk(chunk.numel())
         finally:
             self.stream.synchronize()  # the pinned buffers and the target may be reused or freed from here on
+            del target  # a traceback that is kept must not keep device memory
 
 
 def _fill(pinned: np.ndarray, chunk: np.ndarray, threads: ThreadPoolExecutor) -> None:
@@ -85,20 +86,26 @@ def copy_in(
         if progress is not None:
             progress(nbytes)
 
-    if staging is not None:
-        staging.copy_in(target, source, before, after)
-        return
-    for start in range(0, source.numel(), CHUNK_BYTES):
-        chunk = source[start : start + CHUNK_BYTES]
-        before(chunk.numel())
-        target[start : start + CHUNK_BYTES].copy_(chunk)
-        after(chunk.numel())
+    try:
+        if staging is not None:
+            staging.copy_in(target, source, before, after)
+            return
+        for start in range(0, source.numel(), CHUNK_BYTES):
+            chunk = source[start : start + CHUNK_BYTES]
+            before(chunk.numel())
+            target[start : start + CHUNK_BYTES].copy_(chunk)
+            after(chunk.numel())
+    finally:
+        del target  # a traceback that is kept must not keep device memory
 
 
 def copy_out(source: Tensor, label: str) -> Tensor:
     """A host copy of uint8 [n]; done when it returns."""
-    before_operation("copy", label, source.numel())
-    return source.to("cpu", copy=True)
+    try:
+        before_operation("copy", label, source.numel())
+        return source.to("cpu", copy=True)
+    finally:
+        del source
 
 
 def host_tensor(source: Tensor | np.ndarray, label: str) -> Tensor:
@@ -126,4 +133,6 @@ def host_tensor(source: Tensor | np.ndarray, label: str) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> Tensor:
     """The same memory as uint8 [nbytes]."""
+    if tensor.numel() == 0:  # NumPy gives empty arrays a stride that torch will not view
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return tensor.reshape(-1).view(torch.uint8)

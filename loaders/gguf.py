@@ -230,7 +230,7 @@ def _open(path: Path, file_index: int) -> tuple[np.ndarray, Header]:
         if isinstance(error, GGUFError):
             raise
         refuse(f"cannot be opened ({error})", "the file must be readable", "Check its permissions and the disk")
-    return mapped, parse_header(memoryview(mapped), str(path), file_index)
+    return mapped, parse_header(mapped.data, str(path), file_index)
 
 
 def _shards(first: Path, split: Metadata, count: int) -> list[Path]:

@@ -21,7 +21,7 @@ class GGUFError(RooflamaError, ValueError):
             place += f", byte {offset}"
         if reading is not None:
             place += f", {reading}"
-        super().__init__(f"{place}: {found}", rule=rule, remedy=remedy)
+        RooflamaError.__init__(self, f"{place}: {found}", rule=rule, remedy=remedy)
 
 
 class MissingKeyError(GGUFError, KeyError):

@@ -60,7 +60,6 @@ class Metadata(Mapping[str, Value]):
         if not _is_kind(value, kind):
             name = kind.__name__ if kind in (int, float, bool, str) else str(kind)
             self.refuse(key, f"a value of type {_type_name(value)}", f"the value must be {name}")
-        element = kind if isinstance(kind, type) and kind in (int, float) else None
         if isinstance(value, np.ndarray) and value.dtype.kind in "iuf":
             bad = ~np.isfinite(value) if value.dtype.kind == "f" else np.zeros(value.shape, dtype=bool)
             if positive:
@@ -69,9 +68,9 @@ class Metadata(Mapping[str, Value]):
                 worst = int(np.argmax(bad))
                 rule = "every element must be finite" + (" and above zero" if positive else "")
                 self.refuse(key, f"element {worst} is {value[worst]}", rule)
-        elif element is not None and (not math.isfinite(value) or (positive and value <= 0)):
+        elif isinstance(value, int | float) and not (math.isfinite(value) and (value > 0 or not positive)):
             self.refuse(key, f"{value}", "the value must be finite" + (" and above zero" if positive else ""))
-        return float(value) if kind is float else value
+        return float(value) if isinstance(value, int) and kind is float else value
 
     def optional(self, key: str, kind: Any, default: Any = None, *, positive: bool = False) -> Any:
         """``default`` where the key is absent; otherwise as ``require``."""
