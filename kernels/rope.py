@@ -134,6 +134,12 @@ def _rotate(first, second, cos, sin):
 
 
 @triton.jit
+def _larger(a, b):
+    """The maximum, NaN if either is: tl.maximum may pass over a NaN, but 0 * NaN is one."""
+    return tl.maximum(a, b) + (a + b) * 0.0
+
+
+@triton.jit
 def _rope_kernel(
     x_ptr,  # [num_tokens, num_heads, HEAD_DIM]
     cos_ptr,  # [max_positions, HALF]
@@ -248,9 +254,10 @@ def _rope_and_cache_write_kernel(
                 )
             first, second = _rotate(first, second, cos, sin)
             if LIMIT:
-                a, b, c = largest_magnitude(first), largest_magnitude(second), largest_magnitude(tail)
-                # The second term is 0, or NaN where tl.maximum may have passed over one.
-                scale = row_scale(tl.maximum(tl.maximum(a, b), c) + (a + b + c) * 0.0, LIMIT)
+                largest = _larger(largest_magnitude(first), largest_magnitude(second))
+                if BLOCK_TAIL:
+                    largest = _larger(largest, largest_magnitude(tail))
+                scale = row_scale(largest, LIMIT)
                 tl.store(k_scale_ptr + scale_row + heads, scale, mask=mask_heads)
                 first, second, tail = (
                     encode(first, scale, LIMIT),

@@ -38,3 +38,20 @@ def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
     buffer = torch.full((tensor.numel() + 2 * GUARD,), poison, dtype=tensor.dtype, device=tensor.device)
     buffer[GUARD:-GUARD] = tensor.reshape(-1)
     return buffer[GUARD:-GUARD].view(tensor.shape), buffer
+
+
+def beyond_int32(values: Tensor) -> Tensor:
+    """``values`` [2, ...] with row 1 more than 2^31 elements after row 0: an offset in int32 would wrap.
+
+    On the CPU the storage is address space without memory behind it, but for the two rows.
+    """
+    row = values[0].numel()
+    stride = 2**31 + 8
+    if values.device.type == "cpu":
+        zeros = np.memmap("/dev/zero", dtype=np.uint8, mode="c", shape=((stride + row) * values.element_size(),))
+        buffer = torch.from_numpy(zeros).view(values.dtype)
+    else:
+        buffer = values.new_empty(stride + row)
+    far = buffer.as_strided(values.shape, (stride, *values[:1].contiguous().stride()[1:]))
+    far.copy_(values)
+    return far

@@ -1,0 +1,108 @@
+"""SwiGLU against its definition, and the laws it keeps."""
+
+import numpy as np
+import pytest
+import torch
+from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
+
+from rooflama.kernels import KernelInputError, reference, swiglu, use_backend
+
+sizes = {"num_tokens": st.integers(0, 5), "intermediate": st.integers(1, 2500)}
+
+
+def torch_swiglu(gate, up):
+    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+@given(**sizes, dtype=dtypes, seed=seeds)
+@example(num_tokens=2, intermediate=1536, dtype=torch.float16, seed=0)
+def test_swiglu_equals_definition(num_tokens, intermediate, dtype, seed):
+    rng = np.random.default_rng(seed)
+    gate, gate_buffer = guarded(normal(rng, num_tokens, intermediate, dtype=dtype, scale=10 ** rng.uniform(-3, 1)))
+    up, up_buffer = guarded(normal(rng, num_tokens, intermediate, dtype=dtype))
+    got = swiglu(gate, up)
+    context = f"num_tokens={num_tokens} intermediate={intermediate} seed={seed}"
+    assert_within_rounding(got, reference.swiglu(exact(gate), exact(up)), torch_swiglu(gate, up), context=context)
+    assert_guards_intact(gate_buffer, context=context)
+    assert_guards_intact(up_buffer, context=context)
+
+
+def test_definition_equals_torch():
+    rng = np.random.default_rng(0)
+    gate, up = rng.standard_normal((2, 7, 300)) * 20
+    want = torch.nn.functional.silu(torch.from_numpy(gate)) * torch.from_numpy(up)
+    np.testing.assert_allclose(reference.swiglu(gate, up), want.numpy(), rtol=1e-13)
+
+
+@given(**sizes, seed=seeds)
+def test_silu_is_a_line_plus_an_even_function(num_tokens, intermediate, seed):
+    """silu(x) - silu(-x) = x."""
+    gate = normal(np.random.default_rng(seed), num_tokens, intermediate, scale=3.0)
+    one = torch.ones_like(gate)
+    difference = swiglu(gate, one) - swiglu(-gate, one)
+    assert_within_rounding(difference, exact(gate), context=f"seed={seed}")
+
+
+@given(num_tokens=st.integers(2, 5), intermediate=st.integers(1, 300), dtype=dtypes, seed=seeds)
+def test_batch_invariance(num_tokens, intermediate, dtype, seed):
+    """A row's bits do not depend on the rows beside it."""
+    rng = np.random.default_rng(seed)
+    gate, up = (normal(rng, num_tokens, intermediate, dtype=dtype) for _ in range(2))
+    alone = torch.cat([swiglu(gate[i : i + 1], up[i : i + 1]) for i in range(num_tokens)])
+    assert_bit_equal(swiglu(gate, up), alone)
+
+
+@given(num_tokens=st.integers(1, 4), intermediate=st.integers(1, 300), dtype=dtypes, seed=seeds)
+def test_halves_of_one_projection(num_tokens, intermediate, dtype, seed):
+    both = normal(np.random.default_rng(seed), num_tokens, 2 * intermediate, dtype=dtype)
+    gate, up = both.chunk(2, dim=1)
+    assert_bit_equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
+
+
+@pytest.mark.parametrize("backend", ["triton", "numpy"])
+def test_large_gates_reach_the_limits(backend):
+    """exp overflows on the way: silu(-large) is 0, silu(large) is large."""
+    gate = torch.tensor([[-1e4, -200.0, 200.0, 1e4]], device=DEVICE)
+    with use_backend(backend):
+        assert swiglu(gate, torch.ones_like(gate)).tolist() == [[0.0, 0.0, 200.0, 1e4]]
+
+
+def test_offsets_beyond_int32():
+    rng = np.random.default_rng(0)
+    gate, up = normal(rng, 2, 64, dtype=torch.float16), normal(rng, 2, 64, dtype=torch.float16)
+    assert_bit_equal(swiglu(beyond_int32(gate), beyond_int32(up)), swiglu(gate, up))
+
+
+def test_opcheck():
+    gate = torch.randn(3, 40, device=DEVICE)
+    torch.library.opcheck(torch.ops.rooflama.swiglu, (gate, gate.clone()))
+
+
+def test_compiles_into_one_graph():
+    gate, up = torch.randn(2, 3, 40, device=DEVICE)
+    compiled = torch.compile(lambda gate, up: swiglu(gate, up) + 1, fullgraph=True, backend="aot_eager")
+    assert_bit_equal(compiled(gate, up), swiglu(gate, up) + 1)
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "message"),
+    [
+        (torch.zeros(2, 8), torch.zeros(2, 9), r"up has shape \[2, 9\]: up must have shape \[2, 8\]"),
+        (torch.zeros(8), torch.zeros(8), r"gate must have shape \[any, any\]"),
+        (torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.float16), "up is torch.float16"),
+        (torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 8), "gate is torch.int32"),
+        (torch.zeros(8, 2).T, torch.zeros(2, 8), "last dimension of gate must be contiguous"),
+    ],
+)
+def test_bad_input_is_refused_before_a_launch(gate, up, message):
+    with pytest.raises(KernelInputError, match=message):
+        swiglu(gate.to(DEVICE), up.to(DEVICE))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")
+def test_bfloat16_is_refused_under_the_interpreter():
+    with pytest.raises(KernelInputError, match="interpreter computes bfloat16 wrongly"):
+        swiglu(torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(1, 8, dtype=torch.bfloat16))

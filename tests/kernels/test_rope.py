@@ -1,0 +1,388 @@
+"""RoPE, alone and fused with norms and the cache write, against its definition, and the laws it keeps."""
+
+import numpy as np
+import pytest
+import torch
+from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
+
+from rooflama.kernels import KernelInputError, reference, rope, rope_and_cache_write, use_backend, write_kv
+
+PAGE_SIZE = 16
+head_dims = st.sampled_from([2, 16, 64, 80, 96, 100, 128, 256])
+heads = st.integers(1, 5)
+page_dtypes = st.sampled_from([None, torch.int8, torch.float8_e4m3fn])  # None: that of k
+
+
+@st.composite
+def rotary_dims(draw):
+    """(head_dim, rotary_dim)."""
+    head_dim = draw(head_dims)
+    return head_dim, draw(st.one_of(st.just(head_dim), st.integers(1, head_dim // 2).map(lambda half: 2 * half)))
+
+
+def angle_tables(max_positions, rotary_dim, theta=1e4):
+    angles = np.outer(np.arange(max_positions), theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim))
+    return tuple(torch.from_numpy(t).float().to(DEVICE) for t in (np.cos(angles), np.sin(angles)))
+
+
+def random_positions(rng, num_tokens, max_positions=500):
+    return torch.from_numpy(rng.integers(0, max_positions, num_tokens).astype(np.int32)).to(DEVICE)
+
+
+def torch_rope(x, cos, sin, positions, interleaved):
+    half = cos.shape[1]
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+    turned, tail = x[..., : 2 * half].float(), x[..., 2 * half :]
+    pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
+    a, b = pairs.unbind(-1)
+    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    turned = pairs.flatten(-2) if interleaved else pairs.transpose(-1, -2).flatten(-2)
+    return torch.cat([turned.to(x.dtype), tail], dim=-1)
+
+
+@given(
+    dims=rotary_dims(),
+    num_tokens=st.integers(0, 4),
+    num_heads=heads,
+    interleaved=st.booleans(),
+    dtype=dtypes,
+    seed=seeds,
+)
+@example(dims=(128, 96), num_tokens=2, num_heads=3, interleaved=True, dtype=torch.float16, seed=0)
+def test_rope_equals_definition(dims, num_tokens, num_heads, interleaved, dtype, seed):
+    head_dim, rotary_dim = dims
+    rng = np.random.default_rng(seed)
+    x, buffer = guarded(normal(rng, num_tokens, num_heads, head_dim, dtype=dtype))
+    cos, sin = (guarded(table)[0] for table in angle_tables(500, rotary_dim))
+    positions = random_positions(rng, num_tokens)
+    got = rope(x, cos, sin, positions, interleaved=interleaved)
+    want = reference.rope(exact(x), exact(cos), exact(sin), positions.cpu().numpy(), interleaved=interleaved)
+    context = f"{dims=} {num_tokens=} {num_heads=} {interleaved=} {seed=}"
+    assert_within_rounding(got, want, torch_rope(x, cos, sin, positions, interleaved), c=2.0, context=context)
+    assert_guards_intact(buffer, context=context)
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (96, 96), (128, 96)])
+def test_definition_equals_transformers(head_dim, rotary_dim):
+    """Half-split as Llama and Phi-3 (partial) have it, interleaved as GLM has it."""
+    from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved_rope
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as half_split_rope
+
+    rng = np.random.default_rng(0)
+    q, k = torch.from_numpy(rng.standard_normal((2, 1, 3, 7, head_dim)))  # [batch, heads, tokens, head_dim]
+    angles = np.outer(rng.integers(0, 4000, 7), 1e4 ** (-np.arange(0, rotary_dim, 2) / rotary_dim))
+    cos, sin = np.cos(angles), np.sin(angles)
+    whole = [torch.from_numpy(np.concatenate([t, t], axis=-1))[None] for t in (cos, sin)]
+    for oracle, interleaved in ((half_split_rope, False), (interleaved_rope, True)):
+        for x, want in zip((q, k), oracle(q, k, *whole), strict=True):
+            rows = x[0].transpose(0, 1).numpy()
+            got = reference.rope(rows, cos, sin, np.arange(7), interleaved=interleaved)
+            np.testing.assert_allclose(got, want[0].transpose(0, 1).numpy(), atol=1e-12)
+
+
+@given(dims=rotary_dims(), interleaved=st.booleans(), seed=seeds)
+def test_rotation_keeps_norms(dims, interleaved, seed):
+    head_dim, rotary_dim = dims
+    rng = np.random.default_rng(seed)
+    x = normal(rng, 3, 2, head_dim)
+    out = rope(x, *angle_tables(500, rotary_dim), random_positions(rng, 3), interleaved=interleaved)
+    np.testing.assert_allclose(np.linalg.norm(exact(out), axis=-1), np.linalg.norm(exact(x), axis=-1), rtol=1e-6)
+
+
+@given(dims=rotary_dims(), interleaved=st.booleans(), shift=st.integers(1, 250), seed=seeds)
+def test_scores_depend_on_position_differences_only(dims, interleaved, shift, seed):
+    head_dim, rotary_dim = dims
+    rng = np.random.default_rng(seed)
+    q, k = normal(rng, 4, 1, head_dim), normal(rng, 4, 1, head_dim)
+    cos, sin = angle_tables(501, rotary_dim)
+    q_positions, k_positions = random_positions(rng, 4, 250), random_positions(rng, 4, 250)
+
+    def scores(offset):
+        turned = [
+            rope(x, cos, sin, p + offset, interleaved=interleaved) for x, p in ((q, q_positions), (k, k_positions))
+        ]
+        return np.sum(exact(turned[0]) * exact(turned[1]), axis=-1)
+
+    np.testing.assert_allclose(scores(shift), scores(0), atol=2e-6 * head_dim)
+
+
+@given(dims=rotary_dims(), interleaved=st.booleans(), seed=seeds)
+def test_the_opposite_rotation_restores(dims, interleaved, seed):
+    head_dim, rotary_dim = dims
+    rng = np.random.default_rng(seed)
+    x, positions = normal(rng, 3, 2, head_dim), random_positions(rng, 3)
+    cos, sin = angle_tables(500, rotary_dim)
+    back = rope(rope(x, cos, sin, positions, interleaved=interleaved), cos, -sin, positions, interleaved=interleaved)
+    assert_within_rounding(back, exact(x), c=8.0, context=f"{dims=} {seed=}")
+
+
+@given(dims=rotary_dims(), dtype=dtypes, seed=seeds)
+def test_interleaved_is_half_split_permuted(dims, dtype, seed):
+    head_dim, rotary_dim = dims
+    rng = np.random.default_rng(seed)
+    x, positions = normal(rng, 3, 2, head_dim, dtype=dtype), random_positions(rng, 3)
+    tables = angle_tables(500, rotary_dim)
+    order = (
+        np.arange(rotary_dim).reshape(2, -1).T.reshape(-1)
+    )  # half-split dimension that stands at each interleaved place
+    order = torch.from_numpy(np.concatenate([order, np.arange(rotary_dim, head_dim)])).to(DEVICE)
+    assert_bit_equal(rope(x[..., order], *tables, positions, interleaved=True), rope(x, *tables, positions)[..., order])
+
+
+@given(dims=rotary_dims(), interleaved=st.booleans(), dtype=dtypes, seed=seeds)
+def test_position_zero_and_the_tail_are_untouched(dims, interleaved, dtype, seed):
+    head_dim, rotary_dim = dims
+    rng = np.random.default_rng(seed)
+    x, tables = normal(rng, 3, 2, head_dim, dtype=dtype), angle_tables(500, rotary_dim)
+    nowhere = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    assert_bit_equal(rope(x, *tables, nowhere, interleaved=interleaved), x)
+    out = rope(x, *tables, random_positions(rng, 3), interleaved=interleaved)
+    assert_bit_equal(out[..., rotary_dim:], x[..., rotary_dim:])
+
+
+@given(dims=rotary_dims(), num_tokens=st.integers(2, 5), dtype=dtypes, seed=seeds)
+def test_batch_invariance(dims, num_tokens, dtype, seed):
+    head_dim, rotary_dim = dims
+    rng = np.random.default_rng(seed)
+    x, positions = normal(rng, num_tokens, 2, head_dim, dtype=dtype), random_positions(rng, num_tokens)
+    tables = angle_tables(500, rotary_dim)
+    alone = torch.cat([rope(x[i : i + 1], *tables, positions[i : i + 1]) for i in range(num_tokens)])
+    assert_bit_equal(rope(x, *tables, positions), alone)
+
+
+class Step:
+    """Inputs of one fused call, its pages full of poison."""
+
+    def __init__(self, seed, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, page_dtype=None):
+        rng = np.random.default_rng(seed)
+        qkv = normal(rng, num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+        self.q, self.k, self.v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        self.tables = angle_tables(500, rotary_dim)
+        self.positions = random_positions(rng, num_tokens)
+        slots = rng.permutation(4 * PAGE_SIZE)[:num_tokens]
+        slots[rng.random(num_tokens) < 0.2] = -1
+        self.slots = torch.from_numpy(slots).to(DEVICE)
+        self.norms = [normal(rng, head_dim), normal(rng, head_dim)]
+        self.shape = (4, PAGE_SIZE, num_kv_heads, head_dim)
+        self.page_dtype = page_dtype or dtype
+        self.scaled = page_dtype is not None
+
+    def pages(self):
+        """k_pages, v_pages, k_scale, v_scale; the last two None for float pages."""
+        poison = -128 if self.page_dtype == torch.int8 else float("nan")
+        pages = [torch.full(self.shape, poison, device=DEVICE).to(self.page_dtype) for _ in range(2)]
+        scales = [torch.full(self.shape[:3], float("nan"), device=DEVICE) if self.scaled else None for _ in range(2)]
+        return pages + scales
+
+    def fused(self, q_norm=None, k_norm=None, **options):
+        pages = self.pages()
+        q = rope_and_cache_write(
+            *(self.q, self.k, self.v, *self.tables, self.positions, self.slots, *pages[:2]),
+            *(q_norm, k_norm, *pages[2:]),
+            **options,
+        )
+        return q, [t.float() for t in pages if t is not None]
+
+
+@given(
+    dims=rotary_dims(), num_tokens=st.integers(0, 4), num_kv_heads=st.integers(1, 3), group=st.integers(1, 3),
+    interleaved=st.booleans(), dtype=dtypes, page_dtype=page_dtypes, seed=seeds,
+)  # fmt: skip
+@example(
+    dims=(128, 128), num_tokens=2, num_kv_heads=9, group=1, interleaved=False,
+    dtype=torch.float32, page_dtype=torch.float8_e4m3fn, seed=0,
+)  # fmt: skip
+def test_fused_equals_rope_then_write(dims, num_tokens, num_kv_heads, group, interleaved, dtype, page_dtype, seed):
+    """Bit for bit. Into codes only from float32: the fused kernel spares a rounding that the two in turn make."""
+    dtype = torch.float32 if page_dtype else dtype
+    step = Step(seed, num_tokens, group * num_kv_heads, num_kv_heads, *dims, dtype, page_dtype)
+    q, written = step.fused(interleaved=interleaved)
+    pages = step.pages()
+    k = rope(step.k, *step.tables, step.positions, interleaved=interleaved)
+    write_kv(k, step.v, *pages[:2], step.slots, *pages[2:])
+    assert_bit_equal(q, rope(step.q, *step.tables, step.positions, interleaved=interleaved))
+    for got, want in zip(written, [t.float() for t in pages if t is not None], strict=True):
+        assert_bit_equal(got, want, context=f"{dims=} {num_tokens=} {page_dtype=} {seed=}")
+
+
+@given(dims=rotary_dims(), num_tokens=st.integers(1, 4), interleaved=st.booleans(), dtype=dtypes, seed=seeds)
+@example(dims=(80, 60), num_tokens=2, interleaved=True, dtype=torch.float16, seed=0)
+def test_fused_with_norms_equals_definition(dims, num_tokens, interleaved, dtype, seed):
+    step = Step(seed, num_tokens, 3, 1, *dims, dtype)
+    q, (k_pages, v_pages) = step.fused(*step.norms, eps=1e-5, interleaved=interleaved)
+    arrays = [np.full(step.shape, np.nan) for _ in range(2)]
+    want = reference.rope_and_cache_write(
+        *(exact(t) for t in (step.q, step.k, step.v, *step.tables)),
+        *(step.positions.cpu().numpy(), step.slots.cpu().numpy(), *arrays, *(exact(t) for t in step.norms)),
+        eps=1e-5,
+        interleaved=interleaved,
+    )
+    context = f"{dims=} {num_tokens=} {interleaved=} {dtype} {seed=}"
+    assert_within_rounding(q, want, context=context)
+    for got, array in zip((k_pages, v_pages), arrays, strict=True):
+        unwritten = np.isnan(array)
+        np.testing.assert_array_equal(exact(got)[unwritten], array[unwritten], err_msg=context)
+        if not unwritten.all():
+            assert_within_rounding(
+                got[torch.from_numpy(~unwritten).to(DEVICE)].to(dtype), array[~unwritten], context=context
+            )
+
+
+@pytest.mark.parametrize("norms", [(True, False), (False, True)])
+def test_one_norm_alone(norms):
+    step = Step(0, 3, 4, 2, 64, 64, torch.float32)
+    q, pages = step.fused(*(norm if given else None for norm, given in zip(step.norms, norms, strict=True)), eps=1e-5)
+    for normed, got, both, none in zip(norms, (q, pages[0]), *(((r[0], r[1][0])) for r in (
+        step.fused(*step.norms, eps=1e-5), step.fused(eps=1e-5))), strict=True):  # fmt: skip
+        assert_bit_equal(got, both if normed else none)
+
+
+@given(num_tokens=st.integers(2, 4), dtype=dtypes, page_dtype=page_dtypes, seed=seeds)
+def test_fused_batch_invariance(num_tokens, dtype, page_dtype, seed):
+    """A token's query and its slot's bits do not depend on the tokens beside it."""
+    step = Step(seed, num_tokens, 4, 2, 64, 64, dtype, page_dtype)
+    q, together = step.fused(*step.norms, eps=1e-5)
+    pages = step.pages()
+    for i in range(num_tokens):
+        row = slice(i, i + 1)
+        inputs = (step.q[row], step.k[row], step.v[row], *step.tables, step.positions[row], step.slots[row])
+        alone = rope_and_cache_write(*inputs, *pages[:2], *step.norms, *pages[2:], eps=1e-5)
+        assert_bit_equal(q[row], alone)
+    for got, want in zip(together, [t.float() for t in pages if t is not None], strict=True):
+        assert_bit_equal(got, want)
+
+
+@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.float8_e4m3fn])
+def test_numpy_route_equals_kernel(page_dtype):
+    """What runs on a machine without a GPU. Float32 rounds differently, which may turn a code near a tie."""
+    step = Step(0, 5, 6, 2, 80, 64, torch.float32, page_dtype)
+    q, (k_pages, v_pages, *scales) = step.fused(*step.norms, eps=1e-5)
+    with use_backend("numpy"):
+        q_numpy, (k_pages_numpy, v_pages_numpy, *scales_numpy) = step.fused(*step.norms, eps=1e-5)
+    torch.testing.assert_close(q, q_numpy, atol=2e-6, rtol=1e-5)
+    assert_bit_equal(v_pages, v_pages_numpy)
+    next_code = {None: (2e-6, 1e-5), torch.int8: (1.0, 0.0), torch.float8_e4m3fn: (2.0**-9, 0.13)}[page_dtype]
+    torch.testing.assert_close(k_pages, k_pages_numpy, atol=next_code[0], rtol=next_code[1], equal_nan=True)
+    for got, want in zip(scales, scales_numpy, strict=True):
+        torch.testing.assert_close(got, want, atol=0.0, rtol=1e-5, equal_nan=True)
+    if page_dtype:
+        written = ~scales[0].isnan()
+        assert written.sum() > 4
+        assert (k_pages[written] == k_pages_numpy[written]).float().mean() > 0.98
+
+
+def test_strides_of_tokens_and_heads():
+    """x may be a transposed [num_heads, num_tokens, head_dim]."""
+    rng = np.random.default_rng(0)
+    x = normal(rng, 3, 5, 64).transpose(0, 1)
+    tables, positions = angle_tables(500, 64), random_positions(rng, 5)
+    assert_bit_equal(rope(x, *tables, positions), rope(x.contiguous(), *tables, positions))
+
+
+def test_offsets_beyond_int32():
+    step = Step(0, 2, 3, 3, 64, 64, torch.float16)
+    step.slots = torch.tensor([0, PAGE_SIZE + 5], device=DEVICE)
+    assert_bit_equal(
+        rope(beyond_int32(step.q), *step.tables, step.positions), rope(step.q, *step.tables, step.positions)
+    )
+    q, (k_near, v_near) = step.fused()
+    k_pages, v_pages = (
+        beyond_int32(torch.full((2, *step.shape[1:]), torch.nan, dtype=torch.float16, device=DEVICE)) for _ in range(2)
+    )
+    far = [beyond_int32(t) for t in (step.q, step.k, step.v)]
+    assert_bit_equal(rope_and_cache_write(*far, *step.tables, step.positions, step.slots, k_pages, v_pages), q)
+    assert_bit_equal(k_pages.float(), k_near[:2])
+    assert_bit_equal(v_pages.float(), v_near[:2])
+
+
+def test_opcheck():
+    step = Step(0, 2, 4, 2, 16, 16, torch.float32, torch.int8)
+    torch.library.opcheck(torch.ops.rooflama.rope, (step.q, *step.tables, step.positions))
+    pages = step.pages()
+    inputs = (step.q, step.k, step.v, *step.tables, step.positions, step.slots)
+    torch.library.opcheck(
+        torch.ops.rooflama.rope_and_cache_write, (*inputs, *pages[:2], *step.norms, *pages[2:]), {"eps": 1e-5}
+    )
+
+
+def test_compiles_into_one_graph():
+    step = Step(0, 2, 4, 2, 16, 16, torch.float32)
+
+    def attention_input(k_pages, v_pages):
+        inputs = (step.q, step.k, step.v, *step.tables, step.positions, step.slots)
+        return rope_and_cache_write(*inputs, k_pages, v_pages) + rope(step.q, *step.tables, step.positions)
+
+    eager_pages, compiled_pages = step.pages()[:2], step.pages()[:2]
+    want = attention_input(*eager_pages)
+    got = torch.compile(attention_input, fullgraph=True, backend="aot_eager")(*compiled_pages)
+    assert_bit_equal(got, want)
+    for compiled, eager in zip(compiled_pages, eager_pages, strict=True):
+        assert_bit_equal(compiled, eager)
+
+
+GOOD = {
+    "q": torch.zeros(2, 4, 16),
+    "k": torch.zeros(2, 2, 16),
+    "v": torch.zeros(2, 2, 16),
+    "cos": torch.zeros(9, 8),
+    "sin": torch.zeros(9, 8),
+    "positions": torch.zeros(2, dtype=torch.int32),
+    "slot_mapping": torch.zeros(2, dtype=torch.int64),
+    "k_pages": torch.zeros(3, 16, 2, 16),
+    "v_pages": torch.zeros(3, 16, 2, 16),
+}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 300)}, "head_dim is 300"),
+        ({"q": torch.zeros(2, 4, 16, dtype=torch.float64)}, "q is torch.float64"),
+        ({"q": torch.zeros(2, 16, 4).transpose(1, 2)}, "last dimension of q must be contiguous"),
+        ({"k": torch.zeros(2, 2, 16, dtype=torch.float16)}, "v must be one of float16"),
+        ({"k": torch.zeros(3, 2, 16)}, r"v must have shape \[3, 2, 16\]"),
+        ({"cos": torch.zeros(9, 9), "sin": torch.zeros(9, 9)}, "the tables turn 18 of 16 dimensions"),
+        ({"sin": torch.zeros(9, 7)}, r"sin must have shape \[9, 8\]"),
+        ({"cos": torch.zeros(9, 8, dtype=torch.float16)}, "cos must be one of float32"),
+        ({"positions": torch.zeros(3, dtype=torch.int32)}, r"positions must have shape \[2\]"),
+        ({"positions": torch.zeros(2)}, "positions must be one of int32, int64"),
+        ({"slot_mapping": torch.zeros(2, dtype=torch.int32)}, "slot_mapping must be one of int64"),
+        ({"k_pages": torch.zeros(3, 24, 2, 16)}, "page_size is 24"),
+        ({"v_pages": torch.zeros(4, 16, 2, 16)}, r"v_pages must have shape \[3, 16, 2, 16\]"),
+        ({"q_norm": torch.zeros(15)}, r"q_norm must have shape \[16\]"),
+        ({"k_scale": torch.zeros(3, 16, 2)}, "float pages without"),
+    ],
+)
+def test_bad_input_is_refused_before_a_launch(bad, message):
+    arguments = {name: tensor.to(DEVICE) for name, tensor in (GOOD | bad).items()}
+    with pytest.raises(KernelInputError, match=message):
+        rope_and_cache_write(**arguments)
+    assert not any(arguments[name].any() for name in ("k_pages", "v_pages"))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU's indices are not read back for a check")
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"positions": torch.tensor([0, 9], dtype=torch.int32)}, "the tables hold positions 0 to 8"),
+        ({"positions": torch.tensor([-1, 0], dtype=torch.int32)}, "positions run from -1 to 0"),
+        ({"slot_mapping": torch.tensor([48, 0])}, "slots are numbered 0 to 47"),
+    ],
+)
+def test_indices_out_of_range_are_refused(bad, message):
+    with pytest.raises(KernelInputError, match=message):
+        rope_and_cache_write(**(GOOD | bad))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")
+def test_bfloat16_is_refused_under_the_interpreter():
+    with pytest.raises(KernelInputError, match="interpreter computes bfloat16 wrongly"):
+        rope(
+            torch.zeros(1, 1, 8, dtype=torch.bfloat16),
+            GOOD["cos"][:, :4].contiguous(),
+            GOOD["sin"][:, :4].contiguous(),
+            GOOD["positions"][:1],
+        )
