@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint format wheel gpu-test compile-matrix mutants clean
+.PHONY: help demo test lint format wheel gpu-test compile-matrix mutants kernel-cards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -40,6 +40,18 @@ format: $(VENV)/.ready  ## apply ruff's formatting
 
 wheel: $(VENV)/.ready  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+
+gpu-test: $(VENV)/.checkpoint  ## the suite on a GPU: bfloat16, 500 cases a property
+	HYPOTHESIS_PROFILE=deep $(BIN)/pytest tests/kernels tests/models/test_demo_checkpoint_gpu.py
+
+compile-matrix: $(VENV)/.ready  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, with no GPU
+	$(BIN)/python benchmarks/compile_matrix.py
+
+mutants: $(VENV)/.ready  ## break the kernels in known ways; the suite must notice each
+	$(BIN)/python tests/mutants.py
+
+kernel-cards: $(VENV)/.ready  ## write docs/kernels from the code, the tests and the tables
+	$(BIN)/python -m rooflama.kernel_card
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -132,6 +132,16 @@ def inspect(model: ModelPath) -> None:
 
 
 @app.command()
+def kernel(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a kernel's file or function, e.g. norm or rms_norm")],
+) -> None:
+    """Show a kernel's card: formula, definition, laws tested, what it compiles to, how fast it was measured."""
+    from .kernel_card import kernel_card
+
+    Console().print(kernel_card(name))
+
+
+@app.command()
 def env() -> None:
     """Show versions, devices, and which backend runs here and why."""
     from .environment import environment

@@ -1,0 +1,151 @@
+"""A kernel on one page: formula, signature, definition, laws tested, what it compiles to, and its measured speed.
+
+Everything is gathered from where it already stands: docstrings, the definition's source, the tests, and the two
+committed tables. The tests and tables live in the repository, not in the wheel; without them a card says so.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown
+
+from rooflama.kernels import KernelInputError, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILE_MATRIX = ROOT / "docs" / "compile_matrix.csv"
+MEASUREMENTS = ROOT / "benchmarks" / "results" / "kernels.csv"
+
+# One card a file of kernels/: name -> its public functions.
+CARDS: dict[str, tuple[str, ...]] = {
+    "attention_decode": ("attention_decode",),
+    "attention_prefill": ("attention_prefill",),
+    "dequantize": ("dequantize",),
+    "embedding": ("embedding",),
+    "mlp": ("swiglu",),
+    "norm": ("rms_norm", "add_rms_norm"),
+    "paged_cache": ("write_kv", "gather_kv", "copy_pages"),
+    "quantized_matmul": ("quantized_matmul",),
+    "rope": ("rope", "rope_and_cache_write"),
+    "sampling": ("sample",),
+}
+
+
+@dataclass(frozen=True)
+class KernelCard:
+    """One file of ``rooflama.kernels``. Shows itself in a terminal and in Jupyter."""
+
+    name: str
+
+    def markdown(self) -> str:
+        """The card as Markdown, which is also what ``docs/kernels/`` holds."""
+        module = importlib.import_module(f"rooflama.kernels.{self.name}")
+        parts = [f"# {self.name}", _docstring(module)]
+        for function in CARDS[self.name]:
+            launcher = inspect.unwrap(getattr(module, function))
+            signature = re.sub(r"'", "", str(inspect.signature(launcher)))
+            parts += [f"## {function}", f"    {function}{signature}", _docstring(launcher)]
+            parts += ["### Definition", f"```python\n{inspect.getsource(getattr(reference, function)).strip()}\n```"]
+        parts += ["## Laws tested", *(self._laws() or ["The tests are in the repository, not in the wheel."])]
+        parts += ["## What it compiles to", _table(self._compiled()) or "Not in the compile matrix."]
+        parts += ["## Measured", _table(self._measured()) or "No committed measurement."]
+        return "\n\n".join(parts) + "\n"
+
+    def _laws(self) -> list[str]:
+        """Each test's name in words, with the first line of its docstring."""
+        path = ROOT / "tests" / "kernels" / f"test_{self.name}.py"
+        if not path.exists():
+            return []
+        lines = []
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                text = (ast.get_docstring(node) or "").split("\n")[0]
+                lines.append(f"- {node.name.removeprefix('test_').replace('_', ' ')}" + (f": {text}" if text else ""))
+        return ["\n".join(lines)]
+
+    def _compiled(self) -> Iterator[dict[str, str]]:
+        """For each kernel of the file and target: the most registers, spills and shared memory over all shapes."""
+        source = (ROOT / "kernels" / f"{self.name}.py").read_text() if COMPILE_MATRIX.exists() else ""
+        kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, flags=re.MULTILINE))
+        groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+        for row in _rows(COMPILE_MATRIX):
+            if row["kernel"].split(".")[-1] in kernels:
+                groups.setdefault((row["kernel"].split(".")[-1], row["target"]), []).append(row)
+        for (kernel, target), rows in groups.items():
+            most = {key: max(int(row[key] or 0) for row in rows) for key in ("registers", "spills", "shared_bytes")}
+            instructions = sorted({row["matrix_instruction"] or "none" for row in rows})
+            yield {
+                "kernel": f"`{kernel}`",
+                "target": target,
+                "shapes": str(len(rows)),
+                "registers <=": str(most["registers"]),
+                "spills <=": str(most["spills"]),
+                "shared bytes <=": str(most["shared_bytes"]),
+                "matrix instruction": ", ".join(instructions),
+            }
+
+    def _measured(self) -> Iterator[dict[str, str]]:
+        for row in _rows(MEASUREMENTS):
+            if row["kernel"] == self.name:
+                yield {
+                    "case": row["case"],
+                    "implementation": row["implementation"],
+                    "us": row["us_p50"],
+                    "GB/s": row["gb_per_s"],
+                    "TFLOP/s": row["tflop_per_s"],
+                    "of roofline": f"{float(row['of_roofline']):.0%}",
+                    "on": f"{row['gpu']}, torch {row['torch']}, Triton {row['triton']}, {row['commit']}, {row['date']}",
+                }
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Markdown(self.markdown())
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown()
+
+
+def kernel_card(name: str) -> KernelCard:
+    """The card of a file of ``rooflama.kernels``, or of a function in one. Raises KernelInputError if there is none."""
+    for card, functions in CARDS.items():
+        if name == card or name in functions:
+            return KernelCard(card)
+    raise KernelInputError(f"kernel {name!r}", rule=f"the kernels are {', '.join(CARDS)}", remedy="Name one of these")
+
+
+def _docstring(thing: object) -> str:
+    return inspect.getdoc(thing) or ""
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    if path.exists():
+        with path.open(newline="") as file:
+            yield from csv.DictReader(file)
+
+
+def _table(rows: Iterator[dict[str, str]]) -> str:
+    lines = []
+    for row in rows:
+        if not lines:
+            lines = ["| " + " | ".join(row) + " |", "|" + "--|" * len(row)]
+        lines.append("| " + " | ".join(row.values()) + " |")
+    return "\n".join(lines)
+
+
+def write_pages() -> None:
+    """Write every card to ``docs/kernels/`` of the repository."""
+    folder = ROOT / "docs" / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in CARDS:
+        (folder / f"{name}.md").write_text(KernelCard(name).markdown())
+
+
+if __name__ == "__main__":
+    write_pages()

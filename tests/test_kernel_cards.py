@@ -1,0 +1,35 @@
+"""Cards are complete, and the committed pages are what the code says today."""
+
+from pathlib import Path
+
+import pytest
+from rooflama import KernelInputError
+from rooflama.kernel_card import CARDS, kernel_card
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_committed_page_is_current(name):
+    assert (ROOT / "docs" / "kernels" / f"{name}.md").read_text() == kernel_card(name).markdown(), "run make kernel-cards"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_shows_definition_and_laws(name):
+    text = kernel_card(name).markdown()
+    for function in CARDS[name]:
+        assert f"def {function}(" in text
+    laws = text.split("## Laws tested")[1].split("##")[0]
+    assert laws.count("\n- ") >= 3
+
+
+def test_every_public_operator_has_a_card():
+    import rooflama.kernels as kernels
+
+    functions = {name for name in kernels.__all__ if hasattr(kernels.reference, name)}
+    assert functions == {function for functions in CARDS.values() for function in functions}
+
+
+def test_unknown_kernel():
+    with pytest.raises(KernelInputError, match="kernel 'flash': the kernels are"):
+        kernel_card("flash")
