@@ -203,7 +203,7 @@ class Device:
         host = device_raw.host_tensor(source, buffer.label)
         with self._lock, self.guard(f"copying {buffer.label!r} to the device", asked=host.nbytes):
             if self.kind != "cpu" and self._staging is None:
-                self._staging = device_raw.Staging(self.torch_device)
+                self._staging = device_raw.Staging(self.torch_device, buffer.label)
             device_raw.copy_in(
                 self._range(buffer, offset_bytes, host.nbytes),
                 device_raw.as_bytes(host),
@@ -274,7 +274,7 @@ class Device:
             if translated is None:
                 raise
             if isinstance(translated, DeviceLost):
-                self._lost = str(error).splitlines()[0]
+                self._lost = translated.said
             raise translated from error
 
     def close(self) -> None:
@@ -345,9 +345,10 @@ class Device:
 
     def _check_room(self, nbytes: int, label: str) -> None:
         self._check_open(f"allocating {label!r}")
-        free, _ = self._memory()
+        free, total = self._memory()
         over_limit = self.memory_limit is not None and self._ledger.held_bytes() + nbytes > self.memory_limit
-        if over_limit or (self.kind == "cpu" and nbytes > free):  # Linux would promise it, then kill the process
+        # Linux promises more than it has, then kills the process. A GPU's allocator may reuse what counts as taken.
+        if over_limit or nbytes > (free if self.kind == "cpu" else total):
             raise DeviceOutOfMemory.asking(nbytes, f"allocating {label!r}", self._numbers())
 
     def _memory(self) -> tuple[int, int]:

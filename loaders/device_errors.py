@@ -45,16 +45,20 @@ class DeviceOutOfMemory(DeviceError):
 
 
 class DeviceLost(DeviceError):
-    """The driver reported a failure after which the process cannot use the device any more."""
+    """A failure after which the process cannot use the device any more. ``said``: the first line of what it was."""
+
+    said: str = ""
 
     @classmethod
     def during(cls, doing: str, said: str) -> DeviceLost:
-        return cls(
+        error = cls(
             f"{doing}: the driver said {said!r}",
             rule="the device must answer",
             remedy="Start a new process; with CUDA_LAUNCH_BLOCKING=1 the error names the call at fault, "
             "and nvidia-smi or rocm-smi shows whether the device is well",
         )
+        error.said = said
+        return error
 
 
 class CopyOutOfRange(DeviceError):

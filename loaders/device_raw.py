@@ -37,7 +37,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, l
 class Staging:
     """Two pinned buffers, a copy stream, and the event that says when each buffer may be filled again."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, label: str):
+        before_operation("allocate", label, 2 * CHUNK_BYTES)
         self.buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self.stream = torch.cuda.Stream(device)
         self.sent = [torch.cuda.Event() for _ in range(2)]

@@ -300,6 +300,7 @@ DRIVER_SAYS = [
     (MemoryError(), DeviceOutOfMemory),
     (torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore"), DeviceLost),
     (RuntimeError("HIP error: device lost"), DeviceLost),
+    (torch.AcceleratorError(""), DeviceLost),
     (ValueError("nothing to do with the device"), ValueError),
     (KeyboardInterrupt(), KeyboardInterrupt),
 ]
@@ -321,7 +322,8 @@ def test_every_allocation_and_copy_may_fail_and_nothing_stays(small_chunks, fail
         for buffer in _load(device, arrays):
             buffer.close()
     total = len(steps)
-    assert total == 4 + 1 + 3 + 1  # allocations, then the chunks of each copy
+    staging = int(DEVICE.type == "cuda")  # pinned memory, with the first copy
+    assert total == 4 + staging + 1 + 3 + 1  # allocations, then the chunks of each copy
     for n in range(total):
         with open_device(DEVICE) as device:
             kept = device.allocate((8,), torch.uint8, label="made before")
@@ -386,6 +388,7 @@ def test_loading_100_times_leaks_nothing():
     for _ in range(5):
         load_and_close()
     gc.collect()
+    allocated = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     tracemalloc.start()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(100):
@@ -396,7 +399,7 @@ def test_loading_100_times_leaks_nothing():
     assert grown < 64 * 2**10, f"{grown} bytes of Python objects stay after 100 loads"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 16 * 2**10  # KiB; 100 loads are 50 MiB
     if DEVICE.type == "cuda":
-        assert torch.cuda.memory_allocated() == 0
+        assert torch.cuda.memory_allocated() == allocated
 
 
 def test_threads_share_a_device(device):
