@@ -22,7 +22,10 @@ class TensorInfo(Protocol):
 
 
 class Checkpoint(Protocol):
-    """Metadata under GGUF's keys, tensors under GGUF's names."""
+    """Metadata under GGUF's keys, tensors under GGUF's names.
+
+    A Hugging Face folder adds the key ``<architecture>.rope.huggingface``: its rotary parameters, whole.
+    """
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...

@@ -1,0 +1,255 @@
+"""Hugging Face folders: the bytes that the safetensors library reads, and every rule of file and config."""
+
+import copy
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_checkpoints import cases, gguf_name, module, write_case
+
+from rooflama.loaders.hf_config import HuggingFaceError, gguf_metadata, gguf_names
+from rooflama.loaders.safetensors import read_safetensors
+from rooflama.models import CheckpointReader, adapter_for
+from rooflama.models.rope import RopeSpec
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shard_size"),
+    [
+        ("llama-biases", torch.float32, "5GB"),
+        ("qwen2-tied-group7", torch.float16, "40KB"),
+        ("phi4-mini", torch.bfloat16, "30KB"),
+        ("qwen3", torch.float32, "60KB"),
+    ],
+)
+def test_bytes_equal_the_librarys(name, dtype, shard_size, tmp_path):
+    copy.deepcopy(module(name)).to(dtype).save_pretrained(tmp_path, max_shard_size=shard_size)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_size != "5GB")
+    seen = set()
+    with read_safetensors(tmp_path) as checkpoint:
+        for file in files:
+            with safe_open(file, "pt") as expected:
+                for stored in expected.keys():  # noqa: SIM118 (not a mapping)
+                    tensor = expected.get_tensor(stored)
+                    info = checkpoint.tensors[gguf_name(stored)]
+                    data = checkpoint.data(gguf_name(stored))
+                    assert info.shape == tuple(tensor.shape)
+                    assert info.n_elements * tensor.element_size() == info.nbytes == data.nbytes
+                    assert len(data) == (len(tensor) if tensor.ndim == 2 else 1)
+                    assert data.tobytes() == tensor.view(torch.uint8).numpy().tobytes()
+                    assert not data.flags.writeable
+                    seen.add(gguf_name(stored))
+        assert seen == set(checkpoint.tensors)
+        assert {info.ggml_type for info in checkpoint.tensors.values()} == {
+            {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+        }
+    with pytest.raises(HuggingFaceError, match="is closed"):
+        checkpoint.data("token_embd.weight")
+
+
+# Files
+
+
+def one_tensor(header=None, *, data=bytes(8), length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_case("llama3", tmp_path, "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes"),
+        (bytes(7), "7 bytes"),
+        (one_tensor({}, length=2**63), "the header lies inside the file"),
+        (one_tensor({}, length=40), "the header lies inside the file"),
+        (one_tensor(b"{"), "JSON that cannot be read"),
+        (one_tensor(b"\xff\xfe"), "JSON that cannot be read"),
+        (one_tensor(b"[" * 100_000), "JSON that cannot be read"),
+        (one_tensor(b'{"a": ' + b"9" * 5000 + b"}"), "JSON that cannot be read"),
+        (one_tensor(b"[]"), "JSON of type list"),
+        (one_tensor(b'{"a": {}, "a": {}}'), "a key occurs twice"),
+        (one_tensor({"a": 1}), "has dtype None"),
+        (one_tensor({"a": entry("F4")}), "has dtype 'F4'"),
+        (one_tensor({"a": entry(["F32"])}), "has dtype ['F32']"),
+        (one_tensor({"a": entry(shape=(-2, -1))}), "has shape [-2, -1]"),
+        (one_tensor({"a": entry(shape=(2.0,))}), "has shape [2.0]"),
+        (one_tensor({"a": entry(shape=(True,))}), "has shape [True]"),
+        (one_tensor({"a": {"dtype": "F32", "data_offsets": [0, 8]}}), "has shape None"),
+        (one_tensor({"a": entry(offsets=(0,))}), "has data_offsets [0]"),
+        (one_tensor({"a": entry(offsets=(-8, 0))}), "has data_offsets [-8, 0]"),
+        (one_tensor({"a": entry(offsets=(8, 0))}), "takes 8 bytes"),
+        (one_tensor({"a": entry(shape=(2**40, 2**40))}), "takes 4835703278458516698824704 bytes"),
+        (one_tensor({"a": entry(offsets=(8, 16))}), "tensors follow one another"),
+        (one_tensor({"a": entry(), "b": entry()}), "tensors follow one another"),
+        (one_tensor({"a": entry()}, data=bytes(9)), "the tensors end at byte"),
+        (one_tensor({"a": entry()}, data=bytes(7)), "the tensors end at byte"),
+        (one_tensor({"a": entry()}), "tensor 'a'"),
+        (one_tensor({"model.norm.weight": entry("I32"), "lm_head.weight": entry("F32", (0,), (8, 8))}), "dtype I32"),
+    ],
+)
+def test_damaged_files_are_refused(content, message, folder):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(HuggingFaceError, match=re.escape(message)):
+        read_safetensors(folder)
+
+
+def test_every_truncation_is_refused(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    for size in [*range(0, 200, 7), len(whole) // 2, len(whole) - 1]:
+        (folder / "model.safetensors").write_bytes(whole[:size])
+        with pytest.raises(HuggingFaceError):
+            read_safetensors(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({}, "no weight_map"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "the files lie beside the index"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "the files lie beside the index"),
+        ({"weight_map": {"a": "model-2.safetensors"}}, "model-2.safetensors is missing"),
+    ],
+)
+def test_index_refused(index, message, folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(HuggingFaceError, match=re.escape(message)):
+        read_safetensors(folder)
+
+
+def test_folders_without_files_are_refused(folder, tmp_path):
+    with pytest.raises(HuggingFaceError, match=r"config\.json: no such file"):
+        read_safetensors(tmp_path / "nowhere")
+    (folder / "extra.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(HuggingFaceError, match="a second time"):
+        read_safetensors(folder)
+    (folder / "extra.safetensors").unlink()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(HuggingFaceError, match="no safetensors file"):
+        read_safetensors(folder)
+
+
+# Configs
+
+
+def config_json(name, **changes):
+    config = json.loads(json.dumps(cases()[name].config.to_dict(), default=str)) | changes
+    return {key: value for key, value in config.items() if value is not DROPPED}
+
+
+DROPPED = object()
+
+
+def tensor_names(name):
+    return [stored for stored, _ in module(name).named_parameters()]
+
+
+def metadata_of(name, **changes):
+    config = config_json(name, **changes)
+    return gguf_metadata(config, gguf_names(config, tensor_names(name)).values(), name=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama3", {"model_type": "mamba"}, "the types are llama, mistral, qwen2, qwen3, phi3"),
+        ("llama3", {"model_type": DROPPED}, "model_type None"),
+        ("llama3", {"rms_norm_eps": DROPPED, "hidden_size": DROPPED}, "no hidden_size, rms_norm_eps"),
+        ("mistral-window", {"sliding_window": DROPPED}, "no sliding_window"),
+        ("qwen3", {"head_dim": DROPPED}, "no head_dim"),
+        ("llama3", {"hidden_act": "gelu"}, "the feed-forward's gate is silu"),
+        ("llama3", {"quantization_config": {"bits": 4}}, "a quantization_config"),
+        ("llama3", {"attention_bias": True}, "blk.0.attn_q.bias is not there"),
+        ("llama-biases", {"attention_bias": False}, "blk.0.attn_q.bias is there"),
+        ("llama-biases", {"mlp_bias": False}, "blk.0.ffn_down.bias is there"),
+        ("llama3.2-tied", {"tie_word_embeddings": False}, "no lm_head.weight"),
+        ("llama3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters that differ"),
+        ("qwen2-window", {"layer_types": ["chunked_attention"] * 3}, "layers attend fully or in a sliding window"),
+        ("qwen2-window", {"layer_types": None, "max_window_layers": DROPPED}, "without max_window_layers"),
+    ],
+)
+def test_configs_refused(name, changes, message):
+    with pytest.raises(HuggingFaceError, match=re.escape(message)):
+        metadata_of(name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "windows"),
+    [
+        ("qwen2-window", {}, (0, 9, 9)),
+        ("qwen2-window", {"layer_types": None}, (0, 9, 9)),
+        ("qwen2-window", {"layer_types": None, "max_window_layers": 2}, (0, 0, 9)),
+        ("qwen2-window", {"layer_types": None, "max_window_layers": 0}, (9, 9, 9)),
+        ("qwen2-window", {"use_sliding_window": False}, (0, 0, 0)),
+        ("qwen2-window", {"use_sliding_window": DROPPED}, (0, 0, 0)),
+        ("mistral-window", {}, (9, 9)),
+        ("mistral-window", {"sliding_window": None}, (0, 0)),
+        ("phi3-4k", {}, (9, 9)),
+        ("phi3-4k", {"sliding_window": None}, (0, 0)),
+    ],
+)
+def test_windows(name, changes, windows, tmp_path):
+    folder = write_case(name, tmp_path, "safetensors")
+    (folder / "config.json").write_text(json.dumps(config_json(name, **changes)))
+    with read_safetensors(folder) as checkpoint:
+        config = adapter_for(checkpoint.metadata["general.architecture"]).read_config(CheckpointReader(checkpoint))
+    assert config.sliding_windows == windows
+
+
+def test_rotary_parameters_arrive_whole_in_old_and_new_spelling():
+    new = metadata_of("llama3.1")["llama.rope.huggingface"]
+    parameters = config_json("llama3.1")["rope_parameters"]
+    old_scaling = {key: value for key, value in parameters.items() if key not in ("rope_type", "rope_theta")}
+    old = metadata_of(
+        "llama3.1", rope_parameters=DROPPED, rope_theta=5e5, rope_scaling=old_scaling | {"type": "llama3"}
+    )["llama.rope.huggingface"]
+    specs = [RopeSpec.from_hf(**given, head_dim=32, max_position_embeddings=256) for given in (new, old)]
+    assert specs[0] == specs[1]
+    assert (specs[0].kind, specs[0].base, specs[0].scaling.factor) == ("llama3", 5e5, 8.0)
+
+
+def test_buffers_and_tied_outputs_in_the_file_do_not_count():
+    config = config_json("llama3.2-tied")
+    stored = [*tensor_names("llama3.2-tied"), "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert sorted(gguf_names(config, stored)) == sorted(tensor_names("llama3.2-tied"))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.0.w1.weight", "model.layers.0.self_attn.q_proj.scales"])
+def test_unknown_tensors_are_refused(name):
+    with pytest.raises(HuggingFaceError, match="nothing is dropped silently"):
+        gguf_names(config_json("llama3"), [*tensor_names("llama3"), name])
+
+
+def test_unknown_keys_are_named():
+    with pytest.warns(UserWarning, match="does not define, and that are not read: sliding_window_of_my_own"):
+        metadata_of("llama3", sliding_window_of_my_own=3)
+
+
+def test_configs_of_transformers_hold_no_unknown_key(recwarn):
+    for name in cases():
+        metadata_of(name)
+    assert not recwarn.list
+
+
+def test_a_tied_output_in_the_file_is_ignored_as_transformers_does(tmp_path):
+    """The file's own lm_head is poison; transformers ties over it, and so does the reader."""
+    folder = write_case("llama3.2-tied", tmp_path, "safetensors")
+    tensors = {name: parameter.detach() for name, parameter in module("llama3.2-tied").named_parameters()}
+    save_file(tensors | {"lm_head.weight": torch.full((96, 48), float("nan"))}, folder / "model.safetensors")
+    with read_safetensors(folder) as checkpoint:
+        assert "output.weight" not in checkpoint.tensors
+        assert np.isfinite(checkpoint.data("token_embd.weight").view(np.float32)).all()
