@@ -164,7 +164,7 @@ class Device:
         Args:
             source: any shape; read-only and memory-mapped arrays are welcome.
             label: names the buffer in ``held`` and in errors.
-            borrow: on a CPU device, take ``source`` itself instead of a copy. A GPU copies all the same.
+            borrow: on a CPU device, take ``source`` itself, if contiguous, without a copy. A GPU copies all the same.
             progress: called with the bytes moved since its last call.
 
         Raises:
@@ -172,16 +172,18 @@ class Device:
             DeviceError: ``source`` is not in host memory.
         """
         host = device_raw.host_tensor(source, label)
-        if borrow and self.kind == "cpu":
+        borrow = borrow and self.kind == "cpu"
+        if borrow:
             with self._lock:
-                self._check_room(host.nbytes, label)
+                self._check_room(host.nbytes, label, exists=True)
                 buffer = self._own(host, label)
-            if progress is not None:
-                progress(host.nbytes)
-            return buffer
-        buffer = self.allocate(tuple(host.shape), host.dtype, label=label)
+        else:
+            buffer = self.allocate(tuple(host.shape), host.dtype, label=label)
         try:
-            self.copy_in(buffer, host, progress=progress)
+            if not borrow:
+                self.copy_in(buffer, host, progress=progress)
+            elif progress is not None:
+                progress(host.nbytes)
         except BaseException:
             buffer.close()
             raise
@@ -343,12 +345,13 @@ class Device:
         if self._lost is not None:
             raise DeviceLost.during(doing, self._lost)
 
-    def _check_room(self, nbytes: int, label: str) -> None:
+    def _check_room(self, nbytes: int, label: str, *, exists: bool = False) -> None:
+        """Refuse what passes the limit or, unless the memory ``exists`` already, what the device cannot have."""
         self._check_open(f"allocating {label!r}")
         free, total = self._memory()
         over_limit = self.memory_limit is not None and self._ledger.held_bytes() + nbytes > self.memory_limit
         # Linux promises more than it has, then kills the process. A GPU's allocator may reuse what counts as taken.
-        if over_limit or nbytes > (free if self.kind == "cpu" else total):
+        if over_limit or (not exists and nbytes > (free if self.kind == "cpu" else total)):
             raise DeviceOutOfMemory.asking(nbytes, f"allocating {label!r}", self._numbers())
 
     def _memory(self) -> tuple[int, int]:

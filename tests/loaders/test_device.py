@@ -122,6 +122,15 @@ def test_borrowing(device):
     values[:] = 1  # still the caller's
 
 
+def test_borrowing_needs_no_free_memory(device, monkeypatch):
+    monkeypatch.setattr(type(device), "_memory", lambda self: (0, 2**30))
+    buffer = device.upload(np.zeros(8, dtype=np.float32), label="mine", borrow=True)
+    assert buffer.nbytes == 32
+    if device.kind == "cpu":
+        with pytest.raises(DeviceOutOfMemory):
+            device.upload(np.zeros(8, dtype=np.float32), label="copy")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int64])
 def test_empty_arrays(device, dtype):
     back = device.download(device.upload(np.zeros((0, 3), dtype=dtype), label="empty"))
@@ -350,9 +359,10 @@ def test_progress_that_raises_leaves_nothing(device, small_chunks):
     def interrupted(nbytes):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        device.upload(np.zeros(3 * SMALL_CHUNK, dtype=np.uint8), label="x", progress=interrupted)
-    assert device.held_bytes == 0
+    for borrow in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            device.upload(np.zeros(3 * SMALL_CHUNK, dtype=np.uint8), label="x", borrow=borrow, progress=interrupted)
+        assert device.held() == ()
 
 
 def test_guard_translates_and_keeps_numbers(device):
