@@ -66,12 +66,12 @@ def test_row_stride():
 
 
 def test_offsets_beyond_int32():
-    """Row 1 starts 2^31 + 8 elements in; the storage is virtual, only two rows of it are touched."""
-    stride = 2**31 + 8
+    """Row 2 starts 2^31 + 16 elements in, the stride itself fits int32; only three rows of the storage are touched."""
+    stride = 2**30 + 8
     buffer = torch.empty(0, dtype=torch.float16, device=DEVICE)
-    buffer = buffer.new_empty(stride + 64) if DEVICE.type == "cuda" else _untouched_half(stride + 64)
-    x = buffer.as_strided((2, 64), (stride, 1))
-    x.copy_(normal(np.random.default_rng(0), 2, 64, dtype=torch.float16))
+    buffer = buffer.new_empty(2 * stride + 64) if DEVICE.type == "cuda" else _untouched_half(2 * stride + 64)
+    x = buffer.as_strided((3, 64), (stride, 1))
+    x.copy_(normal(np.random.default_rng(0), 3, 64, dtype=torch.float16))
     weight = torch.ones(64, device=DEVICE)
     assert_bit_equal(rms_norm(x, weight, 1e-5), rms_norm(x.contiguous(), weight, 1e-5))
 

@@ -1,0 +1,370 @@
+"""Does the suite notice? Plants one bug at a time in a copy of the kernels and runs the tests that should fail.
+
+    python tests/mutants.py                every mutant
+    python tests/mutants.py norm rope      those whose name contains one of the words
+
+First every test file named must pass as it is. Then each mutant must make its own fail: exit status 1 if one survives,
+runs out of time, or if the text it replaces is no longer there exactly once. Nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """A bug: in ``file``, ``old`` (there exactly once) becomes ``new``, and ``tests`` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "norm: eps left out",
+        "kernels/norm.py",
+        "tl.sqrt(tl.sum(x * x, axis=0) / hidden + eps)",
+        "tl.sqrt(tl.sum(x * x, axis=0) / hidden)",
+        "tests/kernels/test_norm.py",
+    ),
+    Mutant(
+        "norm: mask one short",
+        "kernels/norm.py",
+        "mask = offs < hidden\n",
+        "mask = offs < hidden - 1\n",
+        "tests/kernels/test_norm.py",
+    ),
+    Mutant(
+        "norm: row offset in 32 bits",
+        "kernels/norm.py",
+        "row = tl.program_id(0).to(tl.int64)",
+        "row = tl.program_id(0)",
+        "tests/kernels/test_norm.py",
+    ),
+    Mutant(
+        "rope: sign of the second of a pair",
+        "kernels/rope.py",
+        "tl.fma(second, cos, first * sin)",
+        "tl.fma(second, cos, -(first * sin))",
+        "tests/kernels/test_rope.py",
+    ),
+    Mutant(
+        "rope: pairs of neighbours for halves",
+        "kernels/rope.py",
+        "second = tl.load(ptrs + (1 if INTERLEAVED else HALF), mask=mask",
+        "second = tl.load(ptrs + (1 if INTERLEAVED else HALF - 1), mask=mask",
+        "tests/kernels/test_rope.py",
+    ),
+    Mutant(
+        "rope: the norm of a head without its tail",
+        "kernels/rope.py",
+        "        square += tl.sum(tail * tail, axis=1)\n",
+        "        square += 0.0\n",
+        "tests/kernels/test_rope.py",
+    ),
+    Mutant(
+        "rope: a key's place one slot on",
+        "kernels/rope.py",
+        "place = slot & ((1 << page_shift) - 1)",
+        "place = (slot + 1) & ((1 << page_shift) - 1)",
+        "tests/kernels/test_rope.py",
+    ),
+    Mutant(
+        "pages: a write one slot on",
+        "kernels/paged_cache.py",
+        "place = slot & ((1 << page_shift) - 1)",
+        "place = (slot + 1) & ((1 << page_shift) - 1)",
+        "tests/kernels/test_paged_cache.py",
+    ),
+    Mutant(
+        "pages: tokens without a slot are written",
+        "kernels/paged_cache.py",
+        "    if slot >= 0:\n",
+        "    if slot >= -1:\n",
+        "tests/kernels/test_paged_cache.py",
+    ),
+    Mutant(
+        "pages: the tail of a gather unscaled",
+        "kernels/paged_cache.py",
+        "scale = tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=0.0)",
+        "scale = tl.where(rows < page_size, tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=0.0), 1.0)",
+        "tests/kernels/test_paged_cache.py",
+    ),
+    Mutant(
+        "pages: a copy backwards",
+        "kernels/paged_cache.py",
+        "source = tl.load(source_ptr + copy).to(tl.int64) * page_stride\n"
+        "    target = tl.load(target_ptr + copy).to(tl.int64) * page_stride",
+        "source = tl.load(target_ptr + copy).to(tl.int64) * page_stride\n"
+        "    target = tl.load(source_ptr + copy).to(tl.int64) * page_stride",
+        "tests/kernels/test_paged_cache.py",
+    ),
+    Mutant(
+        "pages: the sign of a float8 code lost",
+        "kernels/paged_common.py",
+        "| ((bits >> 24) & 0x80)",
+        "| ((bits >> 24) & 0x00)",
+        "tests/kernels/test_paged_cache.py",
+    ),
+    Mutant(
+        "attention: causal mask off by one",
+        "kernels/attention_common.py",
+        "visible = keys[None, :] <= positions[:, None]",
+        "visible = keys[None, :] < positions[:, None]",
+        "tests/kernels/test_attention_prefill.py",
+    ),
+    Mutant(
+        "attention: window off by one",
+        "kernels/attention_common.py",
+        "keys[None, :] > positions[:, None] - window",
+        "keys[None, :] >= positions[:, None] - window",
+        "tests/kernels/test_attention_prefill.py",
+    ),
+    Mutant(
+        "attention: values not rescaled to the new maximum",
+        "kernels/attention_common.py",
+        'acc_lo = tl.dot(weights, v_lo, acc_lo * decay[:, None], input_precision="ieee")',
+        'acc_lo = tl.dot(weights, v_lo, acc_lo, input_precision="ieee")',
+        "tests/kernels/test_attention_prefill.py",
+    ),
+    Mutant(
+        "attention: softcap dropped",
+        "kernels/attention_common.py",
+        "scores = tanh(scores * score_scale)",
+        "scores = scores * score_scale",
+        "tests/kernels/test_attention_prefill.py",
+    ),
+    Mutant(
+        "attention: page number in 32 bits",
+        "kernels/attention_common.py",
+        "page = tl.load(block_table_ptr + (tile_start >> page_shift)).to(tl.int64)",
+        "page = tl.load(block_table_ptr + (tile_start >> page_shift))",
+        "tests/kernels/test_attention_prefill.py",
+    ),
+    Mutant(
+        "attention: values of quantised pages unscaled",
+        "kernels/attention_common.py",
+        "weights *= v_scale[None, :]",
+        "weights *= 1.0",
+        "tests/kernels/test_attention_prefill.py",
+    ),
+    Mutant(
+        "prefill: wrong head of the group",
+        "kernels/attention_prefill.py",
+        "heads = kv_head * group + rows % group",
+        "heads = kv_head + rows % group * num_kv_heads",
+        "tests/kernels/test_attention_prefill.py",
+    ),
+    Mutant(
+        "prefill: queries stand one position late",
+        "kernels/attention_prefill.py",
+        "query_position = seq_len - (query_end - query_start)",
+        "query_position = seq_len - (query_end - query_start) + 1",
+        "tests/kernels/test_attention_prefill.py",
+    ),
+    Mutant(
+        "decode: splits merged with equal weights",
+        "kernels/attention_decode.py",
+        "acc += tl.sum(weights[:, None] * values, axis=0)",
+        "acc += tl.sum(tl.sum(weights, axis=0) * values, axis=0)",
+        "tests/kernels/test_attention_decode.py",
+    ),
+    Mutant(
+        "decode: a split ends one key early",
+        "kernels/attention_decode.py",
+        "end = tl.minimum(start + split_tokens, seq_len)",
+        "end = tl.minimum(start + split_tokens - 1, seq_len)",
+        "tests/kernels/test_attention_decode.py",
+    ),
+    Mutant(
+        "decode: window one key wide of the mark",
+        "kernels/attention_decode.py",
+        "first_key = tl.maximum(seq_len - window, 0)",
+        "first_key = tl.maximum(seq_len - window + 1, 0)",
+        "tests/kernels/test_attention_decode.py",
+    ),
+    Mutant(
+        "quantised: scale and minimum swapped",
+        "kernels/quantized_tiles.py",
+        'planes.get("m", planes.get("dmin"))',
+        'planes.get("d") if planes.keys() & {"m", "dmin"} else None',
+        "tests/kernels/test_dequantize.py",
+    ),
+    Mutant(
+        "quantised: minimum taken from the scale's bits",
+        "kernels/quantized_tiles.py",
+        "SHIFT: tl.constexpr = 4 if PACKED else 0",
+        "SHIFT: tl.constexpr = 0",
+        "tests/kernels/test_dequantize.py",
+    ),
+    Mutant(
+        "quantised: high bits one place low",
+        "kernels/quantized_tiles.py",
+        "HIGH_BITS, BLOCK, BLOCK_K) << LOW_BITS",
+        "HIGH_BITS, BLOCK, BLOCK_K) << (LOW_BITS - 1)",
+        "tests/kernels/test_dequantize.py",
+    ),
+    Mutant(
+        "quantised: a code's neighbours in the wrong order",
+        "kernels/quantized_tiles.py",
+        "shift = BITS * (i // 2) + 16 * (i % 2)",
+        "shift = BITS * i",
+        "tests/kernels/test_dequantize.py",
+    ),
+    Mutant(
+        "gemv: minima added without the activations",
+        "kernels/quantized_matmul.py",
+        "_each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)",
+        "_each_vector(minima, GROUP)[None, :, :]",
+        "tests/kernels/test_quantized_matmul.py",
+    ),
+    Mutant(
+        "gemv: groups scaled by their squares",
+        "kernels/quantized_matmul.py",
+        "_each_vector(scales, GROUP)[None, :, :]",
+        "_each_vector(scales * scales, GROUP)[None, :, :]",
+        "tests/kernels/test_quantized_matmul.py",
+    ),
+    Mutant(
+        "matmul: residual dropped",
+        "kernels/quantized_matmul.py",
+        "total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)",
+        "total += 0.0",
+        "tests/kernels/test_quantized_matmul.py",
+    ),
+    Mutant(
+        "embedding: the row above",
+        "kernels/embedding.py",
+        "tl.load(token_ids_ptr + token).to(tl.int64)",
+        "tl.maximum(tl.load(token_ids_ptr + token).to(tl.int64) - 1, 0)",
+        "tests/kernels/test_embedding.py",
+    ),
+    Mutant(
+        "swiglu: gate and up swapped",
+        "kernels/mlp.py",
+        "out = gate / (1.0 + tl.exp(-gate)) * up",
+        "out = up / (1.0 + tl.exp(-up)) * gate",
+        "tests/kernels/test_mlp.py",
+    ),
+    Mutant(
+        "sampling: top-k keeps one too many",
+        "kernels/sampling.py",
+        'bound = tl.where(limit > 0.0, limit, float("inf"))',
+        'bound = tl.where(limit > 0.0, limit + 1.0, float("inf"))',
+        "tests/kernels/test_sampling.py",
+    ),
+    Mutant(
+        "sampling: temperature ignored",
+        "kernels/sampling.py",
+        "(logits - largest) / temperature)",
+        "(logits - largest) / 1.0)",
+        "tests/kernels/test_sampling.py",
+    ),
+    Mutant(
+        "sampling: padding may be drawn",
+        "kernels/sampling.py",
+        "            kept = offs < vocab_size\n",
+        "            kept = offs < vocab_size + 1\n",
+        "tests/kernels/test_sampling.py",
+    ),
+]
+
+
+def copy_tree(target: Path) -> None:
+    """The package as an importable ``rooflama`` folder, and the tests beside it."""
+    ignored = shutil.ignore_patterns("__pycache__", ".hypothesis", ".pytest_cache")
+    shutil.copytree(ROOT / "rooflama", target / "rooflama", ignore=ignored)
+    for room in ("kernels", "models", "loaders"):
+        shutil.copytree(ROOT / room, target / "rooflama" / room, ignore=ignored)
+    shutil.copytree(ROOT / "tests", target / "tests", ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", target)
+    # The ci profile's examples, without the time that shrinking a failure takes.
+    with (target / "tests" / "conftest.py").open("a") as conftest:
+        phases = "[Phase.explicit, Phase.generate]"
+        conftest.write(f'\nsettings.register_profile("mutants", settings.get_profile("ci"), phases={phases})\n')
+        conftest.write('settings.load_profile("mutants")\n')
+
+
+def run_tests(tree: Path, tests: str, seconds: float) -> tuple[int | None, str]:
+    """(pytest's exit status, None if time ran out; the first failure or the last line)."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", tests]
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"no answer in {seconds:.0f} s"
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode, (failures or lines[-1:])[0]
+
+
+def kill(mutant: Mutant, seconds: float) -> tuple[str, str, float]:
+    """(verdict, why, seconds) of one mutant."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        tree = Path(folder)
+        copy_tree(tree)
+        path = tree / "rooflama" / mutant.file
+        text = path.read_text()
+        if text.count(mutant.old) != 1:
+            return "stale", f"{text.count(mutant.old)} places match in {mutant.file}", time.perf_counter() - start
+        path.write_text(text.replace(mutant.old, mutant.new))
+        status, reason = run_tests(tree, mutant.tests, seconds)
+    if status is not None and status < 0:
+        status, reason = 1, f"died on signal {-status}"
+    verdict = {0: "SURVIVED", 1: "killed", None: "SLOW"}.get(status, "BROKEN")
+    return verdict, reason.split(" - ")[0], time.perf_counter() - start
+
+
+def passes(tests: str, seconds: float) -> tuple[bool, str]:
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy_tree(Path(folder))
+        status, reason = run_tests(Path(folder), tests, seconds)
+    return status == 0, reason
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only mutants whose name contains one of these")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit of one test run")
+    parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass as they are")
+    options = parser.parse_args()
+    chosen = [m for m in MUTANTS if not options.words or any(word in m.name for word in options.words)]
+
+    with ThreadPoolExecutor(2) as pool:
+        if not options.no_baseline:
+            files = sorted({mutant.tests for mutant in chosen})
+            for tests, (passed, reason) in zip(
+                files, pool.map(lambda tests: passes(tests, options.seconds), files), strict=True
+            ):
+                if not passed:
+                    print(f"{tests} fails without a mutant: {reason}", file=sys.stderr)
+                    return 1
+        survivors = 0
+        for mutant, (verdict, reason, seconds) in zip(
+            chosen, pool.map(lambda mutant: kill(mutant, options.seconds), chosen), strict=True
+        ):
+            survivors += verdict != "killed"
+            print(f"{verdict:9} {seconds:5.0f} s  {mutant.name:52} {reason}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
