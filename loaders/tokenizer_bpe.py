@@ -85,6 +85,13 @@ def read_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
     return PRE_TOKENIZERS[name]
 
 
+def word_splitter(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """Cuts text into words, spelled in the byte alphabet."""
+    cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in rules.patterns]
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*cuts, spell])
+
+
 class ByteLevelBPE:
     """Plain text to ids and ids to bytes. Special tokens are cut out before text comes here."""
 
@@ -92,18 +99,15 @@ class ByteLevelBPE:
 
     def __init__(self, vocabulary: Vocabulary, metadata: Metadata):
         self._vocabulary = vocabulary
-        pre_tokenizer = read_pre_tokenizer(metadata)
-        self.add_bos = pre_tokenizer.add_bos
+        rules = read_pre_tokenizer(metadata)
+        self.add_bos = rules.add_bos
         self._missing_bytes = frozenset(
             byte for byte, character in enumerate(BYTE_ALPHABET) if character not in vocabulary.ids
         )
         merges = _read_merges(vocabulary, metadata)
-        model = models.BPE(_reachable_from_text(vocabulary, merges), merges, ignore_merges=pre_tokenizer.ignore_merges)
+        model = models.BPE(_reachable_from_text(vocabulary, merges), merges, ignore_merges=rules.ignore_merges)
         self._tokenizer = tokenizers.Tokenizer(model)
-        splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre_tokenizer.patterns]
-        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        self._tokenizer.pre_tokenizer = word_splitter(rules)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, which holds no special token.
@@ -144,7 +148,7 @@ def _read_merges(vocabulary: Vocabulary, metadata: Metadata) -> list[tuple[str, 
                 rule=f"a merge names two tokens and makes a third; {unknown!r} is no token",
                 remedy="Convert the model again with a current convert_hf_to_gguf.py",
             )
-    return merges
+    return list(dict.fromkeys(merges))  # a pair that is named twice keeps its first rank, as in llama.cpp
 
 
 def _reachable_from_text(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> dict[str, int]:

@@ -6,8 +6,7 @@ never see a vocabulary that contradicts itself.
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -136,14 +135,14 @@ class Vocabulary:
     eos_ids: frozenset[int]
 
     @classmethod
-    def from_metadata(cls, metadata: Metadata, models: Iterable[str]) -> Vocabulary:
+    def from_metadata(cls, metadata: Metadata, models: Collection[str]) -> Vocabulary:
         """Read and check; ``models`` are the values of `tokenizer.ggml.model` that the caller knows.
 
         Raises:
             TokenizerError: an array is missing, mistyped or of another length, tokens repeat, an id is out of range.
         """
         model = read_string(metadata, "tokenizer.ggml.model")
-        if model not in models:
+        if model is None or model not in models:
             raise TokenizerError(
                 "tokenizer.ggml.model is missing" if model is None else f"tokenizer.ggml.model = {model!r}",
                 rule=f"the kinds of tokenizer known here are {', '.join(models)}",
@@ -184,7 +183,8 @@ class Vocabulary:
                 if customary and types[sentencepiece_id] in (TokenType.CONTROL, TokenType.UNKNOWN):
                     return sentencepiece_id
                 return None
-            if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value < len(tokens):
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole or not 0 <= value < len(tokens):
                 raise TokenizerError(
                     f"{key} = {value!r}",
                     rule=f"it must be an id of the vocabulary, 0 to {len(tokens) - 1}",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vocabularies import bpe_metadata, trained_bpe
 
 from rooflama.loaders.tokenizer import Tokenizer, TokenizerError
-from rooflama.loaders.tokenizer_bpe import BYTE_ALPHABET
+from rooflama.loaders.tokenizer_bpe import BYTE_ALPHABET, PRE_TOKENIZERS, word_splitter
 
 # As published in the models' tokenizer.json; the first of each list cuts first, what it leaves between counts too.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -62,6 +62,14 @@ def tokenizer(pre):
 
 @pytest.mark.parametrize("pre", PUBLISHED)
 @given(text=texts)
+@example(text="WE'LL $+<a|b>/\n\n/\r/ ½Ⅷ٣٣ 12345/ \u00a0.../\r\nÉCLAIRaB isn't")
+def test_words_equal_the_published(pre, text):
+    words = [word for word, _ in word_splitter(PRE_TOKENIZERS[pre]).pre_tokenize_str(text)]
+    assert words == ["".join(BYTE_ALPHABET[byte] for byte in word.encode()) for word in cut(PUBLISHED[pre], text)]
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+@given(text=texts)
 @example(text="We'LL see  1234567 llamas\r\n\n  isn't\u00a0it ½Ⅷ٣٣ $+<a|b> ")
 def test_encode_equals_the_definition(pre, text):
     ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(trained_bpe()[1])}
@@ -86,6 +94,12 @@ def test_ignore_merges_takes_the_whole_word():
     assert names == {"llama-bpe": ["the"], "smaug-bpe": ["th", "e"]}
 
 
+def test_a_merge_named_twice_keeps_its_first_rank():
+    tokens = [*BYTE_ALPHABET, "th", "he"]
+    twice = Tokenizer.from_metadata(bpe_metadata(tokens, ["t h", "h e", "t h"]))
+    assert [tokens[i] for i in twice.encode("the")] == ["th", "e"]
+
+
 def test_ignore_merges_finds_no_control_token_in_plain_text():
     tokens = [*BYTE_ALPHABET, "stop"]
     metadata = bpe_metadata(tokens, [], pre="llama-bpe", types=[1] * 256 + [3], add_bos_token=False)
@@ -103,9 +117,10 @@ def test_a_byte_without_a_token_is_refused():
         narrow.encode("ok\x04")
 
 
-def test_a_merge_of_unknown_tokens_is_refused():
-    with pytest.raises(TokenizerError, match=r"merges\[1\] = 't zz': .* 'zz' is no token"):
-        Tokenizer.from_metadata(bpe_metadata([*BYTE_ALPHABET, "th"], ["t h", "t zz"]))
+@pytest.mark.parametrize(("line", "unknown"), [("t zz", "zz"), ("zz t", "zz"), ("t e", "te"), ("th", "")])
+def test_a_merge_of_unknown_tokens_is_refused(line, unknown):
+    with pytest.raises(TokenizerError, match=rf"merges\[1\] = '{line}': .* '{unknown}' is no token"):
+        Tokenizer.from_metadata(bpe_metadata([*BYTE_ALPHABET, "th"], ["t h", line]))
 
 
 def test_unknown_pre_tokenizer_names_the_known():
