@@ -12,7 +12,7 @@ bound k; weight p and bound top_p). It runs on the float's order-preserving inte
 program adds up its chunk's weights by the next digit, and the next launch sums the chunks in a fixed order and chooses
 the digit. No sort; exact, but for the rounding of the weights' sums.
 Numerics: float32 throughout; sums in a fixed order, so the same call gives the same token.
-Moves: the logits once when greedy, 2 times when drawing, and 8 times more for each of top-k and top-p (from L2).
+Moves: the logits once when greedy, twice when drawing, and from L2 8 times more for each of top-k and top-p that is on.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ def _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _positive_temperature(temperature_ptr, row):
-    """That of a row that draws; 1 for a greedy row, whose weights are not used."""
-    temperature = tl.load(temperature_ptr + row)
-    return tl.where(temperature > 0.0, temperature, 1.0)
+def _is_on(limit_ptr, temperature_ptr, row, WEIGHTED: tl.constexpr):
+    """Whether the row draws, and its top_p (WEIGHTED) or top_k is on."""
+    limit = tl.load(limit_ptr + row)
+    on = limit < 1.0 if WEIGHTED else limit > 0
+    return on & (tl.load(temperature_ptr + row) > 0.0)
 
 
 @triton.jit
@@ -131,11 +132,9 @@ def _resume_search(
             above = tl.load(above_ptr + before)
             bound = tl.load(bound_ptr + before)
         else:
-            limit = tl.load(limit_ptr + row).to(tl.float32)
+            bound = tl.load(limit_ptr + row).to(tl.float32)
             if WEIGHTED:
-                bound = tl.where(limit < 1.0, tl.maximum(limit * tl.sum(weights), _TINY), float("inf"))
-            else:
-                bound = tl.where(limit > 0.0, limit, float("inf"))
+                bound = tl.maximum(bound * tl.sum(weights), _TINY)
         larger = tl.where(digits[:, None] > digits[None, :], weights[:, None], 0.0)
         weight_above = above + tl.sum(larger, axis=0)
         digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS - 1))
@@ -150,7 +149,7 @@ def _narrow_kernel(
     seen_ptr,  # [num_seqs, vocab], read if PENALISED
     penalty_ptr,  # [num_seqs], read if PENALISED
     maxima_ptr,  # [num_seqs, num_chunks], read if WEIGHTED
-    temperature_ptr,  # [num_seqs], read if WEIGHTED
+    temperature_ptr,  # [num_seqs]
     limit_ptr,  # [num_seqs], top_p if WEIGHTED, else top_k
     floor_ptr,  # [num_seqs], image of the smallest value that an earlier search kept
     sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS], weights by digit; row LEVEL is written
@@ -169,36 +168,48 @@ def _narrow_kernel(
 ):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_chunks = tl.num_programs(0)
-    prefix, above, bound = _resume_search(
-        sums_ptr, prefix_ptr, above_ptr, bound_ptr, limit_ptr, row, num_seqs, num_chunks, LEVEL, WEIGHTED, BLOCK_CHUNKS
-    )
-    if chunk == 0:
-        here = LEVEL * num_seqs + row
-        tl.store(prefix_ptr + here, prefix.to(tl.int32, bitcast=True))
-        tl.store(above_ptr + here, above)
-        tl.store(bound_ptr + here, bound)
+    if _is_on(limit_ptr, temperature_ptr, row, WEIGHTED):
+        prefix, above, bound = _resume_search(
+            sums_ptr,
+            prefix_ptr,
+            above_ptr,
+            bound_ptr,
+            limit_ptr,
+            row,
+            num_seqs,
+            num_chunks,
+            LEVEL,
+            WEIGHTED,
+            BLOCK_CHUNKS,
+        )
+        if chunk == 0:
+            here = LEVEL * num_seqs + row
+            tl.store(prefix_ptr + here, prefix.to(tl.int32, bitcast=True))
+            tl.store(above_ptr + here, above)
+            tl.store(bound_ptr + here, bound)
 
-    offs = chunk * CHUNK + tl.arange(0, CHUNK)
-    logits = _load_chunk(
-        logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
-    )
-    image = _image(logits)
-    candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
-    if LEVEL > 0:
-        candidate = candidate & (image >> (32 - LEVEL * BITS) == prefix)
-    weight = tl.full([CHUNK], 1.0, tl.float32)
-    if WEIGHTED:
-        temperature = _positive_temperature(temperature_ptr, row)
-        weight = tl.exp(_relative(logits, _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS), temperature))
-    digits = tl.arange(0, _DIGITS)
-    digit = ((image >> (32 - (LEVEL + 1) * BITS)) & (_DIGITS - 1)).to(tl.int32)
-    chosen = candidate[:, None] & (digit[:, None] == digits[None, :])
-    sums = tl.sum(tl.where(chosen, weight[:, None], 0.0), axis=0)
-    tl.store(sums_ptr + ((LEVEL * num_seqs + row) * num_chunks + chunk) * _DIGITS + digits, sums)
+        offs = chunk * CHUNK + tl.arange(0, CHUNK)
+        logits = _load_chunk(
+            logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
+        )
+        image = _image(logits)
+        candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
+        if LEVEL > 0:
+            candidate = candidate & (image >> (32 - LEVEL * BITS) == prefix)
+        weight = tl.full([CHUNK], 1.0, tl.float32)
+        if WEIGHTED:
+            largest = _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS)
+            weight = tl.exp(_relative(logits, largest, tl.load(temperature_ptr + row)))
+        digits = tl.arange(0, _DIGITS)
+        digit = ((image >> (32 - (LEVEL + 1) * BITS)) & (_DIGITS - 1)).to(tl.int32)
+        chosen = candidate[:, None] & (digit[:, None] == digits[None, :])
+        sums = tl.sum(tl.where(chosen, weight[:, None], 0.0), axis=0)
+        tl.store(sums_ptr + ((LEVEL * num_seqs + row) * num_chunks + chunk) * _DIGITS + digits, sums)
 
 
 @triton.jit
 def _raise_floor_kernel(
+    temperature_ptr,  # [num_seqs]
     limit_ptr,  # [num_seqs]
     floor_ptr,  # [num_seqs]
     sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS]
@@ -212,11 +223,22 @@ def _raise_floor_kernel(
     BLOCK_CHUNKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    found, _, _ = _resume_search(
-        sums_ptr, prefix_ptr, above_ptr, bound_ptr, limit_ptr, row, num_seqs, num_chunks, LEVELS, WEIGHTED, BLOCK_CHUNKS
-    )
-    floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
-    tl.store(floor_ptr + row, tl.maximum(floor, found).to(tl.int32, bitcast=True))
+    if _is_on(limit_ptr, temperature_ptr, row, WEIGHTED):
+        found, _, _ = _resume_search(
+            sums_ptr,
+            prefix_ptr,
+            above_ptr,
+            bound_ptr,
+            limit_ptr,
+            row,
+            num_seqs,
+            num_chunks,
+            LEVELS,
+            WEIGHTED,
+            BLOCK_CHUNKS,
+        )
+        floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
+        tl.store(floor_ptr + row, tl.maximum(floor, found).to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -430,6 +452,7 @@ def _search(
             **sizes,
         )
     _raise_floor_kernel[(num_seqs,)](
+        temperature,
         limit,
         floor,
         *state,

@@ -86,7 +86,7 @@ def sample(
         if penalty is not None:
             factor = z.dtype.type(penalty[row])
             z = np.where(seen[row, :vocab_size] != 0, np.where(z < 0, z * factor, z / factor), z)
-        if temperature is None or temperature[row] == 0:
+        if temperature is None or temperature[row] <= 0:
             tokens[row] = np.argmax(z)
             continue
         kept = np.flatnonzero(
