@@ -104,7 +104,7 @@ class Device:
         self._staging: device_raw.Staging | None = None
         self._closed = False
         self._lost: str | None = None
-        self._report = weakref.finalize(self, self._ledger.report)
+        weakref.finalize(self, self._ledger.report)  # when collected or at exit; says nothing if all is closed
 
     @property
     def total_bytes(self) -> int:
@@ -286,7 +286,6 @@ class Device:
                 self._release(buffer)
             self._staging = None
             self._closed = True
-            self._report.detach()
             if self.kind != "cpu" and self._lost is None:
                 torch.cuda.empty_cache()
 
