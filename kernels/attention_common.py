@@ -219,13 +219,12 @@ def natural(lse):
 
 @functools.cache
 def target(device: torch.device) -> str:
-    """The row of a tile table that serves ``device``: by shared memory a block, which is what bounds a tile."""
+    """The row of a tile table that serves ``device``: Hopper's and Blackwell's data-centre chips, other Nvidia, AMD."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip:
         return "hip"
-    large = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
-    return "cuda" if large else "cuda_small"
+    return "sm90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm80"
 
 
 @functools.cache

@@ -53,18 +53,18 @@ class Tile(NamedTuple):
 
 # (target, bytes an element of q) -> largest head_dim: tile. Not chosen by length: a row's bits depend on block_n.
 TILES: dict[tuple[str, int], dict[int, Tile]] = {
-    ("interpreter", 2): {256: Tile(16, 4, 1)},
-    ("interpreter", 4): {256: Tile(16, 4, 1)},
-    ("cuda", 2): {128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
-    ("cuda", 4): {128: Tile(32, 4, 2), 256: Tile(16, 4, 2)},
-    ("cuda_small", 2): {128: Tile(64, 4, 2), 256: Tile(32, 4, 2)},
-    ("cuda_small", 4): {128: Tile(32, 4, 2), 256: Tile(16, 4, 2)},
+    ("interpreter", 2): {256: Tile(32, 4, 1)},
+    ("interpreter", 4): {256: Tile(32, 4, 1)},
+    ("sm90", 2): {128: Tile(64, 4, 5), 256: Tile(32, 4, 5)},
+    ("sm90", 4): {128: Tile(16, 4, 3), 256: Tile(16, 4, 2)},
+    ("sm80", 2): {128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
+    ("sm80", 4): {128: Tile(16, 4, 3), 256: Tile(16, 4, 2)},
     ("hip", 2): {128: Tile(64, 4, 1), 256: Tile(32, 4, 1)},
     ("hip", 4): {128: Tile(32, 4, 1), 256: Tile(16, 4, 1)},
 }
 
 # target -> (MIN_SPLIT in tokens, a multiple of every BLOCK_N; MAX_SPLITS)
-SPLITS = {"interpreter": (32, 4), "cuda": (256, 32), "cuda_small": (256, 32), "hip": (256, 32)}
+SPLITS = {"interpreter": (64, 4), "sm90": (256, 32), "sm80": (256, 32), "hip": (256, 32)}
 
 MERGE_SPLITS = 16  # partial results that the merge holds at once
 

@@ -57,12 +57,12 @@ class Tile(NamedTuple):
 
 # (target, bytes an element of q) -> largest head_dim: tile. Not chosen by length: a row's bits depend on block_n.
 TILES: dict[tuple[str, int], dict[int, Tile]] = {
-    ("interpreter", 2): {256: Tile(32, 16, 4, 1)},
-    ("interpreter", 4): {256: Tile(32, 16, 4, 1)},
-    ("cuda", 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
-    ("cuda", 4): {128: Tile(64, 32, 4, 2), 256: Tile(32, 16, 4, 2)},
-    ("cuda_small", 2): {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 16, 4, 2)},
-    ("cuda_small", 4): {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+    ("interpreter", 2): {256: Tile(64, 32, 4, 1)},
+    ("interpreter", 4): {256: Tile(64, 32, 4, 1)},
+    ("sm90", 2): {128: Tile(128, 64, 8, 5), 256: Tile(64, 32, 8, 2)},
+    ("sm90", 4): {64: Tile(32, 16, 4, 2), 256: Tile(16, 16, 4, 2)},
+    ("sm80", 2): {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(64, 16, 8, 3)},
+    ("sm80", 4): {64: Tile(32, 16, 4, 2), 256: Tile(16, 16, 4, 2)},
     ("hip", 2): {64: Tile(128, 64, 4, 1), 128: Tile(128, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
     ("hip", 4): {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
 }

@@ -1,0 +1,274 @@
+"""What the attention tests draw and build: numbers and a seed become K/V in poisoned pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from assertions import assert_within_rounding
+from hypothesis import strategies as st
+from strategies import DEVICE, dtypes, exact, normal, seeds
+from torch import Tensor
+
+NAN = float("nan")
+TOP = {torch.int8: 40.0, torch.float8_e4m3fn: 100.0}  # codes drawn for a value of 1, before the scale's own factor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The numbers of one problem; its arrays follow from them."""
+
+    query_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+    num_kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 32
+    page_size: int = 16
+    dtype: torch.dtype = torch.float32
+    page_dtype: torch.dtype | None = None  # None: dtype
+    sliding_window: int = 0
+    softcap: float = 0.0
+    seed: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        scale = 1.5 / self.head_dim**0.5
+        return {"softmax_scale": scale, "sliding_window": self.sliding_window, "softcap": self.softcap}
+
+
+@dataclass(frozen=True)
+class Pages:
+    """K/V in pages with poison in every slot that no sequence owns, one poisoned page before and one after."""
+
+    k_pages: Tensor
+    v_pages: Tensor
+    block_table: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    @property
+    def scales(self) -> dict[str, Tensor | None]:
+        return {"k_scale": self.k_scale, "v_scale": self.v_scale}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One sequence: its queries [Q, num_heads, head_dim], K/V [S, num_kv_heads, head_dim] as stored, and scales."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def floats(self) -> tuple[Tensor, Tensor]:
+        """K and V as the numbers that they stand for."""
+        if self.k_scale is None or self.v_scale is None:
+            return self.k, self.v
+        return self.k.float() * self.k_scale[..., None], self.v.float() * self.v_scale[..., None]
+
+
+page_sizes = st.sampled_from([16, 32, 64, 128, 256])
+page_dtypes = st.sampled_from([None, None, torch.int8, torch.float8_e4m3fn])
+shapes = {
+    "num_kv_heads": st.sampled_from([1, 2]),
+    "group": st.integers(1, 16) | st.sampled_from([24, 32]),
+    "head_dim": st.sampled_from([8, 16, 40, 64, 80, 96, 112, 128, 256]),
+    "page_size": page_sizes,
+    "dtype": dtypes,
+    "page_dtype": page_dtypes,
+    "sliding_window": st.just(0) | st.integers(1, 90),
+    "softcap": st.sampled_from([0.0, 0.0, 2.0, 30.0]),
+    "seed": seeds,
+}
+
+
+@st.composite
+def prefills(draw, **fixed: Any) -> Drawn:
+    """Sequences of 0 to 50 queries, fewer for large groups, after 0 to 110 keys of context; three at most."""
+    numbers = {name: strategy for name, strategy in shapes.items() if name not in fixed} | {
+        name: st.just(value) for name, value in fixed.items()
+    }
+    drawn = draw(st.fixed_dictionaries(numbers))
+    queries = st.integers(0, min(50, 1 + 150 // drawn["group"]))
+    lens = draw(st.lists(st.tuples(st.integers(0, 110), queries), min_size=1, max_size=3))
+    return Drawn(
+        query_lens=tuple(length for _, length in lens), seq_lens=tuple(context + q for context, q in lens), **drawn
+    )
+
+
+@st.composite
+def decodes(draw, **fixed: Any) -> Drawn:
+    """Sequences of 0 to 400 keys, at most three at once: none, one or several splits."""
+    lens = draw(st.lists(st.integers(0, 70) | st.integers(0, 400), min_size=1, max_size=3))
+    numbers = {name: strategy for name, strategy in shapes.items() if name not in fixed}
+    return Drawn(query_lens=(1,) * len(lens), seq_lens=tuple(lens), **draw(st.fixed_dictionaries(numbers)), **fixed)
+
+
+def sequences(drawn: Drawn) -> list[Dense]:
+    rng = np.random.default_rng(drawn.seed)
+    found = []
+    for queries, keys in zip(drawn.query_lens, drawn.seq_lens, strict=True):
+        q = normal(rng, queries, drawn.num_kv_heads * drawn.group, drawn.head_dim, dtype=drawn.dtype)
+        shape = (keys, drawn.num_kv_heads, drawn.head_dim)
+        page_dtype = drawn.page_dtype or drawn.dtype
+        if page_dtype not in TOP:
+            found.append(Dense(q, *(normal(rng, *shape, dtype=page_dtype) for _ in range(2))))
+            continue
+        top = TOP[page_dtype]
+        k, v = (normal(rng, *shape, scale=top).clamp(-127, 127).to(page_dtype) for _ in range(2))
+        k_scale, v_scale = (
+            torch.from_numpy(rng.uniform(0.5, 2.0, shape[:2]) / top).to(dtype=torch.float32, device=DEVICE)
+            for _ in range(2)
+        )
+        found.append(Dense(q, k, v, k_scale, v_scale))
+    return found
+
+
+def paged(dense: list[Dense], page_size: int, *, seed: int = 0, base: int = 0) -> Pages:
+    """Lay sequences out in pages, in random places. Keys before ``base`` are left out, their pages freed."""
+    rng = np.random.default_rng(seed)
+    counts = [-(-len(s.k) // page_size) for s in dense]
+    num_pages = sum(counts) + 2
+    order = rng.permutation(num_pages)
+    # entries that no key needs name the poisoned pages outside the pool
+    table = rng.choice([-1, num_pages], (len(dense), max(counts, default=0) + 2))
+    places = []
+    for row, (s, count) in enumerate(zip(dense, counts, strict=True)):
+        own, order = order[:count], order[count:]
+        kept = slice(min(base, len(s.k)) // page_size, count)
+        table[row, kept] = own[kept]
+        keys = np.arange(min(base, len(s.k)), len(s.k))
+        places.append((own[keys // page_size], keys % page_size, keys))
+
+    def pool(name: str) -> Tensor | None:
+        parts = [getattr(s, name) for s in dense]
+        if parts[0] is None:
+            return None
+        shape = (num_pages + 2, page_size, *parts[0].shape[1:])
+        # int8 has no NaN: the scale beside the code is poisoned
+        buffer = torch.full(shape, NAN if parts[0].is_floating_point() else 127, dtype=torch.float32, device=DEVICE)
+        for part, (pages, slots, keys) in zip(parts, places, strict=True):
+            if len(keys):
+                buffer[torch.from_numpy(pages + 1), torch.from_numpy(slots)] = part[keys[0] :].float()
+        return buffer.to(parts[0].dtype)[1:-1]
+
+    return Pages(
+        pool("k"),
+        pool("v"),
+        torch.from_numpy(table).to(dtype=torch.int32, device=DEVICE),
+        pool("k_scale"),
+        pool("v_scale"),
+    )
+
+
+def int32(values: Any) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32, device=DEVICE)
+
+
+def starts(lens: Any) -> Tensor:
+    return int32([0, *np.cumsum(list(lens), dtype=int)])
+
+
+def stacked(dense: list[Dense]) -> Tensor:
+    """The queries of all sequences, with poison before and after."""
+    q = torch.cat([s.q for s in dense])
+    buffer = torch.full((len(q) + 2, *q.shape[1:]), NAN, dtype=q.dtype, device=DEVICE)
+    buffer[1:-1] = q
+    return buffer[1:-1]
+
+
+def run_prefill(kernel: Any, drawn: Drawn, dense: list[Dense], **pages: Any) -> tuple[Tensor, Tensor]:
+    laid = paged(dense, drawn.page_size, **pages)
+    lens = (int32(len(s.k) for s in dense), starts(len(s.q) for s in dense))
+    return kernel(stacked(dense), laid.k_pages, laid.v_pages, laid.block_table, *lens, **laid.scales, **drawn.options)
+
+
+def run_decode(kernel: Any, drawn: Drawn, dense: list[Dense], **pages: Any) -> tuple[Tensor, Tensor]:
+    laid = paged(dense, drawn.page_size, **pages)
+    lens = int32(len(s.k) for s in dense)
+    return kernel(stacked(dense), laid.k_pages, laid.v_pages, laid.block_table, lens, **laid.scales, **drawn.options)
+
+
+def define(definition: Any, drawn: Drawn, dense: list[Dense], *, decode: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The NumPy definition in float64."""
+    laid = paged(dense, drawn.page_size)
+    scales = {name: None if scale is None else exact(scale) for name, scale in laid.scales.items()}
+    lens = [int32(len(s.k) for s in dense)] + ([] if decode else [starts(len(s.q) for s in dense)])
+    integers = (t.cpu().numpy() for t in (laid.block_table, *lens))
+    return definition(
+        exact(stacked(dense)), exact(laid.k_pages), exact(laid.v_pages), *integers, **scales, **drawn.options
+    )
+
+
+def visible(drawn: Drawn, queries: int, keys: int) -> Tensor:
+    """[queries, keys], built one comparison at a time."""
+    positions = (keys - queries + torch.arange(queries))[:, None]
+    mask = torch.arange(keys) <= positions
+    if drawn.sliding_window:
+        mask &= torch.arange(keys) > positions - drawn.sliding_window
+    return mask.to(DEVICE)
+
+
+def torch_attention(drawn: Drawn, s: Dense) -> Tensor:
+    """The textbook in float32, weights and result rounded to the dtype of q: what rounding alone costs."""
+    k, v = (x.float().repeat_interleave(drawn.group, 1).transpose(0, 1) for x in s.floats())
+    scores = s.q.float().transpose(0, 1) @ k.transpose(1, 2) * drawn.options["softmax_scale"]
+    if drawn.softcap:
+        scores = drawn.softcap * torch.tanh(scores / drawn.softcap)
+    scores = scores.masked_fill(~visible(drawn, len(s.q), len(s.k)), -torch.inf)
+    top = scores.amax(-1, keepdim=True) if len(s.k) else scores.new_zeros(*scores.shape[:2], 1)
+    weights = torch.exp(scores - top.clamp(min=-1e30))
+    total = weights.sum(-1, keepdim=True)
+    out = weights.to(s.q.dtype).float() @ v / torch.where(total == 0, 1, total)
+    return out.transpose(0, 1).to(s.q.dtype)
+
+
+def assert_attention(
+    got: tuple[Tensor, Tensor], want: tuple[np.ndarray, np.ndarray], drawn: Drawn, dense: list[Dense]
+) -> None:
+    """out and lse against the definition.
+
+    A score is a sum of head_dim products, so it is off by eps times softmax_scale |q| |k|; weights are off by as much,
+    relatively, and by their rounding; out, a mean of values, by that times the largest value.
+    """
+    out, lse = got
+    floats = [s.floats() for s in dense]
+    largest = {
+        "q": max((float(s.q.float().norm(dim=-1).max()) for s in dense if s.q.numel()), default=0.0),
+        "k": max((float(k.float().norm(dim=-1).max()) for k, _ in floats if k.numel()), default=0.0),
+        "v": max((float(v.abs().float().max()) for _, v in floats if v.numel()), default=0.0),
+    }
+    span = drawn.options["softmax_scale"] * largest["q"] * largest["k"]
+    eps = torch.finfo(torch.float32).eps / torch.finfo(out.dtype).eps
+    context = str(drawn)
+    scale = np.abs(want[0]).max(initial=0.0) or 1.0
+    c = (4.0 + span * eps) * max(1.0, largest["v"] / scale)
+    same = torch.cat([torch_attention(drawn, s) for s in dense])
+    assert_within_rounding(out, want[0], same, c=c, context=f"out; {context}")
+    finite = np.abs(want[1][np.isfinite(want[1])]).max(initial=0.0) or 1.0
+    assert lse.dtype == torch.float32
+    assert_within_rounding(lse, want[1], c=4.0 + 4.0 * span / finite, context=f"lse; {context}")
+
+
+def with_keys(dense: list[Dense], length: int) -> list[Dense]:
+    """The same sequences with no key from ``length`` on."""
+    return [
+        replace(s, **{n: x[:length] for n in ("k", "v", "k_scale", "v_scale") if (x := getattr(s, n)) is not None})
+        for s in dense
+    ]
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values with the first dimension's stride so large that the last index lies past 2^31 elements."""
+    stride = (2**31 + 16) // (len(tensor) - 1) // 16 * 16 + 16
+    numel = stride * (len(tensor) - 1) + tensor[0].numel()
+    if DEVICE.type == "cuda":
+        storage = torch.empty(numel, dtype=tensor.dtype, device=DEVICE)
+    else:  # address space without memory behind it, until it is written
+        dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+        storage = torch.from_numpy(np.memmap("/dev/zero", dtype=dtype, mode="c", shape=(numel,)))
+    view = storage.as_strided(tensor.shape, (stride, *tensor[0].contiguous().stride()))
+    return view.copy_(tensor)

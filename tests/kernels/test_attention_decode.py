@@ -1,0 +1,272 @@
+"""attention_decode against its definition and against attention_prefill, and the laws it keeps."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from assertions import assert_bit_equal
+from attention_cases import (
+    Dense,
+    Drawn,
+    assert_attention,
+    decodes,
+    define,
+    int32,
+    paged,
+    run_decode,
+    run_prefill,
+    sequences,
+    spread,
+    stacked,
+    with_keys,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import DEVICE, exact, normal
+
+from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
+
+LLAMA = Drawn(query_lens=(1,) * 4, seq_lens=(37, 0, 290, 130), num_kv_heads=2, group=4, head_dim=64)
+
+
+@given(drawn=decodes())
+@example(drawn=LLAMA)
+@example(drawn=replace(LLAMA, group=7, head_dim=128, dtype=torch.float16, page_dtype=torch.float8_e4m3fn))
+@example(drawn=replace(LLAMA, group=1, head_dim=96, page_size=64, sliding_window=100))
+@example(drawn=replace(LLAMA, group=3, head_dim=80, softcap=5.0, page_dtype=torch.int8, page_size=256))
+@example(drawn=replace(LLAMA, group=70, head_dim=16, num_kv_heads=1))
+def test_attention_decode_equals_definition(drawn):
+    dense = sequences(drawn)
+    want = define(reference.attention_decode, drawn, dense, decode=True)
+    assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
+
+
+@pytest.mark.usefixtures("numpy_backend")
+@given(drawn=decodes())
+@example(drawn=replace(LLAMA, dtype=torch.bfloat16, sliding_window=50))
+def test_attention_decode_by_numpy_equals_definition(drawn):
+    dense = sequences(drawn)
+    want = define(reference.attention_decode, drawn, dense, decode=True)
+    assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
+
+
+@given(drawn=decodes())
+@example(drawn=LLAMA)
+def test_decode_is_prefill_of_one_token(drawn):
+    """The last row of a prefill, within rounding: the two cut the keys differently."""
+    dense = sequences(drawn)
+    want = run_prefill(attention_prefill, drawn, dense)
+    assert_attention(run_decode(attention_decode, drawn, dense), tuple(map(exact, want)), drawn, dense)
+
+
+@given(drawn=decodes(page_dtype=None, num_kv_heads=1))
+def test_grouped_heads_equal_repeated_heads(drawn):
+    """GQA is MHA over K/V heads written out once for each query head."""
+    dense = sequences(drawn)
+    repeated = [
+        replace(s, k=s.k.repeat_interleave(drawn.group, 1), v=s.v.repeat_interleave(drawn.group, 1)) for s in dense
+    ]
+    got = run_decode(attention_decode, drawn, dense)
+    want = run_decode(attention_decode, drawn, repeated)
+    for one, other in zip(got, want, strict=True):
+        assert_bit_equal(one, other, context=str(drawn))
+
+
+@given(drawn=decodes(), page_size=st.sampled_from([16, 32, 64, 128, 256]), seed=st.integers(0, 99))
+@example(drawn=LLAMA, page_size=256, seed=1)
+def test_placement_and_size_of_pages_change_no_bit(drawn, page_size, seed):
+    dense = sequences(drawn)
+    got = run_decode(attention_decode, drawn, dense)
+    moved = run_decode(attention_decode, replace(drawn, page_size=page_size), dense, seed=seed)
+    for one, other in zip(got, moved, strict=True):
+        assert_bit_equal(one, other, context=f"{drawn} page_size={page_size}")
+
+
+@given(drawn=decodes())
+@example(drawn=LLAMA)
+def test_batch_and_table_width_change_no_bit(drawn):
+    """Alone, the table is narrower and so is the grid; a sequence is cut by its own length all the same."""
+    dense = sequences(drawn)
+    together = run_decode(attention_decode, drawn, dense)
+    alone = [run_decode(attention_decode, drawn, [s]) for s in dense]
+    for one, others in zip(together, zip(*alone, strict=True), strict=True):
+        assert_bit_equal(one, torch.cat(others), context=str(drawn))
+
+
+@given(drawn=decodes(page_dtype=None, sliding_window=0), cut=st.integers(1, 399))
+@example(drawn=replace(LLAMA, seq_lens=(290,), query_lens=(1,)), cut=64)
+def test_parts_merge_into_the_whole(drawn, cut):
+    """Attention over two parts of the keys, weighted by exp(lse), is attention over all of them."""
+    s = sequences(drawn)[0]
+    rest = Dense(s.q, s.k[cut:], s.v[cut:])
+    (out, lse), (near, near_lse), (far, far_lse) = (
+        tuple(map(exact, run_decode(attention_decode, drawn, part))) for part in ([s], with_keys([s], cut), [rest])
+    )
+    merged_lse = np.logaddexp(near_lse, far_lse)
+    finite = np.where(np.isinf(merged_lse), 0.0, merged_lse)
+    merged = near * np.exp(near_lse - finite)[..., None] + far * np.exp(far_lse - finite)[..., None]
+    tolerance = 8 * torch.finfo(drawn.dtype).eps * max(1.0, float(np.abs(exact(s.v)).max(initial=0.0)))
+    np.testing.assert_allclose(merged, out, rtol=0, atol=tolerance, err_msg=str(drawn))
+    np.testing.assert_allclose(merged_lse, lse, rtol=1e-5, atol=1e-5, err_msg=str(drawn))
+
+
+@given(drawn=decodes(page_dtype=None))
+def test_order_of_keys_matters_only_to_rounding(drawn):
+    """Softmax is a sum over keys: permuting them, K and V alike, changes nothing else."""
+    drawn = replace(drawn, sliding_window=0)
+    dense = sequences(drawn)
+    shuffled = []
+    for s in dense:
+        order = torch.from_numpy(np.random.default_rng(drawn.seed).permutation(len(s.k))).to(DEVICE)
+        shuffled.append(Dense(s.q, s.k[order], s.v[order]))
+    want = define(reference.attention_decode, drawn, dense, decode=True)
+    assert_attention(run_decode(attention_decode, drawn, shuffled), want, drawn, dense)
+
+
+@given(drawn=decodes(sliding_window=40))
+@example(drawn=replace(LLAMA, sliding_window=40))
+@example(drawn=replace(LLAMA, sliding_window=150, seq_lens=(400, 290, 10, 151)))
+def test_pages_before_the_window_may_be_gone(drawn):
+    """Keys that the query cannot see are neither read nor looked up."""
+    dense = sequences(drawn)[:1]
+    base = max(0, len(dense[0].k) - drawn.sliding_window)
+    for one, other in zip(
+        run_decode(attention_decode, drawn, dense), run_decode(attention_decode, drawn, dense, base=base), strict=True
+    ):
+        assert_bit_equal(one, other, context=str(drawn))
+
+
+def test_sequence_without_keys_sits_out():
+    drawn = replace(LLAMA, seq_lens=(0, 5, 0, 300))
+    out, lse = run_decode(attention_decode, drawn, sequences(drawn))
+    assert bool((out[[0, 2]] == 0).all())
+    assert bool((lse[[0, 2]] == -torch.inf).all())
+    assert bool(lse[[1, 3]].isfinite().all())
+
+
+def test_large_scores_do_not_overflow():
+    """Scores in the thousands, the largest at the front, in the middle and at the end of the splits."""
+    drawn = replace(LLAMA, seq_lens=(290,) * 4)
+    dense = sequences(drawn)
+    for s, place in zip(dense, (0, 100, 200, 289), strict=True):
+        s.k[place] *= 400
+    want = define(reference.attention_decode, drawn, dense, decode=True)
+    assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
+
+
+def test_strided_queries_and_pages():
+    """q may be a slice of fused q, k, v; K and V may be halves of one pool."""
+    dense = sequences(LLAMA)
+    laid = paged(dense, LLAMA.page_size)
+    fused = torch.cat([stacked(dense), torch.full((4, 3, 64), float("nan"), device=DEVICE)], dim=1)
+    pool = torch.stack([laid.k_pages, laid.v_pages], dim=1)
+    got = attention_decode(
+        fused[:, :8], pool[:, 0], pool[:, 1], laid.block_table, int32(LLAMA.seq_lens), **LLAMA.options
+    )
+    for one, other in zip(got, run_decode(attention_decode, LLAMA, dense), strict=True):
+        assert_bit_equal(one, other)
+
+
+@pytest.mark.parametrize("far", ["pages", "sequences", "tables"])
+def test_offsets_beyond_int32(far):
+    """The last page, query or table row starts past 2^31 elements; the storage is virtual."""
+    drawn = Drawn(query_lens=(1, 1), seq_lens=(20, 70), num_kv_heads=1, head_dim=16, dtype=torch.float16)
+    dense = sequences(drawn)
+    laid = paged(dense, drawn.page_size)
+    q, k_pages, v_pages, table = stacked(dense), laid.k_pages, laid.v_pages, laid.block_table
+    if far == "pages":
+        k_pages, v_pages = spread(k_pages), spread(v_pages)
+    elif far == "sequences":
+        q = spread(q)
+    else:
+        table = spread(table)
+    got = attention_decode(q, k_pages, v_pages, table, int32(drawn.seq_lens), **drawn.options)
+    for one, other in zip(got, run_decode(attention_decode, drawn, dense), strict=True):
+        assert_bit_equal(one, other)
+
+
+def arguments(drawn: Drawn = LLAMA) -> dict:
+    dense = sequences(drawn)
+    laid = paged(dense, drawn.page_size)
+    fields = {"q": stacked(dense), "k_pages": laid.k_pages, "v_pages": laid.v_pages, "block_table": laid.block_table}
+    return {**fields, "seq_lens": int32(drawn.seq_lens), **laid.scales, **drawn.options}
+
+
+def test_opcheck():
+    small = replace(LLAMA, query_lens=(1,), seq_lens=(40,), num_kv_heads=1)
+    for drawn in (small, replace(small, page_dtype=torch.int8)):
+        torch.library.opcheck(torch.ops.rooflama.attention_decode, (), arguments(drawn))
+
+
+def test_compiles_into_one_graph():
+    fields = arguments()
+    q = fields.pop("q")
+
+    def block(q):
+        out, lse = attention_decode(q * 2, **fields)
+        return out + 1, lse
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(q), block(q), strict=True):
+        assert_bit_equal(one, other)
+
+
+@pytest.mark.gpu
+def test_graph_is_replayed_with_other_lengths():
+    """Lengths are read on the device: a captured graph serves any that fit its shapes."""
+    fields = arguments(replace(LLAMA, seq_lens=(3000, 2000, 700, 1)))
+    attention_decode(**fields)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention_decode(**fields)
+    for lens in ((3000, 2000, 700, 1), (1, 0, 256, 1), (257, 1999, 512, 0)):
+        fields["seq_lens"].copy_(int32(lens))
+        graph.replay()
+        for one, other in zip(captured, attention_decode(**fields), strict=True):
+            assert_bit_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(4, 7, 64)}, "7 query heads over 2 K/V heads"),
+        ({"q": torch.zeros(3, 8, 64)}, "3 query tokens, 4 sequences"),
+        ({"q": torch.zeros(4, 8, 32)}, r"k_pages must have shape \[any, any, any, 32\]"),
+        ({"q": torch.zeros(4, 8, 64, dtype=torch.float64)}, "q is torch.float64"),
+        ({"k_pages": torch.zeros(9, 24, 2, 64), "v_pages": torch.zeros(9, 24, 2, 64)}, "page_size is 24"),
+        ({"block_table": torch.zeros(4, 9, dtype=torch.int64)}, "block_table must be one of int32"),
+        ({"v_scale": torch.zeros(1)}, "v_scale is given with torch.float32 pages"),
+    ],
+)
+def test_bad_input_is_refused_before_a_launch(change, message):
+    fields = arguments()
+    fields.update({name: tensor.to(DEVICE) for name, tensor in change.items()})
+    with pytest.raises(KernelInputError, match=message):
+        attention_decode(**fields)
+
+
+def test_pages_of_unlike_layout_are_refused():
+    fields = arguments()
+    fields["v_pages"] = fields["v_pages"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(KernelInputError, match="K and V pages must be laid out alike"):
+        attention_decode(**fields)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the check would wait for the device")
+def test_bad_lengths_and_pages_are_refused_on_the_cpu():
+    with pytest.raises(KernelInputError, match="a sequence has 0 to"):
+        attention_decode(**{**arguments(), "seq_lens": int32([1, 2, 3, 9000])})
+    fields = arguments()
+    fields["block_table"][2, 1] = 99
+    with pytest.raises(KernelInputError, match=r"block_table\[2\] names pages .* to 99: pages are numbered"):
+        attention_decode(**fields)
+
+
+def test_no_sequences():
+    pages = normal(np.random.default_rng(0), 2, 16, 1, 32)
+    out, lse = attention_decode(
+        torch.zeros(0, 4, 32, device=DEVICE), pages, pages, int32([]).view(0, 3), int32([]), softmax_scale=1.0
+    )
+    assert out.shape == (0, 4, 32)
+    assert lse.shape == (0, 4)
