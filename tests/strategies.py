@@ -41,17 +41,17 @@ def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def beyond_int32(values: Tensor) -> Tensor:
-    """``values`` [2, ...] with row 1 more than 2^31 elements after row 0: an offset in int32 would wrap.
+    """``values`` [3, ...] with row 2 more than 2^31 elements after row 0, by a stride that fits int32, as real ones do.
 
-    On the CPU the storage is address space without memory behind it, but for the two rows.
+    On the CPU the storage is address space without memory behind it, but for the three rows.
     """
     row = values[0].numel()
-    stride = 2**31 + 8
+    stride = 2**30 + 8
     if values.device.type == "cpu":
-        zeros = np.memmap("/dev/zero", dtype=np.uint8, mode="c", shape=((stride + row) * values.element_size(),))
+        zeros = np.memmap("/dev/zero", dtype=np.uint8, mode="c", shape=((2 * stride + row) * values.element_size(),))
         buffer = torch.from_numpy(zeros).view(values.dtype)
     else:
-        buffer = values.new_empty(stride + row)
+        buffer = values.new_empty(2 * stride + row)
     far = buffer.as_strided(values.shape, (stride, *values[:1].contiguous().stride()[1:]))
     far.copy_(values)
     return far

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_guards_intact
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
+from assertions import assert_bit_equal, assert_guards_intact
 from rooflama.kernels import KernelInputError, copy_pages, gather_kv, reference, use_backend, write_kv
 from rooflama.kernels.reference.paged_cache import quantize, round_to_e4m3
+from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
 LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}
 page_sizes = st.sampled_from([16, 32, 64])
@@ -257,32 +257,33 @@ def test_numpy_route_serves_dtypes_that_numpy_lacks(dtype):
 
 
 def test_offsets_beyond_int32():
-    """Pages, tokens, scales and copies whose offsets pass 2^31."""
+    """Pages and tokens whose offsets pass 2^31."""
     rng = np.random.default_rng(0)
-    k, v = normal(rng, 2, 3, 64, dtype=torch.float16), normal(rng, 2, 3, 64, dtype=torch.float16)
-    slots = torch.tensor([5, 16 + 5], device=DEVICE)
-    k_pages, v_pages = (beyond_int32(torch.zeros(2, 16, 3, 64, dtype=torch.float16, device=DEVICE)) for _ in range(2))
+    k, v = normal(rng, 3, 3, 64, dtype=torch.float16), normal(rng, 3, 3, 64, dtype=torch.float16)
+    slots = torch.tensor([5, 16 + 5, 32 + 5], device=DEVICE)
+    k_pages, v_pages = (beyond_int32(torch.zeros(3, 16, 3, 64, dtype=torch.float16, device=DEVICE)) for _ in range(2))
     write_kv(beyond_int32(k), beyond_int32(v), k_pages, v_pages, slots)
     assert_bit_equal(k_pages[:, 5], k)
-    table = torch.tensor([[1]], dtype=torch.int32, device=DEVICE)
-    gathered = gather_kv(v_pages, table, torch.tensor([6], dtype=torch.int32, device=DEVICE), num_keys=6)
-    assert_bit_equal(gathered[5], v[1])
-    copy_pages(k_pages, torch.tensor([1], device=DEVICE), torch.tensor([0], device=DEVICE))
-    assert_bit_equal(k_pages[0, 5], k[1])
+    table, length = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([[2]], [6]))
+    assert_bit_equal(gather_kv(v_pages, table, length, num_keys=6)[5], v[2])
+    two, zero = table[0], torch.zeros_like(length)
+    copy_pages(k_pages, two, zero)
+    assert_bit_equal(k_pages[0, 5], k[2])
+    copy_pages(v_pages, zero, two)
+    assert_bit_equal(v_pages[2, 5], v[0])
 
 
 def test_scales_beyond_int32():
     """The pages all lie in one place, so that only the scales are many."""
     num_pages = 2**31 // (16 * 4) + 2
     pages = torch.zeros(1, 16, 4, 16, dtype=torch.int8, device=DEVICE).expand(num_pages, -1, -1, -1)
-    scale = beyond_int32(torch.zeros(2, 16 * 4 * 2, device=DEVICE))
-    scale = scale.as_strided((num_pages, 16, 4), (64, 4, 1))
+    scale = beyond_int32(torch.zeros(3, 128, device=DEVICE)).as_strided((num_pages, 16, 4), (64, 4, 1))
     k = normal(np.random.default_rng(0), 1, 4, 16)
     slot = torch.tensor([(num_pages - 1) * 16 + 3], device=DEVICE)
     write_kv(k, k, pages, pages, slot, scale, scale)
     np.testing.assert_allclose(exact(scale[-1, 3]) * 127, np.abs(exact(k[0])).max(axis=-1), rtol=1e-6)
-    table = torch.tensor([[num_pages - 1]], dtype=torch.int32, device=DEVICE)
-    got = gather_kv(pages, table, torch.tensor([4], dtype=torch.int32, device=DEVICE), scale, num_keys=4)
+    table, length = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([[num_pages - 1]], [4]))
+    got = gather_kv(pages, table, length, scale, num_keys=4)
     np.testing.assert_allclose(exact(got[3]), exact(k[0]), atol=exact(scale[-1, 3]).max())
 
 

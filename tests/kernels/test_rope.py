@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
+from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from rooflama.kernels import KernelInputError, reference, rope, rope_and_cache_write, use_backend, write_kv
+from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
 PAGE_SIZE = 16
 head_dims = st.sampled_from([2, 16, 64, 80, 96, 100, 128, 256])
@@ -283,19 +283,16 @@ def test_strides_of_tokens_and_heads():
 
 
 def test_offsets_beyond_int32():
-    step = Step(0, 2, 3, 3, 64, 64, torch.float16)
-    step.slots = torch.tensor([0, PAGE_SIZE + 5], device=DEVICE)
-    assert_bit_equal(
-        rope(beyond_int32(step.q), *step.tables, step.positions), rope(step.q, *step.tables, step.positions)
-    )
-    q, (k_near, v_near) = step.fused()
-    k_pages, v_pages = (
-        beyond_int32(torch.full((2, *step.shape[1:]), torch.nan, dtype=torch.float16, device=DEVICE)) for _ in range(2)
-    )
+    """Tokens and pages whose offsets pass 2^31."""
+    step = Step(0, 3, 3, 3, 64, 64, torch.float16)
+    step.slots = torch.tensor([0, PAGE_SIZE + 5, 2 * PAGE_SIZE + 3], device=DEVICE)
     far = [beyond_int32(t) for t in (step.q, step.k, step.v)]
+    assert_bit_equal(rope(far[0], *step.tables, step.positions), rope(step.q, *step.tables, step.positions))
+    q, (k_near, v_near) = step.fused()
+    k_pages, v_pages = (beyond_int32(pages[:3]) for pages in step.pages()[:2])
     assert_bit_equal(rope_and_cache_write(*far, *step.tables, step.positions, step.slots, k_pages, v_pages), q)
-    assert_bit_equal(k_pages.float(), k_near[:2])
-    assert_bit_equal(v_pages.float(), v_near[:2])
+    assert_bit_equal(k_pages.float(), k_near[:3])
+    assert_bit_equal(v_pages.float(), v_near[:3])
 
 
 def test_opcheck():

@@ -5,13 +5,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from assertions import assert_bit_equal
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import DEVICE, beyond_int32, dtypes, exact, normal, seeds
 
+from assertions import assert_bit_equal
 from rooflama.kernels import KernelInputError, reference, sample, sampling, use_backend
 from rooflama.kernels.reference.sampling import allowed_tokens, philox_4x32, relative, uniforms
+from strategies import DEVICE, beyond_int32, dtypes, exact, normal, seeds
 
 # A search takes some twenty launches of each chunk, at milliseconds each under the interpreter.
 few_if_interpreted = settings(max_examples=3) if DEVICE.type == "cpu" else settings()
@@ -348,13 +348,19 @@ def test_penalty_is_that_of_transformers():
     assert got.tolist() != sample(logits).tolist()
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_offsets_beyond_int32():
     rng = np.random.default_rng(0)
-    logits = normal(rng, 2, 40, dtype=torch.float16)
-    seen = torch.from_numpy(rng.integers(0, 2, (2, 40), dtype=np.uint8)).to(DEVICE)
-    parameters = random_parameters(rng, 2, 40) | {"seen": seen, "temperature": torch.ones(2, device=DEVICE)}
-    far = parameters | {"seen": beyond_int32(seen)}
-    assert_bit_equal(sample(beyond_int32(logits), **far), sample(logits, **parameters))
+    logits = normal(rng, 3, 16, dtype=torch.float16)
+    seen = torch.from_numpy(rng.integers(0, 2, (3, 16), dtype=np.uint8)).to(DEVICE)
+    near = {
+        "temperature": torch.ones(3, device=DEVICE),
+        "top_p": column([0.5, 0.6, 0.7], torch.float32),
+        "penalty": column([1.5] * 3, torch.float32),
+        "seen": seen,
+        **randomness(rng, 3),
+    }
+    assert_bit_equal(sample(beyond_int32(logits), **near | {"seen": beyond_int32(seen)}), sample(logits, **near))
 
 
 def test_opcheck():
