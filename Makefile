@@ -25,7 +25,7 @@ demo: $(VENV)/.checkpoint  ## stream an answer from SmolLM2-135M-Instruct
 	@$(BIN)/rooflama demo
 
 test: $(VENV)/.checkpoint  ## the whole suite, on the CPU
-	HYPOTHESIS_PROFILE=ci $(BIN)/pytest
+	HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/.ready  ## ruff, then mypy over the package as it is installed
 	$(BIN)/ruff check .

@@ -43,11 +43,12 @@ os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be comp
 import numpy as np
 import torch
 import triton
-from model_calls import EVERYTHING, calls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, MockTensor
+
+from model_calls import EVERYTHING, calls
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "compile_matrix.csv"

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from cases import CASES
 from timing import ceilings, measure, provenance
 

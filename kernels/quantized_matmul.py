@@ -3,7 +3,7 @@
 Layouts: x [num_tokens, columns], weight [rows, columns] in planes (``reference/quant_layouts.py``),
 out [num_tokens, rows].
 
-Three regimes, chosen by the number of tokens (``REGIMES``, measured):
+Three regimes, chosen by the number of tokens (``REGIMES``):
 
     gemv    each program owns BLOCK_N rows of the weight and all tokens, and walks along the columns. Weights are read
             once. Float32 products; the scale is applied to sums over eight columns, not to each weight.
@@ -36,7 +36,7 @@ from .quantized_tiles import load_minima, load_scales, load_tile, load_values, p
 
 WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
 
-# The most tokens each regime serves; beyond both, matmul.
+# The most tokens each regime serves; beyond both, matmul. Estimates: no crossover has been measured yet.
 REGIMES = {"quantised": {"gemv": 8, "dot": 64}, "float": {"gemv": 8, "dot": 8}}
 
 
@@ -226,7 +226,7 @@ def _launch_gemv(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residu
         rows=rows,
         BLOCK_M=triton.next_power_of_2(num_tokens),
         BLOCK_N=block_n,
-        BLOCK_K=min(max(32, triton.next_power_of_2(x.shape[1])), 4096 // bits),  # 16 bytes for each lane of a warp
+        BLOCK_K=min(max(32, triton.next_power_of_2(x.shape[1])), 4096 // bits, 1024),  # 16 bytes a lane, at most
         num_warps=4,
         **plane_arguments(weight),
     )

@@ -6,6 +6,8 @@ from .decoder import Decoder, Step
 from .engine import DecodeBatch, Engine, SamplingParams
 from .generate import Generation, Request, Timings
 from .kv_cache import OutOfPages, PagedKVCache, PagePool
+from .memory_plan import MemoryPlan, Target
+from .memory_weights import checkpoint_weights, config_weights
 from .metadata import ConfigError
 from .rope import RopeSpec, rope_tables
 from .weights import CheckpointReader, TensorSource
@@ -19,6 +21,7 @@ __all__ = [
     "Decoder",
     "Engine",
     "Generation",
+    "MemoryPlan",
     "ModelConfig",
     "OutOfPages",
     "PagePool",
@@ -27,8 +30,11 @@ __all__ = [
     "RopeSpec",
     "SamplingParams",
     "Step",
+    "Target",
     "TensorSource",
     "Timings",
     "adapter_for",
+    "checkpoint_weights",
+    "config_weights",
     "rope_tables",
 ]

@@ -117,7 +117,8 @@ class Engine:
         return self.max_context if choose_factor_set(spec, planned_tokens, self.longrope) == "long" else 0
 
     def block_table(self, sequence_ids: list[int]) -> Tensor:
-        return self.cache.block_table(sequence_ids, self.cache.pages_for(self.max_context)).to(self.device)
+        width = -(-self.max_context // self.cache.page_size)
+        return self.cache.block_table(sequence_ids, width).to(self.device)
 
     def prefill(
         self,

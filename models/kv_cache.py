@@ -3,11 +3,14 @@
     slot of token t = pages[t // page_size] * page_size + t % page_size
 
 Pages are counted, so that sequences can share a common beginning: ``fork`` shares every page, and the first append to a
-page that is shared copies that page (copy on write). All of this is host bookkeeping; the kernels see a block table.
+page that is shared copies that page (copy on write). Where every layer has a sliding window, a sequence's pages form a
+ring: a page that lies outside all windows holds newer tokens next. All of this is host bookkeeping; the kernels see a
+block table.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -67,8 +70,18 @@ class PagePool:
 
 @dataclass
 class _Sequence:
-    pages: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # the sequence's i-th page is pages[i % ring]
     length: int = 0  # tokens written or about to be
+
+
+def ring_pages(config: ModelConfig, page_size: int, max_append: int) -> int:
+    """Pages that a sequence holds at most, however long it is; sys.maxsize if some layer sees every key.
+
+    While ``max_append`` tokens are written, the oldest of them still sees window - 1 tokens before it.
+    """
+    if not all(config.sliding_windows):
+        return sys.maxsize
+    return -(-(max(config.sliding_windows) - 1 + max_append) // page_size) + 1
 
 
 class PagedKVCache:
@@ -78,6 +91,7 @@ class PagedKVCache:
         config: gives num_layers, num_kv_heads, head_dim.
         num_pages: pages in each layer's pool.
         page_size: tokens a page, a power of two.
+        max_append: tokens that one ``append`` adds at most.
         dtype: of the pages; ``torch.int8`` and ``torch.float8_e4m3fn`` add a float32 scale a token and head.
         device: allocates and owns the memory.
 
@@ -85,8 +99,19 @@ class PagedKVCache:
         DeviceOutOfMemory: the pools do not fit.
     """
 
-    def __init__(self, config: ModelConfig, *, num_pages: int, page_size: int, dtype: torch.dtype, device: Device):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_append: int,
+        dtype: torch.dtype,
+        device: Device,
+    ):
         self.page_size = page_size
+        self.max_append = max_append
+        self.ring = ring_pages(config, page_size, max_append)
         self.pool = PagePool(num_pages)
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
@@ -114,7 +139,8 @@ class PagedKVCache:
         return self.pool.num_free * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+        """Pages that a sequence of ``num_tokens`` tokens holds."""
+        return min(-(-num_tokens // self.page_size), self.ring)
 
     def _sequence(self, sequence_id: int) -> _Sequence:
         if sequence_id not in self._sequences:
@@ -149,10 +175,16 @@ class PagedKVCache:
 
         A shared page that would be written is copied first. Raises OutOfPages and changes nothing if pages lack.
         """
+        if num_tokens > self.max_append:
+            raise OutOfPages(
+                f"{num_tokens} tokens appended at once",
+                rule=f"this cache was made for at most {self.max_append}",
+                remedy="Append in parts, or make the cache with a larger max_append",
+            )
         sequence = self._sequence(sequence_id)
         start, end = sequence.length, sequence.length + num_tokens
-        touched = range(start // self.page_size, min(self.pages_for(end), len(sequence.pages)))
-        shared = [i for i in touched if self.pool.references[sequence.pages[i]] > 1]
+        touched = {i % self.ring for i in range(start // self.page_size, -(-end // self.page_size))}
+        shared = sorted(i for i in touched if i < len(sequence.pages) and self.pool.references[sequence.pages[i]] > 1)
         missing = max(0, self.pages_for(end) - len(sequence.pages))
         fresh = self.pool.take(len(shared) + missing)
         self._unshare(sequence, shared, fresh[: len(shared)])
@@ -160,7 +192,7 @@ class PagedKVCache:
         sequence.length = end
         positions = np.arange(start, end)
         pages = np.asarray(sequence.pages, dtype=np.int64)
-        return pages[positions // self.page_size] * self.page_size + positions % self.page_size
+        return pages[positions // self.page_size % self.ring] * self.page_size + positions % self.page_size
 
     def _unshare(self, sequence: _Sequence, indices: list[int], copies: list[int]) -> None:
         if not indices:
@@ -197,8 +229,10 @@ class PagedKVCache:
         """int32 [num_seqs, width] on the host; entries a sequence does not have are 0 and never read."""
         table = torch.zeros(len(sequence_ids), width, dtype=torch.int32)
         for row, sequence_id in enumerate(sequence_ids):
-            pages = self._sequence(sequence_id).pages
-            table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            pages = torch.tensor(self._sequence(sequence_id).pages, dtype=torch.int32)
+            if len(pages) == self.ring:
+                pages = pages.repeat(-(-width // self.ring))
+            table[row, : len(pages)] = pages[:width]
         return table
 
     def close(self) -> None:

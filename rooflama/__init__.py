@@ -9,10 +9,11 @@ with rooflama.load("model.gguf") as model:
 from importlib.metadata import PackageNotFoundError, version
 
 from rooflama.kernels import KernelInputError, RooflamaError
-from rooflama.models import ConfigError
+from rooflama.models import ConfigError, MemoryPlan
 
 from .loading import demo_checkpoint, load, load_tokenizer
 from .model import Generation, Model
+from .planning import plan_memory
 from .summary import Summary, inspect
 
 try:
@@ -24,6 +25,7 @@ __all__ = [
     "ConfigError",
     "Generation",
     "KernelInputError",
+    "MemoryPlan",
     "Model",
     "RooflamaError",
     "Summary",
@@ -31,4 +33,5 @@ __all__ = [
     "inspect",
     "load",
     "load_tokenizer",
+    "plan_memory",
 ]

@@ -7,21 +7,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.gguf import GGUFFile, read_gguf
 from rooflama.loaders.tokenizer import Tokenizer
-from rooflama.models import ConfigError, Decoder, Engine, ModelConfig, PagedKVCache, TensorSource, adapter_for
+from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
+from rooflama.models.memory_display import size
 
 from .model import Model
-
-PAGE_SIZE = 64  # tokens; the waste is at most one page a sequence
-PREFILL_CHUNK = 2048  # tokens; larger passes gain nothing on an H100 and take more workspace
-
-ACTIVATION_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-KV_DTYPES = {**ACTIVATION_DTYPES, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+from .planning import adapter_of, plan_for_device
 
 
 def load(
@@ -43,7 +38,8 @@ def load(
         kv_dtype: of the key/value pages: ``auto`` (that of the activations), one of those, ``fp8`` or ``int8``.
         max_context: tokens a sequence may reach. None takes the model's own context, or, with a warning, as much of it
             as fits into memory.
-        memory_limit: bytes this model may hold on the device; None for all that is free.
+        memory_limit: bytes the process may take on the device for this model, the driver's context included; None for
+            all that is free. What it would take is planned first, and nothing is allocated if that does not fit.
         progress: show a bar on standard error.
 
     Raises:
@@ -71,59 +67,43 @@ def _load(
     max_context: int | None,
     progress: bool,
 ) -> Model:
-    on_cpu = device.torch_device.type == "cpu"
-    activations = _choose("dtype", dtype, ACTIVATION_DTYPES, torch.float32 if on_cpu else torch.bfloat16)
-    pages = _choose("kv_dtype", kv_dtype, KV_DTYPES, activations)
-    adapter = adapter_for(checkpoint.metadata["general.architecture"])
+    adapter = adapter_of(checkpoint)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     with _bar(progress) as bar:
         task = bar.add_task(path.name, total=total)
         source = TensorSource(checkpoint, device, lambda num_bytes: bar.advance(task, num_bytes))
         config = adapter.read_config(source)
+        plan = _plan(source, config, device, max_context, dtype, kv_dtype)
         decoder = Decoder.load(source, config, adapter)
     weight_bytes = device.held_bytes
-    num_pages = _num_pages(config, pages, max_context, device)
-    cache = PagedKVCache(config, num_pages=num_pages, page_size=PAGE_SIZE, dtype=pages, device=device)
-    engine = Engine(
-        decoder,
-        cache,
-        max_context=max_context or min(config.context_length, num_pages * PAGE_SIZE),
-        dtype=activations,
-        prefill_chunk=PREFILL_CHUNK,
+    cache = PagedKVCache(
+        config,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        max_append=plan.prefill_chunk,
+        dtype=plan.kv_dtype,
+        device=device,
     )
-    return Model(path=path, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes)
+    engine = Engine(decoder, cache, max_context=plan.context, dtype=plan.dtype, prefill_chunk=plan.prefill_chunk)
+    return Model(path=path, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan)
 
 
-def _choose(name: str, value: str, known: dict[str, torch.dtype], default: torch.dtype) -> torch.dtype:
-    if value == "auto":
-        return default
-    if value not in known:
-        raise ConfigError(f"{name} {value!r}", rule=f"{name} is auto, {', '.join(known)}", remedy="Name one of these")
-    return known[value]
-
-
-def _num_pages(config: ModelConfig, dtype: torch.dtype, max_context: int | None, device: Device) -> int:
-    """Pages for one sequence of ``max_context`` tokens, or for as much of the model's context as fits."""
-    if max_context is not None and not 0 < max_context <= config.context_length:
-        raise ConfigError(
-            f"max_context {max_context}",
-            rule=f"this model was trained for 1 to {config.context_length} tokens",
-            remedy="Ask for a context in that range",
+def _plan(
+    source: TensorSource, config: ModelConfig, device: Device, max_context: int | None, dtype: str, kv_dtype: str
+) -> MemoryPlan:
+    """The plan for ``max_context`` tokens, or for as much of the model's context as fits. Raises if it does not fit."""
+    context = config.context_length if max_context is None else max_context
+    plan = plan_for_device(source, config, device, context=context, dtype=dtype, kv_dtype=kv_dtype)
+    if max_context is None and not plan.fits and (fitting := plan.largest_context()):
+        smaller = plan.but(context=fitting)
+        warnings.warn(
+            f"the context is {fitting} tokens, not the model's {context}: that would take "
+            f"{size(plan.total_bytes)}, {size(-(plan.headroom_bytes or 0))} more than there is",
+            stacklevel=4,
         )
-    scale_bytes = 2 * config.num_layers * config.num_kv_heads * 4 if dtype.itemsize == 1 else 0
-    page_bytes = PAGE_SIZE * (int(config.kv_bytes_per_token(dtype.itemsize)) + scale_bytes)
-    wanted = -(-(max_context or config.context_length) // PAGE_SIZE)
-    fitting = int(0.9 * device.free_bytes) // page_bytes
-    if max_context is not None or wanted <= fitting:
-        return wanted
-    if fitting < 1:
-        return wanted  # the allocation raises, with its numbers
-    warnings.warn(
-        f"the context is {fitting * PAGE_SIZE} tokens, not the model's {config.context_length}: "
-        f"its keys and values would take {wanted * page_bytes / 2**30:.2f} GiB of {device.free_bytes / 2**30:.2f} free",
-        stacklevel=4,
-    )
-    return fitting
+        return smaller
+    plan.require()
+    return plan
 
 
 def _bar(visible: bool) -> Progress:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rooflama.loaders.device import Device
 from rooflama.loaders.tokenizer import Tokenizer
-from rooflama.models import ConfigError, Engine, ModelConfig, Request, SamplingParams, Timings
+from rooflama.models import ConfigError, Engine, MemoryPlan, ModelConfig, Request, SamplingParams, Timings
 from rooflama.models import Generation as TokenRun
 
 from .text_stream import TextStream
@@ -53,12 +53,22 @@ class Generation:
 class Model:
     """A checkpoint on a device. Made by ``rooflama.load``; close it, or use it as a context manager."""
 
-    def __init__(self, *, path: Path, engine: Engine, tokenizer: Tokenizer, device: Device, weight_bytes: int):
+    def __init__(
+        self,
+        *,
+        path: Path,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        device: Device,
+        weight_bytes: int,
+        plan: MemoryPlan,
+    ):
         self.path = path
         self.engine = engine
         self.tokenizer = tokenizer
         self.device = device
         self.weight_bytes = weight_bytes
+        self.plan = plan
         self._closed = False
 
     @property

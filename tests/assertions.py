@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from strategies import GUARD, exact
 from torch import Tensor
+
+from strategies import GUARD, exact
 
 
 def assert_within_rounding(

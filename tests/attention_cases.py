@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from assertions import assert_within_rounding
 from hypothesis import strategies as st
-from strategies import DEVICE, dtypes, exact, normal, seeds
 from torch import Tensor
+
+from assertions import assert_within_rounding
+from strategies import DEVICE, dtypes, exact, normal, seeds
 
 NAN = float("nan")
 TOP = {torch.int8: 40.0, torch.float8_e4m3fn: 100.0}  # codes drawn for a value of 1, before the scale's own factor

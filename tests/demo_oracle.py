@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
 from rooflama import ConfigError, demo_checkpoint
 
 PROMPTS = [

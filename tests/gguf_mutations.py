@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from gguf_oracle import SIZES, strict_read
 
+from gguf_oracle import SIZES, strict_read
 from rooflama.loaders.gguf import GGUFError, GGUFFile, StringArray
 from rooflama.loaders.gguf_parse import parse_header
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import torch
-from strategies import DEVICE, guarded
 from torch import Tensor
 
 from rooflama.kernels import LAYOUTS, QuantizedTensor
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
+from strategies import DEVICE, guarded
 
 TYPES = list(LAYOUTS)
 

@@ -33,7 +33,9 @@ def running(
         config = adapter.read_config(source)
         decoder = Decoder.load(source, config, adapter)
         num_pages = num_seqs * -(-max_context // PAGE_SIZE)
-        cache = PagedKVCache(config, num_pages=num_pages, page_size=PAGE_SIZE, dtype=dtype, device=owner)
+        cache = PagedKVCache(
+            config, num_pages=num_pages, page_size=PAGE_SIZE, max_append=prefill_chunk, dtype=dtype, device=owner
+        )
         yield Engine(
             decoder, cache, max_context=max_context, dtype=dtype, prefill_chunk=prefill_chunk, longrope=longrope
         )

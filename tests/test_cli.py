@@ -6,6 +6,7 @@ import sys
 
 import gguf
 import pytest
+
 from demo_oracle import checkpoint_path
 
 

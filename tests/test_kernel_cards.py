@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from rooflama import KernelInputError
 from rooflama.kernel_card import CARDS, kernel_card
 
@@ -11,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("name", CARDS)
 def test_the_committed_page_is_current(name):
-    assert (ROOT / "docs" / "kernels" / f"{name}.md").read_text() == kernel_card(name).markdown(), "run make kernel-cards"
+    page = ROOT / "docs" / "kernels" / f"{name}.md"
+    assert page.read_text() == kernel_card(name).markdown(), "run make kernel-cards"
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from demo_oracle import checkpoint_path
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"

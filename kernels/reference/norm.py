@@ -11,9 +11,7 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(mean_square + dtype.type(eps)) * weight.astype(dtype)
 
 
-def add_rms_norm(
-    x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float
-) -> tuple[np.ndarray, np.ndarray]:
+def add_rms_norm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """The residual stream and its norm: (rms_norm(x + residual), x + residual), each [..., hidden]."""
     dtype = np.result_type(x.dtype, residual.dtype, np.float32)
     total = x.astype(dtype) + residual.astype(dtype)

@@ -5,6 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from assertions import assert_bit_equal
 from attention_cases import (
     Dense,
@@ -21,11 +24,8 @@ from attention_cases import (
     stacked,
     with_keys,
 )
-from hypothesis import example, given
-from hypothesis import strategies as st
-from strategies import DEVICE, exact, normal
-
 from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
+from strategies import DEVICE, exact, normal
 
 LLAMA = Drawn(query_lens=(1,) * 4, seq_lens=(37, 0, 290, 130), num_kv_heads=2, group=4, head_dim=64)
 

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_guards_intact
 from hypothesis import given
 from hypothesis import strategies as st
-from quant_blocks import TYPES, guarded_weight, random_blocks, random_bytes, random_weight, some_columns, virtual_rows
-from strategies import DEVICE, dtypes, seeds
 
+from assertions import assert_bit_equal, assert_guards_intact
+from quant_blocks import TYPES, guarded_weight, random_blocks, random_bytes, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, dequantize, reference, resident_form
 from rooflama.kernels.dequantize import dequantize_rows
 from rooflama.loaders.quant_layout import repack
+from strategies import DEVICE, dtypes, seeds
 
 
 def rounded_definition(weight, dtype):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_guards_intact
 from hypothesis import given
 from hypothesis import strategies as st
-from quant_blocks import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
-from strategies import DEVICE, dtypes, guarded, seeds
 
+from assertions import assert_bit_equal, assert_guards_intact
+from quant_blocks import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, dequantize, embedding, reference
+from strategies import DEVICE, dtypes, guarded, seeds
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)

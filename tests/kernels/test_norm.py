@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from rooflama.kernels import KernelInputError, add_rms_norm, reference, rms_norm
 from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 

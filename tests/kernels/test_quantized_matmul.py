@@ -5,12 +5,11 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_guards_intact
 from hypothesis import given
 from hypothesis import strategies as st
-from quant_blocks import TYPES, guarded_weight, random_weight, some_columns
-from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
+from assertions import assert_bit_equal, assert_guards_intact
+from quant_blocks import TYPES, guarded_weight, random_weight, some_columns
 from rooflama.kernels import (
     LAYOUTS,
     KernelInputError,
@@ -20,6 +19,7 @@ from rooflama.kernels import (
     reference,
     resident_form,
 )
+from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
 # The gemv regime serves up to 8 tokens, dot up to 64, matmul the rest.
 tokens_of_any_regime = st.sampled_from([0, 1, 2, 3, 5, 8, 9, 17, 33, 64, 65])

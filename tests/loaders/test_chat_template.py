@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
-from vocabularies import bpe_metadata, trained_bpe
 
 from rooflama import demo_checkpoint
 from rooflama.loaders import chat_template
 from rooflama.loaders.chat_template import ChatTemplate, ChatTemplateError
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.tokenizer import Tokenizer
+from vocabularies import bpe_metadata, trained_bpe
 
 # The shapes that the families document, with the constructs their templates use.
 CHATML = """{%- if messages[0]['role'] == 'system' %}

@@ -20,7 +20,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
-from strategies import DEVICE, seeds
 
 from rooflama.loaders import device_raw
 from rooflama.loaders.device import (
@@ -34,6 +33,7 @@ from rooflama.loaders.device import (
     UseAfterClose,
     open_device,
 )
+from strategies import DEVICE, seeds
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool]
 SMALL_CHUNK = 1 << 12

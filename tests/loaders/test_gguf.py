@@ -11,6 +11,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.scripts.gguf_convert_endian import byteswap_tensors
+from hypothesis import given
+from hypothesis import strategies as st
+
 from gguf_files import (
     ARRAY,
     F32,
@@ -29,11 +32,8 @@ from gguf_files import (
     text,
     write_gguf,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from strategies import seeds
-
 from rooflama.loaders.gguf import GGUFError, MissingKeyError, StringArray, read_gguf
+from strategies import seeds
 
 STORED_TYPES = [kind for kind in GGMLQuantizationType if kind.name != "Q8_1"]
 

@@ -7,6 +7,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
 from gguf_files import (
     ARRAY,
     BOOL,
@@ -26,9 +29,6 @@ from gguf_files import (
 )
 from gguf_mutations import OPERATIONS, check_any_input, mutate
 from gguf_oracle import strict_read
-from hypothesis import example, given
-from hypothesis import strategies as st
-
 from rooflama.loaders.gguf import GGUFError, GGUFFile, read_gguf
 
 GGUF_F32, GGUF_Q4_0 = 0, 2

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quant_blocks import TYPES, gguf_dequantize, random_blocks, random_bytes, some_columns
-from strategies import seeds
 
+from quant_blocks import TYPES, gguf_dequantize, random_blocks, random_bytes, some_columns
 from rooflama.kernels import LAYOUTS, KernelInputError, reference
 from rooflama.kernels.reference.quant_layouts import bit_offsets
 from rooflama.loaders.quant_layout import BLOCK_BYTES, pack, repack
+from strategies import seeds
 
 
 def assert_same_floats(got, expected, context):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_checkpoints import cases, gguf_name, module, write_case
 
 from rooflama.loaders.hf_config import HuggingFaceError, gguf_metadata, gguf_names
 from rooflama.loaders.safetensors import read_safetensors
 from rooflama.models import CheckpointReader, adapter_for
 from rooflama.models.rope import RopeSpec
+from tiny_checkpoints import cases, gguf_name, module, write_case
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import models, pre_tokenizers
-from vocabularies import bpe_metadata, spm_metadata, trained_bpe, trained_sentencepiece
 
 from rooflama import demo_checkpoint
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.loaders.tokenizer_bpe import BYTE_ALPHABET
 from rooflama.loaders.vocabulary import TokenizerError
+from vocabularies import bpe_metadata, spm_metadata, trained_bpe, trained_sentencepiece
 
 SPECIAL = {"<|start|>": 3, "<|end|>": 3, "<|endoftext|>": 3, "<tool>": 4, "<tool>s": 4, "[PAD]": 5}
 

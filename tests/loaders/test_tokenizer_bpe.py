@@ -7,10 +7,10 @@ import pytest
 import regex
 from hypothesis import example, given
 from hypothesis import strategies as st
-from vocabularies import bpe_metadata, trained_bpe
 
 from rooflama.loaders.tokenizer import Tokenizer, TokenizerError
 from rooflama.loaders.tokenizer_bpe import BYTE_ALPHABET, PRE_TOKENIZERS, word_splitter
+from vocabularies import bpe_metadata, trained_bpe
 
 # As published in the models' tokenizer.json; the first of each list cuts first, what it leaves between counts too.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

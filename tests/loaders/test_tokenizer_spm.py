@@ -8,9 +8,9 @@ import pytest
 import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
-from vocabularies import spm_metadata, trained_sentencepiece
 
 from rooflama.loaders.tokenizer import Tokenizer, TokenizerError
+from vocabularies import spm_metadata, trained_sentencepiece
 
 texts = st.text() | st.lists(st.sampled_from(["the", "roof", " ", "  ", "\n", "\t", "12", "é", "漢", "🙂", "\0"])).map(
     "".join

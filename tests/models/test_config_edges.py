@@ -4,12 +4,12 @@ import re
 
 import numpy as np
 import pytest
-from running_models import prefill_logits, running, worst_row_error
-from tiny_checkpoints import MemoryCheckpoint, cases, gguf_metadata, gguf_tensors, module, random_tokens
 
 from rooflama.loaders.device import open_device
 from rooflama.models import CheckpointReader, ConfigError, Decoder, TensorSource, adapter_for
 from rooflama.models.rope import RopeError, attention_factor
+from running_models import prefill_logits, running, worst_row_error
+from tiny_checkpoints import MemoryCheckpoint, cases, gguf_metadata, gguf_tensors, module, random_tokens
 
 
 def checkpoint(name, changes=(), tensors=(), *, without=()):

@@ -1,8 +1,9 @@
 """The demo checkpoint end to end against transformers' Llama in float32 on the same dequantised weights."""
 
 import pytest
-import rooflama
 import torch
+
+import rooflama
 from demo_oracle import PROMPTS, checkpoint_path, greedy, transformers_llama
 from rooflama.kernels import use_backend
 

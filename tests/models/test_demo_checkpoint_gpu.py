@@ -3,8 +3,9 @@
 import functools
 
 import pytest
-import rooflama
 import torch
+
+import rooflama
 from demo_oracle import PROMPTS, checkpoint_path, greedy, transformers_llama
 from strategies import DEVICE
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from running_models import assert_parity, decode_logits, prefill_logits, running
-from tiny_checkpoints import cases, module, random_tokens, reference_logits, write_case
 
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.safetensors import read_safetensors
+from running_models import assert_parity, decode_logits, prefill_logits, running
+from tiny_checkpoints import cases, module, random_tokens, reference_logits, write_case
 
 pytestmark = pytest.mark.usefixtures("numpy_backend")
 

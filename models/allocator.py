@@ -1,0 +1,64 @@
+"""How many bytes torch takes from the driver for a series of allocations: its caching allocator, in arithmetic.
+
+Sizes are rounded up to 512 bytes. Up to 1 MiB they are cut from segments of 2 MiB; up to 10 MiB from segments of
+20 MiB; beyond that each gets a segment of its own, rounded up to 2 MiB. What is left of a segment serves later requests
+of its pool, best fit first, if it is larger than 1 MiB (small pool: than nothing).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+
+MIB = 2**20
+
+ROUND_BYTES = 512
+SMALL_BYTES = 1 * MIB  # the largest request of the small pool, and the least remainder the large pool keeps
+SMALL_SEGMENT = 2 * MIB
+SHARED_BYTES = 10 * MIB  # requests below share segments
+SHARED_SEGMENT = 20 * MIB
+OWN_ROUND = 2 * MIB
+
+
+class Segments:
+    """Allocations that stay: what was asked for, and what the driver gave.
+
+    Attributes:
+        asked: bytes of all requests.
+        reserved: bytes of all segments.
+    """
+
+    def __init__(self, sizes: Iterable[int] = ()):
+        self.asked = 0
+        self.reserved = 0
+        self._free: dict[bool, list[int]] = {True: [], False: []}
+        for size in sizes:
+            self.take(size)
+
+    def take(self, nbytes: int) -> None:
+        if nbytes <= 0:
+            return
+        self.asked += nbytes
+        size = _round_up(nbytes, ROUND_BYTES)
+        small = size <= SMALL_BYTES
+        free = self._free[small]
+        fit = bisect_left(free, size)
+        if fit < len(free):
+            block = free.pop(fit)
+        else:
+            shared = SMALL_SEGMENT if small else SHARED_SEGMENT
+            block = shared if size < SHARED_BYTES else _round_up(size, OWN_ROUND)
+            self.reserved += block
+        rest = block - size
+        if rest >= (ROUND_BYTES if small else SMALL_BYTES + 1):
+            insort(free, rest)
+
+    def copy(self) -> Segments:
+        twin = Segments()
+        twin.asked, twin.reserved = self.asked, self.reserved
+        twin._free = {small: list(free) for small, free in self._free.items()}
+        return twin
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step

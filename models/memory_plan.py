@@ -1,0 +1,334 @@
+"""The bytes of everything a model will hold, before anything is allocated; and what would fit.
+
+The terms and their formulas are in ``memory_terms``; each becomes a named line. Lines add up to the total, which is
+what the driver will show for the process:
+
+    total = weights + K/V pages + tables + workspace + CUDA graph + allocator rounding + device context
+
+Workspace terms are those alive at the widest moment of a prefill pass. A CUDA graph keeps memory of its own, so what a
+decode step needs is added, not shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from rooflama.loaders.device import DeviceOutOfMemory
+
+from . import memory_display, memory_terms
+from .allocator import Segments
+from .config import ModelConfig
+from .memory_terms import FORMULAS, Moment, pages_a_sequence
+from .memory_weights import Backend, WeightBytes
+from .metadata import ConfigError
+
+MIB = 2**20
+MOST_SEQUENCES = 1 << 16  # where the search for how many fit ends
+
+Group = Literal["weights", "keys and values", "tables", "workspace", "CUDA graph", "device"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a plan is for.
+
+    Attributes:
+        kind: ``cpu``, ``cuda`` or ``hip``.
+        backend: which form of the weights is resident.
+        context_bytes: what the driver takes for a context and the kernels' code. On a CPU the process is not counted.
+        matmul_library_bytes: workspace that the vendor's matmul library allocates through torch.
+    """
+
+    kind: str
+    backend: Backend
+    context_bytes: int = 0
+    matmul_library_bytes: int = 0
+
+    @classmethod
+    def gpu(cls, kind: str, *, hopper: bool = True) -> Target:
+        """A GPU. torch gives cuBLAS 32 MiB on Hopper and later, and 8.125 MiB before."""
+        library = 32 * MIB if hopper else 2 * 4 * MIB + 128 * 1024
+        return cls(kind, "triton", CONTEXT_BYTES[kind], library)
+
+
+# Driver context, torch's and cuBLAS's modules and the compiled Triton kernels; measured on an H100 for CUDA.
+CONTEXT_BYTES = {"cuda": 560 * MIB, "hip": 560 * MIB}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One term: where it belongs, what it is, its bytes, and how they come about."""
+
+    group: Group
+    name: str
+    nbytes: int
+    formula: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a model takes. Shows itself in a terminal and in Jupyter.
+
+    Attributes:
+        config, weights: the model.
+        context: tokens each sequence may reach.
+        sequences: sequences whose pages are held at once.
+        page_size, prefill_chunk: tokens of a page, and of a prefill pass at most.
+        dtype, kv_dtype: of activations, and of stored keys and values.
+        target: the device.
+        limit: bytes that ``total_bytes`` must not pass, or None.
+        free_bytes: what the device has free now, its context already made; None if there is no device to ask.
+    """
+
+    config: ModelConfig
+    weights: WeightBytes
+    context: int
+    sequences: int
+    page_size: int
+    prefill_chunk: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    target: Target
+    limit: int | None = None
+    free_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.context <= self.config.context_length:
+            raise ConfigError(
+                f"a context of {self.context} tokens",
+                rule=f"this model was trained for 1 to {self.config.context_length}",
+                remedy="Ask for a context in that range",
+            )
+        if self.sequences < 1:
+            raise ConfigError(f"{self.sequences} sequences", rule="there is at least one", remedy="Ask for 1 or more")
+
+    # What is held.
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in each layer's pool: every sequence at its full context."""
+        return self.sequences * pages_a_sequence(self.context, self.page_size)
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        config, on_gpu = self.config, self.target.kind != "cpu"
+        token = memory_terms.kv_token_bytes(config, self.kv_dtype)
+        tokens, spare = self.sequences * self.context, self.num_pages * self.page_size - self.sequences * self.context
+        scales = " + 4" if memory_terms.is_scaled(self.kv_dtype) else ""
+        heads = (
+            f"2 x {config.num_layers} x {config.num_kv_heads} x ({config.head_dim} x {self.kv_dtype.itemsize}{scales})"
+        )
+        tables, blocks = self._table_bytes()
+        lines = [
+            *(
+                Line("weights", kind, nbytes, f"{self.weights.stored.get(kind, 0):,} bytes in the file, repacked")
+                for kind, nbytes in sorted(self.weights.resident.items(), key=lambda item: -item[1])
+            ),
+            Line("keys and values", "tokens", tokens * token, f"{tokens:,} tokens x {token:,} bytes = {heads}"),
+            Line("keys and values", "rest of last pages", spare * token, f"{spare:,} tokens x {token:,} bytes"),
+            Line("tables", "rotary tables", tables, "2 x 4 x tokens x rotary_dim / 2, for each factor set"),
+            Line("tables", "block tables", blocks, f"2 x 4 x {self.num_pages:,} pages"),
+            *(Line("workspace", name, nbytes, FORMULAS[name]) for name, nbytes in self._prefill.items()),
+        ]
+        if on_gpu:
+            lines += [Line("CUDA graph", name, nbytes, FORMULAS[name]) for name, nbytes in self._graph.items()]
+            general, graph = self._segments()
+            rounding = general.reserved - general.asked + graph.reserved - graph.asked
+            lines += [
+                Line("device", "allocator rounding", rounding, "torch's segments of 2 and 20 MiB, see allocator"),
+                Line("device", "context and kernels", self.target.context_bytes, "measured once for a kind of device"),
+            ]
+        return tuple(line for line in lines if line.nbytes)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of the largest prefill pass."""
+        return min(self.prefill_chunk, self.sequences * self.context)
+
+    @cached_property
+    def _prefill(self) -> Moment:
+        """The widest moment of a prefill pass."""
+        shape = (self.pass_tokens, self.context, self.sequences)
+        if self.target.backend == "numpy":
+            moments = memory_terms.definition_moments(self.config, *shape, self.dtype.itemsize)
+        else:
+            moments = memory_terms.prefill_moments(self.config, self.weights.matrices, *shape[::2], self.dtype)
+        widest = dict(max(moments, key=lambda moment: sum(moment.values())))
+        if self.target.kind != "cpu":
+            widest["matmul library"] = self.target.matmul_library_bytes
+        return widest
+
+    @cached_property
+    def _graph(self) -> Moment:
+        """What the captured decode step keeps."""
+        step = dict(memory_terms.decode_moment(self.config, self.context, self.sequences, self.dtype))
+        rows = memory_terms.dequantised_bytes(self.weights.matrices, self.sequences, self.dtype)
+        if rows:
+            step |= {"dequantised rows": rows, "matmul library": self.target.matmul_library_bytes}
+        return step
+
+    def _table_bytes(self) -> tuple[int, int]:
+        """(rotary tables, block tables)."""
+        blocks = memory_terms.block_table_bytes(self.context, self.sequences, self.page_size)
+        return memory_terms.rope_table_bytes(self.config, self.context), blocks
+
+    @cached_property
+    def _weight_segments(self) -> Segments:
+        return Segments(self.weights.allocations)
+
+    def _segments(self) -> tuple[Segments, Segments]:
+        """torch's general pool and the graph's own, after loading, a prefill pass and a captured decode step."""
+        general = self._weight_segments.copy()
+        tables, blocks = self._table_bytes()
+        pools = memory_terms.kv_allocations(self.config, self.kv_dtype, self.num_pages, self.page_size)
+        for nbytes in [*pools, tables // 2, tables // 2, blocks // 2, blocks // 2, *self._prefill.values()]:
+            general.take(nbytes)
+        return general, Segments(self._graph.values())
+
+    def bytes_of(self, *groups: Group) -> int:
+        return sum(line.nbytes for line in self.lines if line.group in groups)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(line.nbytes for line in self.lines)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch's allocator hands out at its peak: the total without rounding and context."""
+        return self.total_bytes - self.bytes_of("device")
+
+    # What fits.
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """Bytes left under the limit and in the device's free memory, negative if it does not fit; None if unknown."""
+        room = []
+        if self.limit is not None:
+            room.append(self.limit - self.total_bytes)
+        if self.free_bytes is not None:
+            room.append(self.free_bytes - (self.total_bytes - self.target.context_bytes))
+        return min(room, default=None)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is headroom; True where nothing bounds the plan."""
+        headroom = self.headroom_bytes
+        return headroom is None or headroom >= 0
+
+    def but(self, **changes: Any) -> MemoryPlan:
+        """The same plan with other ``context``, ``sequences``, ``kv_dtype`` and so on."""
+        return replace(self, **changes)
+
+    def largest_context(self, sequences: int | None = None) -> int:
+        """Tokens that each of ``sequences`` sequences (default: the plan's) may reach; 0 if not even one token fits.
+
+        At most the context that the model was trained for.
+        """
+        sequences = sequences or self.sequences
+        longest = self.config.context_length
+        if self.but(context=longest, sequences=sequences).fits:
+            return longest
+        pages = _largest(
+            lambda count: self.but(context=count * self.page_size, sequences=sequences).fits, longest // self.page_size
+        )
+        return pages * self.page_size or int(self.but(context=1, sequences=sequences).fits)
+
+    def most_sequences(self, context: int | None = None) -> int:
+        """Sequences of ``context`` tokens each (default: the plan's) whose pages fit at once, up to MOST_SEQUENCES."""
+        context = context or self.context
+        return _largest(lambda count: self.but(context=context, sequences=count).fits, MOST_SEQUENCES)
+
+    def remedies(self) -> list[str]:
+        """Changes after which the plan fits, the mildest first; what the device would need, if none helps."""
+        if self.fits:
+            return []
+        smaller, scaled = self.largest_context(), self.but(kv_dtype=torch.int8)
+        found = [f"max_context={smaller} would fit"] if smaller > 1 else []
+        if self.kv_dtype != torch.int8:
+            if scaled.fits:
+                found.append("kv_dtype='int8' would fit at this context")
+            elif scaled.largest_context() > max(1, smaller):
+                found.append(f"kv_dtype='int8' with max_context={scaled.largest_context()} would fit")
+        if self.sequences > 1 and (fewer := self.most_sequences()):
+            found.append(f"{fewer} sequence{'s' * (fewer > 1)} would fit")
+        least = self.but(context=1, sequences=1, limit=None).total_bytes
+        return found or [
+            f"no context fits: a device or limit of {memory_display.size(least)} and more would, "
+            "or a checkpoint of fewer bits a weight"
+        ]
+
+    def require(self) -> None:
+        """Raise DeviceOutOfMemory if the plan does not fit, with its numbers and what would fit."""
+        headroom = self.headroom_bytes
+        if headroom is None or headroom >= 0:
+            return
+        size, weights, kv = memory_display.size, self.bytes_of("weights"), self.bytes_of("keys and values")
+        room = [f"{size(self.limit)} is the limit"] if self.limit is not None else []
+        room += [f"{size(self.free_bytes)} free"] if self.free_bytes is not None else []
+        many = f"{self.sequences} sequences of " if self.sequences > 1 else ""
+        beside = self.total_bytes - weights - kv
+        error = DeviceOutOfMemory(
+            f"{self.config.name} with {many}{self.context} tokens takes {size(self.total_bytes)} "
+            f"({size(weights)} weights, {size(kv)} keys and values, {size(beside)} beside them); {', '.join(room)}",
+            rule="a model is loaded only if all of it fits",
+            remedy="; ".join(self.remedies()),
+        )
+        error.asked, error.free, error.limit = self.total_bytes, self.free_bytes, self.limit
+        raise error
+
+    # How it shows.
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "model": self.config.name,
+            "architecture": self.config.architecture,
+            "context_tokens": self.context,
+            "sequences": self.sequences,
+            "page_size_tokens": self.page_size,
+            "num_pages": self.num_pages,
+            "prefill_chunk_tokens": self.prefill_chunk,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
+            "device": self.target.kind,
+            "backend": self.target.backend,
+            "weights_stored_bytes": self.weights.stored,
+            "weights_resident_bytes": self.weights.resident,
+            "kv_bytes_per_token": memory_terms.kv_token_bytes(self.config, self.kv_dtype),
+            "lines": [
+                {"group": line.group, "name": line.name, "bytes": line.nbytes, "formula": line.formula}
+                for line in self.lines
+            ],
+            "allocated_bytes": self.allocated_bytes,
+            "total_bytes": self.total_bytes,
+            "limit_bytes": self.limit,
+            "free_bytes": self.free_bytes,
+            "headroom_bytes": self.headroom_bytes,
+            "fits": self.fits,
+            "largest_context_tokens": self.largest_context(),
+            "most_sequences": self.most_sequences() if self.headroom_bytes is not None else None,
+            "remedies": self.remedies(),
+        }
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        return memory_display.rich_lines(self)
+
+    def _repr_html_(self) -> str:
+        return memory_display.html(self)
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 0 to ``most`` that fits, where every smaller one does too; 0 always does."""
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -1,0 +1,166 @@
+"""The terms of a memory plan: one function each, its formula first.
+
+Letters: L layers, E hidden size, F feed-forward width, Hq and Hkv query and key/value heads, D head size, d rotary
+size, V vocabulary, T tokens of context a sequence, S sequences, P tokens a page, n tokens of a prefill pass, b bytes an
+activation, c bytes a stored key or value element. Everything is in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from rooflama.kernels import LAYOUTS
+from rooflama.kernels.attention_decode import SPLITS
+from rooflama.kernels.quantized_matmul import REGIMES, WORKSPACE_BYTES
+from rooflama.kernels.reference.attention import ROWS
+from rooflama.kernels.sampling import CHUNK, LEVELS
+
+from .config import ModelConfig
+from .memory_weights import Matrix
+
+DIGIT_BITS = 32 // LEVELS
+
+Moment = Mapping[str, int]  # name of a term -> bytes alive at one moment
+
+FORMULAS = {
+    "prefill activations": "n b (3 E + 2 (Hq + Hkv) D + 3 F)",
+    "dequantised rows": f"b rows columns, {WORKSPACE_BYTES >> 20} MiB at most",
+    "gathered keys and values": "2 x 4 T Hkv D",
+    "attention scores": f"3 x 4 Hq min(n, {ROWS}) T",
+    "logits and sampling": "4 S (1.125 V + E)",
+    "split-KV partials": "4 S Hq splits (D + 1)",
+    "decode activations": "S b (3 E + 2 (Hq + Hkv) D + 3 F)",
+    "matmul library": "cuBLAS's workspace, allocated through torch",
+}
+"""One line for each term of a moment; where a family of moments differs, that of the commonest."""
+
+
+def is_scaled(kv_dtype: torch.dtype) -> bool:
+    """Whether stored keys and values are codes with a float32 scale: int8 and fp8."""
+    return kv_dtype.itemsize == 1
+
+
+def kv_token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
+    """2 L Hkv (D c + 4 where elements are codes): a token's keys and values with their scales, in all layers."""
+    head = config.head_dim * kv_dtype.itemsize + (4 if is_scaled(kv_dtype) else 0)
+    return 2 * config.num_layers * config.num_kv_heads * head
+
+
+def pages_a_sequence(context: int, page_size: int) -> int:
+    """ceil(T / P)."""
+    return -(-context // page_size)
+
+
+def kv_allocations(config: ModelConfig, kv_dtype: torch.dtype, num_pages: int, page_size: int) -> list[int]:
+    """The pools one by one, as ``PagedKVCache`` makes them: keys and values of each layer, then their scales."""
+    elements = num_pages * page_size * config.num_kv_heads
+    pools = [elements * config.head_dim * kv_dtype.itemsize] * (2 * config.num_layers)
+    return pools + [elements * 4] * (2 * config.num_layers) * is_scaled(kv_dtype)
+
+
+def rope_table_bytes(config: ModelConfig, context: int) -> int:
+    """2 x 4 x T d / 2 (cos and sin in float32), twice that for LongRoPE's two sets."""
+    sets = 2 if config.rope.kind == "longrope" else 1
+    return 2 * 4 * sets * context * (config.rope.rotary_dim // 2)
+
+
+def block_table_bytes(context: int, sequences: int, page_size: int) -> int:
+    """2 x 4 S ceil(T / P): int32, one table for the prefill pass and one for the decode step."""
+    return 2 * 4 * sequences * pages_a_sequence(context, page_size)
+
+
+def logits_bytes(config: ModelConfig, sequences: int) -> int:
+    """4 S V (1 + 1/8) + 4 S E: float32 logits of each sequence's last token, top-k and top-p's sums over them, and the
+    float32 row they come from.
+    """
+    search = LEVELS * 2**DIGIT_BITS / CHUNK
+    return 4 * sequences * (int(config.vocab_size * (1 + search)) + config.hidden_size)
+
+
+def split_kv_bytes(config: ModelConfig, context: int, sequences: int) -> int:
+    """4 S Hq splits (D + 1), splits = min(MAX_SPLITS, ceil(T / MIN_SPLIT)): attention's partial values and log-sums."""
+    min_split, max_splits = SPLITS["sm90"]
+    splits = max(1, min(max_splits, -(-context // min_split)))
+    return 4 * sequences * config.num_heads * splits * (config.head_dim + 1)
+
+
+def carried_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
+    """n b (2 E + 2 (Hq + Hkv) D): what a layer holds on to: the residual stream before and after attention, q, k, v,
+    and what attention gave.
+    """
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return tokens * itemsize * (2 * config.hidden_size + heads)
+
+
+def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtype) -> int:
+    """b rows' columns: the run of rows that a product of many tokens dequantises at a time, WORKSPACE_BYTES at most.
+
+    None for products of few tokens (``REGIMES``), nor where the weight already has the activations' dtype.
+    """
+    worst = 0
+    for matrix in matrices:
+        layout = LAYOUTS[matrix.ggml_type]
+        few = tokens <= REGIMES["float" if layout.is_float else "quantised"]["dot"]
+        if few or (layout.is_float and getattr(torch, layout.planes[0].dtype) == dtype):
+            continue
+        step = max(16, WORKSPACE_BYTES // (dtype.itemsize * matrix.columns) // 16 * 16)
+        worst = max(worst, min(matrix.rows, step) * matrix.columns * dtype.itemsize)
+    return worst
+
+
+def prefill_moments(
+    config: ModelConfig, matrices: Iterable[Matrix], tokens: int, sequences: int, dtype: torch.dtype
+) -> list[Moment]:
+    """What is alive at the two widest moments of a prefill pass of n tokens, on Triton kernels:
+
+    gate and up  carried + n b (E + 2 F) + dequantised rows
+    down         carried + n b (E + 3 F) + dequantised rows
+    """
+    layer = [matrix for matrix in matrices if matrix.rows != config.vocab_size]
+    carried, unit = carried_bytes(config, tokens, dtype.itemsize), tokens * dtype.itemsize
+    narrow = [matrix for matrix in layer if matrix.columns == config.hidden_size]
+    wide = [matrix for matrix in layer if matrix.columns == config.intermediate_size]
+    hidden, width = config.hidden_size, config.intermediate_size
+    return [
+        {
+            "prefill activations": carried + unit * (hidden + 2 * width),
+            "dequantised rows": dequantised_bytes(narrow, tokens, dtype),
+        },
+        {
+            "prefill activations": carried + unit * (hidden + 3 * width),
+            "dequantised rows": dequantised_bytes(wide, tokens, dtype),
+        },
+        {"logits and sampling": logits_bytes(config, sequences)},
+    ]
+
+
+def definition_moments(config: ModelConfig, tokens: int, context: int, sequences: int, itemsize: int) -> list[Moment]:
+    """The same on the NumPy definitions, where weights are rows already and attention writes its scores out:
+
+    attention    carried + 2 n b Hq D + keys and values 2 x 4 T Hkv D + scores 3 x 4 Hq min(n, 256) T
+    feed-forward carried + n b (E + 5 F)
+    """
+    carried, unit = carried_bytes(config, tokens, itemsize), tokens * itemsize
+    heads = config.num_heads * config.head_dim
+    return [
+        {
+            "prefill activations": carried + 2 * unit * heads,
+            "gathered keys and values": 2 * 4 * context * config.num_kv_heads * config.head_dim,
+            "attention scores": 3 * 4 * config.num_heads * min(tokens, ROWS) * context,
+        },
+        {"prefill activations": carried + unit * (config.hidden_size + 5 * config.intermediate_size)},
+        {"logits and sampling": logits_bytes(config, sequences)},
+    ]
+
+
+def decode_moment(config: ModelConfig, context: int, sequences: int, dtype: torch.dtype) -> Moment:
+    """A decode step of S tokens: activations S b (3 E + 2 (Hq + Hkv) D + 3 F), split-KV partials, logits."""
+    unit = sequences * dtype.itemsize
+    return {
+        "decode activations": carried_bytes(config, sequences, dtype.itemsize)
+        + unit * (config.hidden_size + 3 * config.intermediate_size),
+        "split-KV partials": split_kv_bytes(config, context, sequences),
+        "logits and sampling": logits_bytes(config, sequences),
+    }

@@ -1,0 +1,185 @@
+"""What a checkpoint's weights take, as stored and on the device, found without reading or allocating one of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
+
+from .adapter import Adapter
+from .config import ModelConfig
+from .decoder import Decoder
+from .weights import CheckpointReader, TensorSource
+
+Backend = Literal["triton", "numpy"]
+TypeRule = Callable[[str, tuple[int, ...]], str]  # (tensor name, shape) -> ggml type
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as a matmul meets it: joined where the loader joins. ``ggml_type`` is that of the resident form."""
+
+    ggml_type: str
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes by ggml type of the file, and the single allocations in the order in which loading makes them.
+
+    Attributes:
+        stored: ggml type -> bytes in the file.
+        resident: ggml type of the file -> bytes on the device after repacking.
+        allocations: bytes of each buffer.
+        matrices: every matrix on the device.
+    """
+
+    stored: dict[str, int]
+    resident: dict[str, int]
+    allocations: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(self.stored.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(self.resident.values())
+
+
+def plane_shapes(ggml_type: str, rows: int, columns: int) -> list[tuple[tuple[int, int], torch.dtype]]:
+    """Shape and dtype of each plane of a matrix, from ``kernels.LAYOUTS``."""
+    planes = LAYOUTS[ggml_type].planes
+    return [((rows, columns // plane.elements), getattr(torch, plane.dtype)) for plane in planes]
+
+
+class DryRunSource(TensorSource):
+    """Goes through the motions of loading on tensors without memory: every check of names, shapes and types, no bytes.
+
+    Args:
+        reader: what ``read_config`` used, so that the tensors it took count as taken.
+        backend: whose resident form is planned: planes for Triton, float32 rows for NumPy.
+    """
+
+    def __init__(self, reader: CheckpointReader, backend: Backend):
+        CheckpointReader.__init__(self, reader.checkpoint)
+        self._taken |= reader._taken
+        self._progress = lambda num_bytes: None
+        self._backend = backend
+        self.resident: Counter[str] = Counter()
+        self.allocations: list[int] = []
+        self.matrices: list[Matrix] = []
+
+    def host_matrix(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+        info = self.checked_info(name, shape)
+        rows, columns = info.nbytes // _row_nbytes(info.ggml_type, shape[-1]), shape[-1]
+        repack(np.empty((0, _row_nbytes(info.ggml_type, columns)), np.uint8), info.ggml_type, columns)  # its checks
+        planes = (torch.empty(s, dtype=d, device="meta") for s, d in plane_shapes(info.ggml_type, rows, columns))
+        return QuantizedTensor(info.ggml_type, tuple(planes), (rows, columns))
+
+    def _upload(self, weight: QuantizedTensor, label: str) -> QuantizedTensor:
+        stored_type = weight.ggml_type
+        if self._backend == "numpy" and stored_type != "F32":
+            rows = torch.empty(weight.shape, dtype=torch.float32, device="meta")
+            weight = QuantizedTensor("F32", (rows,), weight.shape)
+        self.matrices.append(Matrix(weight.ggml_type, *weight.shape))
+        self.resident[stored_type] += weight.nbytes
+        self.allocations += [plane.nbytes for plane in weight.planes]
+        return weight
+
+    def _place(self, tensor: Tensor, label: str) -> Tensor:
+        self.resident["F32"] += tensor.nbytes
+        self.allocations.append(tensor.nbytes)
+        return tensor
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Joins meta tensors by their shapes: torch's own rule for that imports its compiler, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.cat:
+            first = args[0][0]
+            rows = sum(tensor.shape[0] for tensor in args[0])
+            return torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device="meta")
+        return func(*args, **(kwargs or {}))
+
+
+def _row_nbytes(ggml_type: str, columns: int) -> int:
+    """Bytes of a row in the file; 1 where the type has no layout, which ``repack`` then refuses."""
+    return columns // LAYOUTS[ggml_type].block * BLOCK_BYTES[ggml_type] if ggml_type in LAYOUTS else 1
+
+
+def checkpoint_weights(
+    reader: CheckpointReader, config: ModelConfig, adapter: Adapter, backend: Backend
+) -> WeightBytes:
+    """The weights of a file, laid out as ``Decoder.load`` would.
+
+    Raises:
+        ConfigError: a tensor is missing, misshapen, or has no place in the model.
+        KernelInputError: a tensor's type cannot be run.
+    """
+    source = DryRunSource(reader, backend)
+    with torch.device("meta"), _ShapesOnly():
+        Decoder.load(source, config, adapter)
+    stored: Counter[str] = Counter()
+    for info in reader.checkpoint.tensors.values():
+        stored[info.ggml_type] += info.nbytes
+    return WeightBytes(dict(stored), dict(source.resident), tuple(source.allocations), tuple(source.matrices))
+
+
+def config_weights(config: ModelConfig, type_of: TypeRule, backend: Backend) -> WeightBytes:
+    """The weights that a config implies, each matrix by itself. Vectors are F32, as converters store them."""
+    stored: Counter[str] = Counter()
+    resident: Counter[str] = Counter()
+    allocations: list[int] = []
+    matrices: list[Matrix] = []
+    for name, shape in config_tensors(config):
+        ggml_type = type_of(name, shape) if len(shape) == 2 else "F32"
+        rows, columns = shape if len(shape) == 2 else (1, *shape)
+        stored[ggml_type] += rows * _row_nbytes(ggml_type, columns)
+        resident_type = "F32" if backend == "numpy" else ggml_type
+        sizes = [rows * c * dtype.itemsize for (rows, c), dtype in plane_shapes(resident_type, rows, columns)]
+        resident[ggml_type] += sum(sizes)
+        allocations += sizes
+        if len(shape) == 2:
+            matrices.append(Matrix(resident_type, rows, columns))
+    return WeightBytes(dict(stored), dict(resident), tuple(allocations), tuple(matrices))
+
+
+def config_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, with q, k, v, gate and up apart. A family that fuses them takes the same bytes."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    yield "token_embd.weight", (config.vocab_size, hidden)
+    for i in range(config.num_layers):
+        prefix = f"blk.{i}."
+        yield prefix + "attn_norm.weight", (hidden,)
+        for name, rows in (("attn_q", q_rows), ("attn_k", kv_rows), ("attn_v", kv_rows)):
+            yield f"{prefix}{name}.weight", (rows, hidden)
+            if config.qkv_bias:
+                yield f"{prefix}{name}.bias", (rows,)
+        if config.qk_norm:
+            yield prefix + "attn_q_norm.weight", (config.head_dim,)
+            yield prefix + "attn_k_norm.weight", (config.head_dim,)
+        yield prefix + "attn_output.weight", (hidden, q_rows)
+        if config.output_bias:
+            yield prefix + "attn_output.bias", (hidden,)
+        yield prefix + "ffn_norm.weight", (hidden,)
+        for name, rows, columns in (("gate", width, hidden), ("up", width, hidden), ("down", hidden, width)):
+            yield f"{prefix}ffn_{name}.weight", (rows, columns)
+            if config.ffn_bias:
+                yield f"{prefix}ffn_{name}.bias", (rows,)
+    yield "output_norm.weight", (hidden,)
+    if not config.tied_embeddings:
+        yield "output.weight", (config.vocab_size, hidden)

@@ -1,0 +1,158 @@
+"""Memory plans of checkpoints and configs, for a device that need not be here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from rooflama.kernels import backend_for
+from rooflama.loaders.checkpoint import Checkpoint
+from rooflama.loaders.device import Device, DeviceUnavailable, open_device
+from rooflama.loaders.gguf import read_gguf
+from rooflama.models import (
+    CheckpointReader,
+    ConfigError,
+    MemoryPlan,
+    ModelConfig,
+    Target,
+    adapter_for,
+    checkpoint_weights,
+    config_weights,
+)
+
+PAGE_SIZE = 64  # tokens; the waste is at most one page a sequence
+PREFILL_CHUNK = 2048  # tokens; larger passes gain nothing on an H100 and take more workspace
+
+ACTIVATION_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+KV_DTYPES = {**ACTIVATION_DTYPES, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def plan_memory(
+    path_or_config: str | os.PathLike[str] | ModelConfig,
+    *,
+    context: int | None = None,
+    sequences: int = 1,
+    kv_dtype: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    limit: int | str | None = None,
+    weight_types: str | Callable[[str, tuple[int, ...]], str] = "F16",
+) -> MemoryPlan:
+    """What a model would take, without loading it.
+
+    Args:
+        path_or_config: a ``.gguf`` file, of which the header is read; or a config.
+        context: tokens each sequence may reach; None for the model's own context.
+        sequences: sequences held at once.
+        kv_dtype, dtype: as for ``load``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. A GPU that is not here can be planned for too.
+        limit: bytes, or text such as ``24GiB``, that the whole process may take on the device; None for no limit but
+            what the device has free, if it is here.
+        weight_types: for a config, the ggml type of its matrices, or a function of name and shape that gives it.
+
+    Raises:
+        GGUFError, ConfigError: the file is damaged, of a model that rooflama cannot run, or an argument out of range.
+    """
+    target, free_bytes = _target(device)
+    if isinstance(path_or_config, ModelConfig):
+        config = path_or_config
+        type_of = weight_types if callable(weight_types) else lambda name, shape: weight_types
+        weights = config_weights(config, type_of, target.backend)
+    else:
+        with read_gguf(path_or_config) as checkpoint:
+            adapter, reader = adapter_of(checkpoint), CheckpointReader(checkpoint)
+            config = adapter.read_config(reader)
+            weights = checkpoint_weights(reader, config, adapter, target.backend)
+    activations, pages = choose_dtypes(dtype, kv_dtype, target.kind)
+    return MemoryPlan(
+        config=config,
+        weights=weights,
+        context=config.context_length if context is None else context,
+        sequences=sequences,
+        page_size=PAGE_SIZE,
+        prefill_chunk=PREFILL_CHUNK,
+        dtype=activations,
+        kv_dtype=pages,
+        target=target,
+        limit=parse_bytes(limit) if isinstance(limit, str) else limit,
+        free_bytes=free_bytes,
+    )
+
+
+def plan_for_device(
+    reader: CheckpointReader, config: ModelConfig, device: Device, *, context: int, dtype: str, kv_dtype: str
+) -> MemoryPlan:
+    """The plan of one sequence of ``context`` tokens on an open device, within its limit and its free memory."""
+    target = _device_target(device)
+    activations, pages = choose_dtypes(dtype, kv_dtype, device.kind)
+    return MemoryPlan(
+        config=config,
+        weights=checkpoint_weights(reader, config, adapter_of(reader.checkpoint), target.backend),
+        context=context,
+        sequences=1,
+        page_size=PAGE_SIZE,
+        prefill_chunk=PREFILL_CHUNK,
+        dtype=activations,
+        kv_dtype=pages,
+        target=target,
+        limit=device.memory_limit,
+        free_bytes=device.free_bytes,
+    )
+
+
+def adapter_of(checkpoint: Checkpoint):
+    """The adapter of a checkpoint's architecture. Raises ConfigError if there is none."""
+    return adapter_for(checkpoint.metadata["general.architecture"])
+
+
+def choose_dtypes(dtype: str, kv_dtype: str, kind: str) -> tuple[torch.dtype, torch.dtype]:
+    """(of activations, of keys and values) on a device of this kind. Raises ConfigError for an unknown name."""
+    activations = _choose("dtype", dtype, ACTIVATION_DTYPES, torch.float32 if kind == "cpu" else torch.bfloat16)
+    return activations, _choose("kv_dtype", kv_dtype, KV_DTYPES, activations)
+
+
+def _choose(name: str, value: str, known: dict[str, torch.dtype], default: torch.dtype) -> torch.dtype:
+    if value == "auto":
+        return default
+    if value not in known:
+        raise ConfigError(f"{name} {value!r}", rule=f"{name} is auto, {', '.join(known)}", remedy="Name one of these")
+    return known[value]
+
+
+def _target(spec: str) -> tuple[Target, int | None]:
+    """The device that ``spec`` names and what it has free; a GPU that is not here has free what nobody knows."""
+    try:
+        with open_device(spec) as device:
+            return _device_target(device), device.free_bytes
+    except DeviceUnavailable:
+        if spec.partition(":")[0] not in ("cuda", "hip"):
+            raise
+        return Target.gpu(spec.partition(":")[0]), None
+
+
+def _device_target(device: Device) -> Target:
+    if device.kind == "cpu":
+        return Target("cpu", backend_for(device.torch_device))
+    hopper = device.kind == "cuda" and torch.cuda.get_device_capability(device.torch_device) >= (9, 0)
+    return Target.gpu(device.kind, hopper=hopper)
+
+
+def parse_bytes(text: str) -> int:
+    """``24GiB``, ``512 MiB``, ``8e9`` or ``80GB`` in bytes. Raises ConfigError for anything else, zero and less."""
+    number = text.strip().rstrip("BbGgIiKkMm ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        nbytes = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        nbytes = 0
+    if nbytes <= 0:
+        raise ConfigError(
+            f"{text!r} as an amount of memory",
+            rule="an amount is a positive number with B, KB, MB, GB, KiB, MiB or GiB",
+            remedy="Write it like 24GiB",
+        )
+    return nbytes

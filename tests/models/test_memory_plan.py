@@ -1,0 +1,425 @@
+"""The memory plan: worked examples whose numbers were found elsewhere, what a load really holds, and what fits."""
+
+import gc
+import io
+import itertools
+import re
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile
+
+import rooflama
+from rooflama import ConfigError, demo_checkpoint, plan_memory
+from rooflama.kernels import LAYOUTS, reference, use_backend
+from rooflama.loaders import device_raw
+from rooflama.loaders.device import DeviceOutOfMemory
+from rooflama.loaders.gguf import read_gguf
+from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
+from rooflama.models import CheckpointReader, ModelConfig, RopeSpec, adapter_for, checkpoint_weights, memory_terms
+from rooflama.models.allocator import Segments
+from rooflama.models.memory_weights import plane_shapes
+from rooflama.planning import parse_bytes
+from small_checkpoint import write_small
+
+GIB, MIB = 2**30, 2**20
+
+# name: layers, hidden, query heads, K/V heads, head_dim, feed-forward, vocabulary, tied, q/k/v biases, QK norm
+SHAPES = {
+    "Llama-2-7B": (32, 4096, 32, 32, 128, 11008, 32000, False, False, False),
+    "Llama-2-13B": (40, 5120, 40, 40, 128, 13824, 32000, False, False, False),
+    "Llama-2-70B": (80, 8192, 64, 8, 128, 28672, 32000, False, False, False),
+    "Llama-3-8B": (32, 4096, 32, 8, 128, 14336, 128256, False, False, False),
+    "Llama-3-70B": (80, 8192, 64, 8, 128, 28672, 128256, False, False, False),
+    "Llama-3.2-1B": (16, 2048, 32, 8, 64, 8192, 128256, True, False, False),
+    "Llama-3.2-3B": (28, 3072, 24, 8, 128, 8192, 128256, True, False, False),
+    "Qwen2.5-0.5B": (24, 896, 14, 2, 64, 4864, 151936, True, True, False),
+    "Qwen2.5-1.5B": (28, 1536, 12, 2, 128, 8960, 151936, True, True, False),
+    "Qwen2.5-7B": (28, 3584, 28, 4, 128, 18944, 152064, False, True, False),
+    "Qwen2.5-14B": (48, 5120, 40, 8, 128, 13824, 152064, False, True, False),
+    "Qwen2.5-72B": (80, 8192, 64, 8, 128, 29568, 152064, False, True, False),
+    "Qwen3-0.6B": (28, 1024, 16, 8, 128, 3072, 151936, True, False, True),
+    "Qwen3-8B": (36, 4096, 32, 8, 128, 12288, 151936, False, False, True),
+    "Phi-3-mini": (32, 3072, 32, 32, 96, 8192, 32064, False, False, False),
+    "Phi-3-medium": (40, 5120, 40, 10, 128, 17920, 32064, False, False, False),
+    "TinyLlama": (22, 2048, 32, 4, 64, 5632, 32000, False, False, False),
+    "SmolLM2-135M": (30, 576, 9, 3, 64, 1536, 49152, True, False, False),
+    "SmolLM2-1.7B": (24, 2048, 32, 32, 64, 8192, 49152, True, False, False),
+}
+
+# GiB of F16, Q8_0, Q4_0 and Q4_K_M files as llama.cpp makes them, and K/V bytes a token in 16 bits.
+WEIGHTS = {
+    "Llama-2-7B": ("12.552", "6.669", "3.562", "3.800", 524288),
+    "Llama-2-13B": ("24.245", "12.881", "6.859", "7.325", 819200),
+    "Llama-2-70B": ("128.48", "68.26", "36.20", "38.58", 327680),
+    "Llama-3-8B": ("14.958", "7.947", "4.334", "4.575", 131072),
+    "Llama-3-70B": ("131.42", "69.82", "37.22", "39.59", 327680),
+    "Llama-3.2-1B": ("2.302", "1.223", "0.711", "0.745", 32768),
+    "Llama-3.2-3B": ("5.985", "3.180", "1.778", "1.873", 114688),
+    "Qwen2.5-0.5B": ("0.920", "0.489", "0.322", "0.365", 12288),
+    "Qwen2.5-1.5B": ("2.876", "1.528", "0.865", "0.913", 28672),
+    "Qwen2.5-7B": ("14.186", "7.537", "4.122", "4.356", 57344),
+    "Qwen2.5-14B": ("27.513", "14.618", "7.927", "8.365", 196608),
+    "Qwen2.5-72B": ("135.43", "71.95", "38.39", "44.15", 327680),
+    "Qwen3-0.6B": ("1.110", "0.590", "0.350", "0.364", 114688),
+    "Qwen3-8B": ("15.257", "8.106", "4.441", "4.677", 147456),
+    "Phi-3-mini": ("7.118", "3.782", "2.026", "2.228", 393216),
+    "Phi-3-medium": ("26.004", "13.815", "7.354", "7.978", 204800),
+    "TinyLlama": ("2.049", "1.089", "0.592", "0.621", 22528),
+    "SmolLM2-135M": ("0.251", "0.133", "0.084", "0.097", 23040),
+    "SmolLM2-1.7B": ("3.188", "1.694", "0.921", "0.981", 196608),
+}
+
+# GiB of Q4_K_M weights with the K/V of one sequence, in 16 bits and in 8 bits without scales.
+TOTALS = {
+    "Llama-2-7B": {4096: ("5.80", "4.80"), 32768: ("19.8", "11.8"), 131072: ("67.8", "35.8")},
+    "Llama-3-8B": {4096: ("5.08", None), 32768: ("8.58", "6.58"), 131072: ("20.6", "12.6")},
+    "Qwen2.5-7B": {4096: ("4.57", None), 32768: ("6.11", "5.23"), 131072: ("11.4", "7.86")},
+    "Phi-3-mini": {4096: ("3.73", None), 32768: ("14.2", "8.23"), 131072: ("50.2", "26.2")},
+}
+
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # for rows that are no whole number of blocks
+
+
+def config_of(name: str, **changes) -> ModelConfig:
+    layers, hidden, heads, kv_heads, head_dim, width, vocabulary, tied, biases, qk_norm = SHAPES[name]
+    values = {
+        "architecture": "llama",
+        "name": name,
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "context_length": 131072,
+        "rms_norm_eps": 1e-5,
+        "softmax_scale": head_dim**-0.5,
+        "rope": RopeSpec(head_dim=head_dim, rotary_dim=head_dim),
+        "sliding_windows": (0,) * layers,
+        "tied_embeddings": tied,
+        "qkv_bias": biases,
+        "qk_norm": qk_norm,
+    }
+    return ModelConfig(**{**values, **changes})
+
+
+def type_rule(name: str, mix: str):
+    """Which type llama.cpp's quantiser gives each tensor of a model."""
+    config = config_of(name)
+    layers, tied = config.num_layers, config.tied_embeddings
+
+    def wanted(tensor: str) -> str:
+        if mix in ("F16", "Q8_0"):
+            return mix
+        if tensor == ("token_embd.weight" if tied else "output.weight"):
+            return "Q6_K"
+        if mix == "Q4_0":
+            return mix
+        if name.startswith("Phi-3") and any(part in tensor for part in ("attn_q", "attn_k", "attn_v")):
+            return "Q5_K"  # fused in the file
+        if "attn_v" in tensor or "ffn_down" in tensor:
+            i = int(tensor.split(".")[1])
+            if i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2:
+                return "Q6_K"
+            if ("attn_v" in tensor and "70B" in name) or ("72B" in name and "attn_v" in tensor):
+                return "Q5_K"
+        return "Q4_K"
+
+    def rule(tensor: str, shape: tuple[int, ...]) -> str:
+        kind = wanted(tensor)
+        return FALLBACK[kind] if kind in FALLBACK and shape[-1] % 256 else kind
+
+    return rule
+
+
+def digits(value: float, printed: str) -> str:
+    """``value`` with as many decimals as ``printed``."""
+    return f"{value:.{len(printed.partition('.')[2])}f}"
+
+
+@pytest.mark.parametrize("mix", ["F16", "Q8_0", "Q4_0", "Q4_K_M"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_weights_as_stored(name, mix):
+    printed = WEIGHTS[name][["F16", "Q8_0", "Q4_0", "Q4_K_M"].index(mix)]
+    plan = plan_memory(config_of(name), context=4096, device="cuda", weight_types=type_rule(name, mix))
+    assert digits(plan.weights.stored_bytes / GIB, printed) == printed
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kv_bytes_a_token(name):
+    config = config_of(name)
+    assert memory_terms.kv_token_bytes(config, torch.float16) == WEIGHTS[name][-1]
+    assert memory_terms.kv_token_bytes(config, torch.float32) == 2 * WEIGHTS[name][-1]
+    scales = 2 * 4 * config.num_layers * config.num_kv_heads
+    for codes in (torch.int8, torch.float8_e4m3fn):
+        assert memory_terms.kv_token_bytes(config, codes) == WEIGHTS[name][-1] // 2 + scales
+
+
+@pytest.mark.parametrize("name", TOTALS)
+@pytest.mark.parametrize("context", [4096, 32768, 131072])
+def test_weights_with_keys_and_values(name, context):
+    sixteen, eight = TOTALS[name][context]
+    config, rule = config_of(name), type_rule(name, "Q4_K_M")
+    plan = plan_memory(config, context=context, device="cuda", kv_dtype="float16", weight_types=rule)
+    kv = plan.bytes_of("keys and values")
+    assert digits((plan.weights.stored_bytes + kv) / GIB, sixteen) == sixteen
+    if eight is not None:
+        codes = plan.but(kv_dtype=torch.int8).bytes_of("keys and values")
+        scales = context * 2 * 4 * config.num_layers * config.num_kv_heads
+        assert digits((plan.weights.stored_bytes + codes - scales) / GIB, eight) == eight
+
+
+def test_known_kv_pools():
+    """Llama-2-7B at 4,096 tokens holds 2 GiB of keys and values, in 64 pages of 64 tokens and not a token to spare."""
+    plan = plan_memory(config_of("Llama-2-7B"), context=4096, device="cuda", kv_dtype="float16")
+    assert plan.num_pages == 64
+    assert {line.name: line.nbytes for line in plan.lines if line.group == "keys and values"} == {"tokens": 2 * GIB}
+    spare = {line.name: line.nbytes for line in plan.but(context=4097).lines}["rest of last pages"]
+    assert spare == 63 * 524288
+
+
+@given(kind=st.sampled_from(sorted(LAYOUTS)), rows=st.integers(1, 4), blocks=st.integers(1, 3))
+def test_planes_are_those_of_repack(kind, rows, blocks):
+    columns = blocks * LAYOUTS[kind].block
+    raw = np.zeros((rows, columns // LAYOUTS[kind].block * BLOCK_BYTES[kind]), np.uint8)
+    repacked = repack(raw, kind, columns)
+    assert [(tuple(p.shape), p.dtype) for p in repacked.planes] == plane_shapes(kind, rows, columns)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("plan") / "small.gguf")
+
+
+@pytest.mark.parametrize("backend", ["numpy", "triton"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_a_load_holds_what_was_planned(small, backend, kv_dtype):
+    with use_backend(backend):
+        plan = plan_memory(small, context=100, kv_dtype=kv_dtype, device="cpu")
+        with rooflama.load(small, device="cpu", max_context=100, kv_dtype=kv_dtype, progress=False) as model:
+            assert model.weight_bytes == plan.weights.resident_bytes == plan.bytes_of("weights")
+            assert model.device.held_bytes == plan.bytes_of("weights", "keys and values")
+            assert [b.nbytes for b in model.device.held()][: len(plan.weights.allocations)] == [
+                *plan.weights.allocations
+            ]
+            tables = model.engine.cos.nbytes + model.engine.sin.nbytes
+            assert {line.name: line.nbytes for line in plan.lines}["rotary tables"] == tables
+            assert model.plan.but(free_bytes=None) == plan.but(free_bytes=None)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "triton"])
+def test_a_config_alone_gives_the_same_bytes_as_its_file(small, backend):
+    with read_gguf(small) as checkpoint:
+        reader = CheckpointReader(checkpoint)
+        config = adapter_for("llama").read_config(reader)
+        from_file = checkpoint_weights(reader, config, adapter_for("llama"), backend)
+        types = {name: info.ggml_type for name, info in checkpoint.tensors.items()}
+    with use_backend(backend):
+        plan = plan_memory(config, context=64, device="cpu", weight_types=lambda name, shape: types[name])
+    assert plan.weights.stored == from_file.stored
+    assert plan.weights.resident == from_file.resident
+
+
+@pytest.fixture
+def tight(small):
+    """A limit that 64 of the model's 128 tokens just meet."""
+    with use_backend("triton"):
+        return plan_memory(small, context=64, device="cpu").total_bytes
+
+
+def test_a_plan_that_does_not_fit_allocates_nothing(small, tight, monkeypatch):
+    made = []
+    monkeypatch.setattr(device_raw, "before_operation", lambda *what: made.append(what))
+    with use_backend("triton"), pytest.raises(DeviceOutOfMemory, match="max_context=64 would fit") as caught:
+        rooflama.load(small, device="cpu", max_context=128, memory_limit=tight, progress=False)
+    assert made == []
+    assert caught.value.limit == tight < caught.value.asked
+    with use_backend("triton"):
+        rooflama.load(small, device="cpu", max_context=64, memory_limit=tight, progress=False).close()
+
+
+def test_weights_that_fit_nowhere_say_what_would_hold_them(small):
+    with pytest.raises(DeviceOutOfMemory, match=r"no context fits: a device or limit of .* KiB and more would"):
+        rooflama.load(small, device="cpu", memory_limit=1000, progress=False)
+
+
+def test_without_a_wish_the_context_shrinks_with_a_warning(small, tight):
+    with (
+        use_backend("triton"),
+        pytest.warns(UserWarning, match="the context is 64 tokens, not the model's 128"),
+        rooflama.load(small, device="cpu", memory_limit=tight, progress=False) as model,
+    ):
+        assert model.max_context == 64
+
+
+@given(
+    limit=st.integers(1, 40 * GIB),
+    context=st.integers(1, 131072),
+    sequences=st.integers(1, 8),
+    kv_dtype=st.sampled_from(["float16", "fp8", "int8"]),
+    device=st.sampled_from(["cuda", "cpu"]),
+)
+def test_what_is_said_to_fit_fits_and_no_more(limit, context, sequences, kv_dtype, device):
+    plan = plan_memory(
+        config_of("Llama-3.2-1B"), context=context, sequences=sequences, kv_dtype=kv_dtype, device=device,
+        weight_types="Q8_0",
+    ).but(limit=limit, free_bytes=None)  # fmt: skip
+    longest, most = plan.largest_context(), plan.most_sequences()
+    assert plan.fits == (plan.total_bytes <= limit) == (plan.headroom_bytes >= 0)
+    if longest:
+        assert plan.but(context=longest).fits
+    if 0 < longest < 131072:
+        assert not plan.but(context=min(131072, longest // 64 * 64 + 128)).fits
+    if most:
+        assert plan.but(sequences=most).fits
+    assert not plan.but(sequences=most + 1).fits
+    assert plan.fits == (plan.remedies() == [])
+    for remedy in plan.remedies():
+        changed = {}
+        if context_given := re.search(r"max_context=(\d+)", remedy):
+            changed["context"] = int(context_given[1])
+        if "int8" in remedy:
+            changed["kv_dtype"] = torch.int8
+        if sequences_given := re.match(r"(\d+) sequence", remedy):
+            changed["sequences"] = int(sequences_given[1])
+        assert bool(changed) == ("no context fits" not in remedy)
+        assert not changed or plan.but(**changed).fits
+
+
+def test_lines_add_up_and_say_how():
+    plan = plan_memory(config_of("Llama-3-8B"), context=5000, sequences=3, device="cuda", limit="24GiB")
+    shown = plan.to_dict()
+    assert plan.total_bytes == sum(line["bytes"] for line in shown["lines"])
+    assert all(line["formula"] for line in shown["lines"])
+    assert shown["limit_bytes"] == 24 * GIB
+    assert shown["total_bytes"] + shown["headroom_bytes"] == 24 * GIB
+    names = {line.name for line in plan.lines}
+    assert {"tokens", "rest of last pages", "rotary tables", "block tables", "prefill activations"} <= names
+    assert {"split-KV partials", "logits and sampling", "allocator rounding", "context and kernels"} <= names
+
+
+def test_pictures():
+    plan = plan_memory(config_of("Llama-3-8B"), context=8192, device="cuda", limit="16.5GiB")
+    html = plan._repr_html_()
+    widths = [float(width) for width in re.findall(r"<rect x='[\d.]+' y='0' width='([\d.]+)'", html)]
+    assert sum(widths) == pytest.approx(1000, abs=0.1)  # the plan passes its limit, so it is the scale
+    assert "max_context" in html
+
+    console = Console(width=160, file=io.StringIO())
+    console.print(plan)
+    text = console.file.getvalue()
+    assert "Llama-3-8B: 1 sequence of 8,192 tokens" in text
+    assert all(line.name in text for line in plan.lines)
+
+
+def test_segments_follow_the_caching_allocator():
+    assert Segments([1]).reserved == 2 * MIB
+    assert Segments([MIB] * 2).reserved == 2 * MIB
+    assert Segments([MIB + 1]).reserved == 20 * MIB
+    assert Segments([3 * MIB] * 6).reserved == 20 * MIB
+    assert Segments([3 * MIB] * 7).reserved == 40 * MIB
+    assert Segments([10 * MIB]).reserved == 10 * MIB
+    assert Segments([11 * MIB - 1]).reserved == 12 * MIB
+    assert Segments([250 * MIB, 8 * MIB, 8 * MIB, 512, 512]).reserved == 272 * MIB
+
+
+@pytest.mark.gpu
+def test_segments_are_torchs_own():
+    rng = np.random.default_rng(0)
+    sizes = [int(2 ** rng.uniform(6, 26)) for _ in range(200)]
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    held = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
+    assert torch.cuda.memory_reserved() - before == Segments(sizes).reserved
+    del held
+
+
+@pytest.mark.parametrize("tokens", [65, 128])
+def test_prefill_workspace_is_what_the_kernels_allocate(small, tokens):
+    """Bytes alive at the widest moment of a pass, as torch's profiler counts them."""
+    with use_backend("triton"), rooflama.load(small, device="cpu", progress=False) as model:
+        sequence = model.engine.cache.add()
+        peak = allocated_peak(lambda: list(model.engine.prefill([sequence], [[5] * tokens], [0])))
+        planned = sum(model.plan.but(context=tokens)._prefill.values())
+    assert planned <= peak <= 1.05 * planned
+
+
+def allocated_peak(call) -> int:
+    """The most bytes that torch had allocated at once on the CPU during ``call``.
+
+    The interpreter's arguments live in reference cycles, which are collected as they arise.
+    """
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(1, 1, 1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            call()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+def test_scores_of_the_numpy_definition(small):
+    """NumPy's own bytes at the widest moment of a long prompt's attention."""
+    context, config = 1024, config_of("SmolLM2-135M")
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((300, config.num_heads, config.head_dim), np.float32)
+    pages = rng.standard_normal((context // 64, 64, config.num_kv_heads, config.head_dim), np.float32)
+    table, lengths, starts = np.arange(context // 64)[None], np.array([context]), np.array([0, 300])
+    tracemalloc.start()
+    reference.attention_prefill(q, pages, pages, table, lengths, starts, softmax_scale=0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    moment = memory_terms.definition_moments(config, 300, context, 1, 4)[0]
+    planned = moment["attention scores"] + moment["gathered keys and values"]
+    assert 0.7 * planned <= peak <= 1.1 * planned
+
+
+AMOUNTS = {
+    "24": 24,
+    "24GiB": 24 * GIB,
+    "512 MiB": 512 * MIB,
+    "80GB": 80 * 10**9,
+    "1.5gib": 1536 * MIB,
+    "8e9": 8 * 10**9,
+}
+
+
+@pytest.mark.parametrize(("text", "nbytes"), AMOUNTS.items())
+def test_amounts_of_memory(text, nbytes):
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GiB", "0GiB", "nanGiB", "infGiB", "1 TiB", "GiB"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(ConfigError, match="amount"):
+        parse_bytes(text)
+
+
+def test_arguments_out_of_range(small):
+    for wrong in ({"context": 0}, {"context": 129}, {"context": 8, "sequences": 0}, {"kv_dtype": "int4"}):
+        with pytest.raises(ConfigError):
+            plan_memory(small, **wrong)
+
+
+@pytest.mark.demo_checkpoint
+def test_the_demo_checkpoint():
+    try:
+        path = demo_checkpoint()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    plan = plan_memory(path, context=8192, device="cuda", dtype="bfloat16")
+    assert plan.weights.stored == {"Q4_1": 66355200, "Q8_0": 30081024, "F32": 140544}
+    assert plan.weights.resident_bytes == plan.weights.stored_bytes <= 1.1 * path.stat().st_size
+    assert plan.bytes_of("keys and values") == 8192 * 23040
