@@ -341,9 +341,9 @@ def test_segments_are_torchs_own():
     del held
 
 
-@pytest.mark.parametrize("tokens", [65, 128])
-def test_prefill_workspace_is_what_the_kernels_allocate(small, tokens):
+def test_prefill_workspace_is_what_the_kernels_allocate(small):
     """Bytes alive at the widest moment of a pass, as torch's profiler counts them."""
+    tokens = 65  # the fewest that are dequantised first
     with use_backend("triton"), rooflama.load(small, device="cpu", progress=False) as model:
         sequence = model.engine.cache.add()
         peak = allocated_peak(lambda: list(model.engine.prefill([sequence], [[5] * tokens], [0])))
@@ -359,7 +359,7 @@ def allocated_peak(call) -> int:
     thresholds = gc.get_threshold()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(1, 1, 1)
+    gc.set_threshold(300, 1, 1)
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             call()
