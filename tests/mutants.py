@@ -263,8 +263,8 @@ MUTANTS = [
     Mutant(
         "sampling: top-k keeps one too many",
         "kernels/sampling.py",
-        'bound = tl.where(limit > 0.0, limit, float("inf"))',
-        'bound = tl.where(limit > 0.0, limit + 1.0, float("inf"))',
+        "bound = tl.load(limit_ptr + row).to(tl.float32)",
+        "bound = tl.load(limit_ptr + row).to(tl.float32) + (0.0 if WEIGHTED else 1.0)",
         "tests/kernels/test_sampling.py",
     ),
     Mutant(
