@@ -60,18 +60,16 @@ class CheckpointReader:
         return name in self.checkpoint.tensors
 
     def vocab_size(self, keys: Hyperparameters) -> int:
-        """Rows of the token embedding; the metadata's own number and the vocabulary, where given, must agree."""
+        """Rows of the token embedding; the metadata's own number and the vocabulary, where given, must fit."""
         info = self.checkpoint.tensors.get("token_embd.weight")
         rows = info.shape[0] if info is not None else keys.integer("vocab_size")
-        tokens = self.checkpoint.metadata.get("tokenizer.ggml.tokens")
-        stated = {"vocab_size": keys.integer("vocab_size", rows), "tokens": rows if tokens is None else len(tokens)}
-        for what, number in stated.items():
-            if number != rows:
-                raise ConfigError(
-                    f"{what}: {number}, with {rows} embedding rows",
-                    rule="every token has one row, and every row one token",
-                    remedy="The file's metadata and tensors disagree; convert it again",
-                )
+        num_tokens = len(self.checkpoint.metadata.get("tokenizer.ggml.tokens", ()))
+        if keys.integer("vocab_size", rows) != rows or num_tokens > rows:
+            raise ConfigError(
+                f"vocab_size {keys.integer('vocab_size', rows)} and {num_tokens} tokens, with {rows} embedding rows",
+                rule="there are vocab_size rows, and one for every token; more are padding",
+                remedy="The file's metadata and tensors disagree; convert it again",
+            )
         return rows
 
     def checked_info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:

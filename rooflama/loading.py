@@ -14,6 +14,7 @@ from rooflama.loaders.gguf import GGUFFile, read_gguf
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
 from rooflama.models.memory_display import size
+from rooflama.models.rope import FactorSetPolicy
 
 from .model import Model
 from .planning import adapter_of, plan_for_device
@@ -27,6 +28,7 @@ def load(
     kv_dtype: str = "auto",
     max_context: int | None = None,
     memory_limit: int | None = None,
+    longrope: FactorSetPolicy = "auto",
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint onto a device.
@@ -40,6 +42,9 @@ def load(
             as fits into memory.
         memory_limit: bytes the process may take on the device for this model, the driver's context included; None for
             all that is free. What it would take is planned first, and nothing is allocated if that does not fit.
+        longrope: for models with LongRoPE (Phi-3 128k): which of the two sets of frequencies a sequence gets, for life.
+            ``auto`` gives ``long`` to a sequence whose prompt and new tokens together may exceed the original context
+            (Phi-3: 4096), else ``short``.
         progress: show a bar on standard error.
 
     Raises:
@@ -51,7 +56,7 @@ def load(
         tokenizer = Tokenizer.from_metadata(checkpoint.metadata)
         owner = open_device(device, memory_limit=memory_limit)
         try:
-            return _load(path, checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, progress)
+            return _load(path, checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, longrope, progress)
         except BaseException:
             owner.close()
             raise
@@ -65,6 +70,7 @@ def _load(
     dtype: str,
     kv_dtype: str,
     max_context: int | None,
+    longrope: FactorSetPolicy,
     progress: bool,
 ) -> Model:
     adapter = adapter_of(checkpoint)
@@ -84,7 +90,14 @@ def _load(
         dtype=plan.kv_dtype,
         device=device,
     )
-    engine = Engine(decoder, cache, max_context=plan.context, dtype=plan.dtype, prefill_chunk=plan.prefill_chunk)
+    engine = Engine(
+        decoder,
+        cache,
+        max_context=plan.context,
+        dtype=plan.dtype,
+        prefill_chunk=plan.prefill_chunk,
+        longrope=longrope,
+    )
     return Model(path=path, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan)
 
 

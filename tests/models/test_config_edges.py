@@ -207,7 +207,7 @@ def test_head_dim_comes_from_key_length_or_the_division():
         ("llama3", {"attention.layer_norm_rms_epsilon": float("nan")}, (), "must be a finite number > 0"),
         ("llama3", {"attention.layer_norm_rms_epsilon": 0.0}, (), "must be a finite number > 0"),
         ("llama3", {"attention.layer_norm_rms_epsilon": "small"}, (), "must be a finite number > 0"),
-        ("llama3", {"vocab_size": 95}, (), "vocab_size: 95, with 96 embedding rows"),
+        ("llama3", {"vocab_size": 95}, (), "vocab_size 95 and 0 tokens, with 96 embedding rows"),
         ("llama3", {"expert_count": 8}, (), "mixtures of experts are not supported"),
         ("llama3", {"attention.sliding_window": -1}, (), "must be a whole number >= 0"),
         ("qwen2", {"attention.sliding_window": 8}, (), "without sliding_window_pattern"),
@@ -220,10 +220,12 @@ def test_refused(name, changes, without, message):
         config_of(checkpoint(name, changes, without=without))
 
 
-def test_a_vocabulary_of_another_size_is_refused():
+def test_a_vocabulary_may_be_smaller_than_the_embedding_and_not_larger():
     stored = checkpoint("llama3")
+    stored.metadata["tokenizer.ggml.tokens"] = ["a"] * 95
+    assert config_of(stored).vocab_size == 96
     stored.metadata["tokenizer.ggml.tokens"] = ["a"] * 97
-    with pytest.raises(ConfigError, match="tokens: 97, with 96 embedding rows"):
+    with pytest.raises(ConfigError, match="97 tokens, with 96 embedding rows"):
         config_of(stored)
 
 

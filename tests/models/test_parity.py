@@ -1,12 +1,15 @@
 """Every family and edge case against transformers' logits in float32, from GGUF and from safetensors."""
 
+import copy
+
 import pytest
 import torch
 
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.safetensors import read_safetensors
+from rooflama.models.rope import RopeError
 from running_models import assert_parity, decode_logits, prefill_logits, running
-from tiny_checkpoints import cases, module, random_tokens, reference_logits, write_case
+from tiny_checkpoints import ORIGINAL, cases, make_module, module, random_tokens, reference_logits, write_case
 
 pytestmark = pytest.mark.usefixtures("numpy_backend")
 
@@ -66,6 +69,37 @@ def test_a_batch_of_mixed_lengths_equals_one_by_one(name, folder):
         for tokens, prompt, logits in zip(sequences, prompt_lengths, decoded, strict=False):
             (alone,) = decode_logits(engine, [tokens], [prompt])
             assert_parity(logits, alone, f"{len(tokens)} tokens, decoded in a batch against alone", 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "length", "planned", "expected"),
+    [
+        ("auto", 20, ORIGINAL, "short"),
+        ("auto", 20, ORIGINAL + 1, "long"),
+        ("long", 20, 20, "long"),
+        ("short", 72, 72, "short"),
+    ],
+)
+@pytest.mark.parametrize("name", ["phi3-128k", "phi4-mini"])
+def test_a_sequence_keeps_the_longrope_set_of_its_planned_length(name, policy, length, planned, expected, folder):
+    """The oracle has the expected set in both places, so that its own switch changes nothing."""
+    config = copy.deepcopy(cases()[name].config)
+    factors = config.rope_parameters[f"{expected}_factor"]
+    config.rope_parameters |= {"short_factor": factors, "long_factor": factors}
+    tokens = tokens_of(name, length)
+    reference = reference_logits(make_module(config), tokens)
+    with read_gguf(write_case(name, folder, "gguf")) as checkpoint, running(checkpoint, longrope=policy) as engine:
+        (logits,) = prefill_logits(engine, [tokens], 7, planned=planned)
+    assert_parity(logits, reference, f"{length} tokens of {planned} planned, policy {policy}")
+
+
+def test_an_unknown_longrope_policy_is_refused(folder):
+    with (
+        read_gguf(write_case("phi3-128k", folder, "gguf")) as checkpoint,
+        pytest.raises(RopeError, match="longrope policy 'medium'"),
+        running(checkpoint, longrope="medium"),
+    ):
+        pass
 
 
 def test_the_cache_is_free_again_after_use(folder):
