@@ -1,0 +1,45 @@
+"""Every family and edge case on a GPU: float32 against transformers, bfloat16 no further off than transformers is."""
+
+import copy
+
+import pytest
+import torch
+
+from rooflama.loaders.gguf import read_gguf
+from running_models import assert_parity, decode_logits, prefill_logits, running
+from tiny_checkpoints import cases, module, random_tokens, reference_logits, write_case
+
+pytestmark = pytest.mark.gpu
+
+GGUF_CASES = [name for name, case in cases().items() if case.in_gguf]
+
+
+def both_ways(path, tokens, dtype):
+    """Logits of the last half of the tokens, prefilled and decoded."""
+    half = len(tokens) // 2
+    with read_gguf(path) as checkpoint, running(checkpoint, device="cuda", dtype=dtype) as engine:
+        (prefilled,) = prefill_logits(engine, [tokens], 7)
+        (decoded,) = decode_logits(engine, [tokens], [half])
+    return {"prefilled": prefilled[half:], "decoded": decoded}
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_float32_matches_transformers(name, tmp_path):
+    tokens = random_tokens(max(cases()[name].lengths), cases()[name].config.vocab_size)
+    expected = reference_logits(module(name), tokens)[len(tokens) // 2 :]
+    for way, logits in both_ways(write_case(name, tmp_path, "gguf"), tokens, torch.float32).items():
+        assert_parity(logits, expected, f"{name}, {way}")
+
+
+@pytest.mark.parametrize("name", GGUF_CASES)
+def test_bfloat16_is_no_further_off_than_transformers(name, tmp_path):
+    """Distance to transformers in float32, against twice that of transformers in bfloat16, over all tokens."""
+    tokens = random_tokens(max(cases()[name].lengths), cases()[name].config.vocab_size)
+    exact = reference_logits(module(name), tokens)[len(tokens) // 2 :]
+    with torch.no_grad():
+        rounded = copy.deepcopy(module(name)).to(device="cuda", dtype=torch.bfloat16)
+        same_dtype = rounded(torch.tensor([tokens], device="cuda")).logits[0, len(tokens) // 2 :].float().cpu()
+    allowed = 2 * float((same_dtype - exact).norm())
+    for way, logits in both_ways(write_case(name, tmp_path, "gguf"), tokens, torch.bfloat16).items():
+        error = float((logits - exact).norm())
+        assert error <= allowed, f"{name}, {way}: error {error:.3g}, allowed {allowed:.3g} of {float(exact.norm()):.3g}"
