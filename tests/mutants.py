@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Mutant(NamedTuple):
-    """A bug: in ``file``, ``old`` (there exactly once) becomes ``new``, and ``tests`` must fail."""
+    """A bug: in ``file``, ``old`` (there exactly once) becomes ``new``. ``tests``, a file or one test, must fail."""
 
     name: str
     file: str
@@ -151,9 +151,9 @@ MUTANTS = [
     Mutant(
         "attention: page number in 32 bits",
         "kernels/attention_common.py",
-        "page = tl.load(block_table_ptr + (tile_start >> page_shift)).to(tl.int64)",
-        "page = tl.load(block_table_ptr + (tile_start >> page_shift))",
-        "tests/kernels/test_attention_prefill.py",
+        "rows = page * page_stride + slots",
+        "rows = page.to(tl.int32) * page_stride + slots",
+        "tests/kernels/test_attention_prefill.py::test_offsets_beyond_int32",
     ),
     Mutant(
         "attention: values of quantised pages unscaled",
@@ -349,7 +349,7 @@ def main() -> int:
 
     with ThreadPoolExecutor(2) as pool:
         if not options.no_baseline:
-            files = sorted({mutant.tests for mutant in chosen})
+            files = sorted({mutant.tests.split("::")[0] for mutant in chosen})
             for tests, (passed, reason) in zip(
                 files, pool.map(lambda tests: passes(tests, options.seconds), files), strict=True
             ):
