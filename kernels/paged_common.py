@@ -10,6 +10,7 @@ because not every target converts it and Triton's interpreter rounds it wrongly.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,13 +156,13 @@ def check_write(
 
 
 def write_by_definition(
-    define: Callable,
+    define: Callable[..., Any],
     k_pages: Tensor,
     v_pages: Tensor,
     slot_mapping: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
-) -> np.ndarray | None:
+) -> Any:
     """Let a definition write to pages of one slot, one for each token; what it wrote then goes to the slots.
 
     NumPy lacks two of the dtypes of pages, and a pool is too large to convert.
@@ -181,7 +182,7 @@ def write_by_definition(
     slots = slot_mapping[kept]
     page, place = slots // k_pages.shape[1], slots % k_pages.shape[1]
     for tensor, rows in zip((k_pages, v_pages, k_scale, v_scale), written, strict=True):
-        if tensor is not None:
+        if tensor is not None and rows is not None:
             tensor[page, place] = as_tensor(rows[:, 0], like=tensor)[kept]
     return result
 

@@ -440,12 +440,24 @@ def rope_and_cache_write(
             check_last_dim_contiguous(**{name: weight})
     check_same_device(q=q, k=k, q_norm=q_norm, k_norm=k_norm)
     if runs_numpy(q, q_norm, k_norm, k_pages):
-        inputs = [as_array(t) for t in (q, k, v, cos, sin, positions)]
-        norms = [None if weight is None else as_array(weight) for weight in (q_norm, k_norm)]
 
         def define(k_pages, v_pages, slot_mapping, k_scale, v_scale):
             return reference.rope_and_cache_write(
-                *inputs, slot_mapping, k_pages, v_pages, *norms, k_scale, v_scale, eps=eps, interleaved=interleaved
+                as_array(q),
+                as_array(k),
+                as_array(v),
+                as_array(cos),
+                as_array(sin),
+                as_array(positions),
+                slot_mapping,
+                k_pages,
+                v_pages,
+                None if q_norm is None else as_array(q_norm),
+                None if k_norm is None else as_array(k_norm),
+                k_scale,
+                v_scale,
+                eps=eps,
+                interleaved=interleaved,
             )
 
         return as_tensor(write_by_definition(define, k_pages, v_pages, slot_mapping, k_scale, v_scale), like=q)

@@ -390,10 +390,10 @@ def sample(
     if temperature is not None:
         maxima = torch.empty(grid[::-1], dtype=torch.float32, device=device)
         _max_kernel[grid](*rows, maxima, *strides, PENALISED=penalised, CHUNK=CHUNK)
-        if top_k is not None or top_p is not None:
+        filters = [(limit, weighted) for limit, weighted in ((top_k, False), (top_p, True)) if limit is not None]
+        if filters:
             floor = torch.zeros(num_seqs, dtype=torch.int32, device=device)
-        for limit, weighted in ((top_k, False), (top_p, True)):
-            if limit is not None:
+            for limit, weighted in filters:
                 _search(limit, weighted, rows, maxima, temperature, floor, strides, penalised, sizes)
     scores = torch.empty(grid[::-1], dtype=torch.float32, device=device)
     winners = torch.empty(grid[::-1], dtype=torch.int32, device=device)

@@ -83,12 +83,14 @@ def sample(
         if np.isnan(z).any():
             tokens[row] = -1
             continue
-        if penalty is not None:
+        if penalty is not None and seen is not None:
             factor = z.dtype.type(penalty[row])
             z = np.where(seen[row, :vocab_size] != 0, np.where(z < 0, z * factor, z / factor), z)
         if temperature is None or temperature[row] <= 0:
             tokens[row] = np.argmax(z)
             continue
+        if seeds is None or steps is None:
+            raise TypeError("temperature needs seeds and steps")
         kept = np.flatnonzero(
             allowed_tokens(
                 z,
