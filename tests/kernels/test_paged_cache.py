@@ -156,6 +156,7 @@ def test_rows_of_zeros_tiny_values_and_infinities(page_dtype, backend):
     with use_backend(backend):
         write_kv(k, k, *pages[:2], torch.zeros(1, dtype=torch.int64, device=DEVICE), *pages[2:])
         got = gather_kv(pages[0], table, lengths, pages[2], num_keys=1)[0]
+    assert not pages[0][0, 0, :2].float().any()  # codes
     assert not got[0].any()
     assert bool((got[1] - k[0, 1]).abs().max() <= 1e-43)
     assert bool((got[2] - k[0, 2]).abs().max() <= 1e-39)
