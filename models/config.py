@@ -15,6 +15,7 @@ class ModelConfig:
     Attributes:
         architecture: GGUF's name of the family, e.g. ``llama``.
         name: what the checkpoint calls itself.
+        generation: which published generation of its family has these numbers, empty if none is known to.
         num_layers, hidden_size, intermediate_size, vocab_size: sizes.
         num_heads, num_kv_heads: query heads, and the key/value heads they share.
         head_dim: elements of one head; need not be hidden_size / num_heads.
@@ -47,6 +48,7 @@ class ModelConfig:
     output_bias: bool = False
     ffn_bias: bool = False
     qk_norm: bool = False
+    generation: str = ""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -15,6 +15,7 @@ GGUF architecture ``llama``. What tells the generations apart is in the file, ne
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 from .config import ModelConfig
 from .config_reader import read_decoder_config
@@ -45,7 +46,21 @@ def read_config(reader: CheckpointReader) -> ModelConfig:
             remedy="The file is damaged, or of another architecture",
         )
     _flag_missing_scaling(config)
-    return config
+    return replace(config, generation=_generation(config))
+
+
+def _generation(config: ModelConfig) -> str:
+    """The column of the table above that has these numbers."""
+    rope = config.rope
+    plain = rope.kind == "default" and rope.frequency_divisors is None
+    numbers = (config.vocab_size, rope.base, config.context_length)
+    if plain and numbers == (32_000, 1e4, 4096):
+        return "Llama 2"
+    if plain and numbers == (128_256, 5e5, 8192):
+        return "Llama 3"
+    if not plain and numbers == (128_256, 5e5, 131_072):
+        return "Llama 3.2" if config.tied_embeddings else "Llama 3.1 or 3.3"
+    return ""
 
 
 def _flag_missing_scaling(config: ModelConfig) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from rooflama.loaders.gguf import read_gguf
-from rooflama.models import CheckpointReader, ModelConfig, RopeSpec, adapter_for
+from rooflama.models import CheckpointReader, ModelConfig, adapter_for
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,21 @@ class Summary:
             if windows == [0]
             else ", ".join(f"{w or 'none'} on {n} layers" for w, n in sorted(Counter(c.sliding_windows).items()))
         )
-        biases = [name for name, present in (("q, k, v", c.qkv_bias), ("attention output", c.output_bias)) if present]
+        present = {"q, k, v": c.qkv_bias, "attention output": c.output_bias, "feed-forward": c.ffn_bias}
+        biases = [name for name, there in present.items() if there]
+        family = f"architecture {c.architecture}" + (f", {c.generation}" if c.generation else "")
         types = ", ".join(
             f"{kind} {count} ({_size(self.tensor_bytes[kind])})" for kind, count in self.tensor_counts.items()
         )
         return [
             ("file", f"{self.path.name}, {_size(sum(self.tensor_bytes.values()))} of tensors"),
-            ("model", f"{c.name} (architecture {c.architecture})"),
+            ("model", f"{c.name} ({family})"),
             ("parameters", f"{self.num_parameters:,}"),
             ("layers", f"{c.num_layers}, hidden {c.hidden_size}, feed-forward {c.intermediate_size}"),
             ("attention", f"{c.attention_kind}: {c.num_heads} query heads on {c.num_kv_heads} key/value heads "
                           f"(group {c.group_size}), head_dim {c.head_dim}"),
             ("QK norm", "yes" if c.qk_norm else "no"),
-            ("RoPE", describe_rope(c.rope)),
+            ("RoPE", c.rope.describe()),
             ("sliding window", window),
             ("biases", ", ".join(biases) or "none"),
             ("context", f"{c.context_length:,} tokens"),
@@ -69,23 +71,6 @@ class Summary:
 
         rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.rows())
         return f"<table style='text-align:left'>{rows}</table>"
-
-
-def describe_rope(rope: RopeSpec) -> str:
-    """One line: kind, base, and every parameter that is set; lists by their length and range."""
-    parts = [f"{rope.kind}, theta {rope.base:g}"]
-    for field in fields(rope):
-        value = getattr(rope, field.name)
-        if field.name in ("kind", "base", "head_dim") or value is None:
-            continue
-        if field.name == "rotary_dim":
-            if value != rope.head_dim:
-                parts.append(f"rotates {value} of {rope.head_dim}")
-        elif isinstance(value, tuple):
-            parts.append(f"{len(value)} {field.name} {min(value):g}..{max(value):g}")
-        else:
-            parts.append(f"{field.name} {value:g}")
-    return ", ".join(parts)
 
 
 def _size(num_bytes: int) -> str:

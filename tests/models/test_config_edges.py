@@ -103,6 +103,8 @@ def test_llama_generations_differ_as_the_page_says():
         config_of(published_header(*next(row for row in PUBLISHED if row[1] == name)[:12]))
         for name in ("Llama-2-7B", "Llama-3-8B", "Llama-3.2-1B")
     )
+    assert [c.generation for c in (llama2, llama3, llama32)] == ["Llama 2", "Llama 3", "Llama 3.2"]
+    assert config_of(checkpoint("llama3")).generation == ""  # a tiny one is none of them
     assert [c.rope.base for c in (llama2, llama3, llama32)] == [1e4, 5e5, 5e5]
     assert [c.rope.frequency_divisors is not None for c in (llama2, llama3, llama32)] == [False, False, True]
     assert [c.attention_kind for c in (llama2, llama3, llama32)] == ["MHA", "GQA", "GQA"]
