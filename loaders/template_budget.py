@@ -9,7 +9,7 @@ from typing import Any
 from jinja2.sandbox import SecurityError
 from jinja2.utils import Namespace
 
-ITEM_COST = 16  # units; about the bytes that an item takes in a list
+ITEM_COST = 32  # units; about the bytes that a small item and its place in a list take
 
 INTEGER_BITS = 1024
 

@@ -69,6 +69,8 @@ def _text(value: Any) -> str:
 
 
 def _joined(separator: str, values: Iterable[Any]) -> str:
+    if isinstance(values, str):
+        current.get().spend(ITEM_COST * len(values))
     texts = [_text(value) for value in values]
     current.get().spend(sum(map(len, texts)) + len(separator) * len(texts))
     return separator.join(texts)
@@ -179,8 +181,6 @@ class _Rewriter(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(self._call(node, "tick", []), lineno=node.lineno))
-        if node.test is not None:
-            node.test = nodes.And(self._call(node, "tick", []), node.test, lineno=node.lineno)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
@@ -286,9 +286,8 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "*":
             for sequence, times in ((left, right), (right, left)):
                 if isinstance(sequence, str | list | tuple) and isinstance(times, int):
-                    budget.spend(budget.size(sequence) * max(times, 0))
-        if operator == "+" and isinstance(left, str):
-            budget.spend(len(left))
+                    unit = 1 if isinstance(sequence, str) else ITEM_COST
+                    budget.spend(unit * len(sequence) * max(times, 0))
         return budget.pay(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
