@@ -233,9 +233,14 @@ def converts_float8(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """(D_LO, D_HI): the powers of two, 16 at least, that hold a head's columns; D_HI = 0 if one does as well."""
+def split_head_dim(head_dim: int, *, scaled: bool) -> tuple[int, int]:
+    """(D_LO, D_HI): the powers of two, 16 at least, that hold a head's columns; D_HI = 0 if one does as well.
+
+    Quantised pages (``scaled``) take one: two made Triton 3.6 read past the end of shared memory on an H100.
+    """
     whole = max(16, triton.next_power_of_2(head_dim))
+    if scaled:
+        return whole, 0
     low = whole // 2
     high = max(16, triton.next_power_of_2(max(1, head_dim - low)))
     return (low, high) if low >= 16 and low + high < whole else (whole, 0)

@@ -323,7 +323,7 @@ def attention_decode(
     partial_lse = torch.empty((num_seqs, num_heads, grid_splits), dtype=torch.float32, device=q.device)
     group = num_heads // num_kv_heads
     block_m = min(64, max(16, triton.next_power_of_2(group)))
-    d_lo, d_hi = split_head_dim(head_dim)
+    d_lo, d_hi = split_head_dim(head_dim, scaled=k_scale is not None)
     pages = paged_kv(k_pages, v_pages, k_scale, v_scale)
     _attention_decode_kernel[(num_kv_heads * triton.cdiv(group, block_m), grid_splits, num_seqs)](
         q,

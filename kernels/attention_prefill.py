@@ -93,7 +93,7 @@ def _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M: tl.cons
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "num_blocks"])  # one code for every batch
 def _attention_prefill_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim]
@@ -317,7 +317,7 @@ def attention_prefill(
     num_seqs = block_table.shape[0]
     # a sequence of R rows spans at most R // BLOCK_M + 1 blocks, and so do the tokens that belong to none
     num_blocks = num_tokens * group // tile.block_m + num_seqs + 1
-    d_lo, d_hi = split_head_dim(head_dim)
+    d_lo, d_hi = split_head_dim(head_dim, scaled=k_scale is not None)
     pages = paged_kv(k_pages, v_pages, k_scale, v_scale)
     _attention_prefill_kernel[(num_blocks * num_kv_heads,)](
         q,

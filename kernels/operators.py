@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +23,26 @@ def operator(fake: Callable[..., Any], *, mutates: tuple[str, ...] = ()) -> Call
     """
 
     def register(launcher: Callable) -> Callable:
-        op = torch.library.custom_op(f"rooflama::{launcher.__name__}", launcher, mutates_args=mutates)
+        schema = torch.library.infer_schema(launcher, mutates_args=mutates)
+        if mutates:
+            # torch drops trailing arguments that equal their default, and torch 2.11 then fails on a mutated one.
+            positional, star, keyword = schema.partition(", *, ")
+            schema = re.sub(r"=\w+", "", positional) + star + keyword
+        op = torch.library.custom_op(f"rooflama::{launcher.__name__}", launcher, mutates_args=mutates, schema=schema)
         op.register_fake(fake)
+
+        defaults = [
+            (parameter.name, parameter.default)
+            for parameter in inspect.signature(launcher).parameters.values()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
 
         @functools.wraps(launcher)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return op(*args, **kwargs) if torch.compiler.is_compiling() else launcher(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                return launcher(*args, **kwargs)
+            rest = [kwargs.pop(name, default) for name, default in defaults[len(args) :]]
+            return op(*args, *rest, **kwargs)
 
         return call
 

@@ -40,7 +40,7 @@ WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul re
 REGIMES = {"quantised": {"gemv": 8, "dot": 64}, "float": {"gemv": 8, "dot": 8}}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
 def _gemv_kernel(
     x_ptr,  # [num_tokens, columns]
     low_ptr,  # the planes: see quantized_tiles.plane_arguments
@@ -144,7 +144,7 @@ def _store(
     tl.store(out_ptr + offs_m[:, None] * rows + offs_n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
 def _dot_kernel(
     x_ptr,  # [num_tokens, columns]
     low_ptr,  # the planes: see quantized_tiles.plane_arguments

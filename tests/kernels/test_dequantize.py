@@ -55,12 +55,12 @@ def test_rows_beyond_int32():
 
 @pytest.mark.parametrize("ggml_type", TYPES)
 def test_resident_form_on_a_cpu_is_float32_rows(ggml_type, numpy_backend):
-    weight = random_weight(np.random.default_rng(0), ggml_type, 5, 256)
-    resident = resident_form(weight, DEVICE)
+    weight = random_weight(np.random.default_rng(0), ggml_type, 5, 256).to("cpu")
+    resident = resident_form(weight, "cpu")
     assert resident.ggml_type == "F32"
     assert resident.shape == weight.shape
     assert_bit_equal(resident.planes[0], rounded_definition(weight, torch.float32))
-    assert resident_form(resident, DEVICE).planes[0].data_ptr() == resident.planes[0].data_ptr()
+    assert resident_form(resident, "cpu").planes[0].data_ptr() == resident.planes[0].data_ptr()
 
 
 def test_resident_form_for_triton_is_the_planes_themselves():

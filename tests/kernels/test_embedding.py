@@ -76,7 +76,7 @@ def test_a_token_outside_the_table_is_refused_on_a_cpu(token_id):
     [
         (torch.zeros(2, 2, dtype=torch.int64), torch.float32, r"token_ids must have shape \[any\]"),
         (torch.zeros(2), torch.float32, "token_ids is torch.float32"),
-        (torch.zeros(4, dtype=torch.int64)[::2], torch.float32, "last dimension of token_ids must be contiguous"),
+        (torch.zeros(4, device=DEVICE).long()[::2], torch.float32, "last dimension of token_ids must be contiguous"),
         (torch.zeros(2, dtype=torch.int64), torch.int32, "dtype is torch.int32"),
     ],
 )

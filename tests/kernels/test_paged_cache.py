@@ -317,10 +317,10 @@ def test_compiles_into_one_graph():
     assert_bit_equal(compiled[0][2], compiled[0][0])
 
 
-ZEROS = torch.zeros(2, 3, 16)
-PAGES = torch.zeros(4, 16, 3, 16)
-SLOTS = torch.zeros(2, dtype=torch.int64)
-SCALES = torch.zeros(4, 16, 3)
+ZEROS = torch.zeros(2, 3, 16, device=DEVICE)
+PAGES = torch.zeros(4, 16, 3, 16, device=DEVICE)
+SLOTS = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+SCALES = torch.zeros(4, 16, 3, device=DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ SCALES = torch.zeros(4, 16, 3)
         ((ZEROS, ZEROS, PAGES.double(), PAGES.double(), SLOTS), "k_pages is torch.float64"),
         ((ZEROS, ZEROS, PAGES[:, :12], PAGES[:, :12], SLOTS), "page_size is 12"),
         ((ZEROS, ZEROS, PAGES, PAGES.mT.contiguous().mT, SLOTS), "last dimension of v_pages must be contiguous"),
-        ((ZEROS, ZEROS, PAGES, torch.zeros(4, 2, 16, 3, 16)[:, 0], SLOTS), "must be laid out alike"),
+        ((ZEROS, ZEROS, PAGES, torch.zeros(4, 2, 16, 3, 16, device=DEVICE)[:, 0], SLOTS), "must be laid out alike"),
         ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS), "int8 and float8 pages come with scales"),
         ((ZEROS, ZEROS, PAGES, PAGES, SLOTS, SCALES, SCALES), "float pages without"),
         ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS, SCALES, SCALES.half()), "scale of v_pages is torch.float16"),
@@ -343,7 +343,7 @@ SCALES = torch.zeros(4, 16, 3)
 )
 def test_bad_write_is_refused_before_a_launch(arguments, message):
     with pytest.raises(KernelInputError, match=message):
-        write_kv(*(tensor.to(DEVICE) for tensor in arguments))
+        write_kv(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -201,9 +201,9 @@ def test_a_small_workspace_changes_nothing_but_the_number_of_passes(ggml_type, m
 @pytest.mark.parametrize("ggml_type", TYPES)
 def test_definition_runs_on_resident_rows(ggml_type, numpy_backend):
     rng = np.random.default_rng(0)
-    weight, x = random_weight(rng, ggml_type, 6, 256), normal(rng, 3, 256)
-    resident = resident_form(weight, DEVICE)
-    bias, residual = normal(rng, 6), normal(rng, 3, 6)
+    weight, x = random_weight(rng, ggml_type, 6, 256).to("cpu"), normal(rng, 3, 256).cpu()
+    resident = resident_form(weight, "cpu")
+    bias, residual = normal(rng, 6).cpu(), normal(rng, 3, 6).cpu()
     got = quantized_matmul(x, resident, bias, residual=residual)
     assert_bit_equal(got, quantized_matmul(x, weight, bias, residual=residual))
     assert_matmul_close(got, x, weight, bias, residual, context=ggml_type)
