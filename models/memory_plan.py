@@ -112,13 +112,14 @@ class MemoryPlan:
     @property
     def num_pages(self) -> int:
         """Pages in each layer's pool: every sequence at its full context."""
-        return self.sequences * pages_a_sequence(self.context, self.page_size)
+        return self.sequences * pages_a_sequence(self.config, self.context, self.page_size, self.prefill_chunk)
 
     @cached_property
     def lines(self) -> tuple[Line, ...]:
         config, on_gpu = self.config, self.target.kind != "cpu"
         token = memory_terms.kv_token_bytes(config, self.kv_dtype)
-        tokens, spare = self.sequences * self.context, self.num_pages * self.page_size - self.sequences * self.context
+        slots = self.num_pages * self.page_size
+        tokens = min(slots, self.sequences * self.context)
         scales = " + 4" if memory_terms.is_scaled(self.kv_dtype) else ""
         heads = (
             f"2 x {config.num_layers} x {config.num_kv_heads} x ({config.head_dim} x {self.kv_dtype.itemsize}{scales})"
@@ -130,9 +131,9 @@ class MemoryPlan:
                 for kind, nbytes in sorted(self.weights.resident.items(), key=lambda item: -item[1])
             ),
             Line("keys and values", "tokens", tokens * token, f"{tokens:,} tokens x {token:,} bytes = {heads}"),
-            Line("keys and values", "rest of last pages", spare * token, f"{spare:,} tokens x {token:,} bytes"),
+            Line("keys and values", "rest of last pages", (slots - tokens) * token, f"{slots - tokens:,} tokens"),
             Line("tables", "rotary tables", tables, "2 x 4 x tokens x rotary_dim / 2, for each factor set"),
-            Line("tables", "block tables", blocks, f"2 x 4 x {self.num_pages:,} pages"),
+            Line("tables", "block tables", blocks, "2 x 4 x sequences x pages of a context"),
             *(Line("workspace", name, nbytes, FORMULAS[name]) for name, nbytes in self._prefill.items()),
         ]
         if on_gpu:

@@ -18,6 +18,7 @@ from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK, LEVELS
 
 from .config import ModelConfig
+from .kv_cache import ring_pages
 from .memory_weights import Matrix
 
 DIGIT_BITS = 32 // LEVELS
@@ -48,9 +49,9 @@ def kv_token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * head
 
 
-def pages_a_sequence(context: int, page_size: int) -> int:
-    """ceil(T / P)."""
-    return -(-context // page_size)
+def pages_a_sequence(config: ModelConfig, context: int, page_size: int, max_append: int) -> int:
+    """ceil(T / P); where every layer has a sliding window, no more than ``kv_cache.ring_pages``."""
+    return min(-(-context // page_size), ring_pages(config, page_size, max_append))
 
 
 def kv_allocations(config: ModelConfig, kv_dtype: torch.dtype, num_pages: int, page_size: int) -> list[int]:
@@ -68,7 +69,7 @@ def rope_table_bytes(config: ModelConfig, context: int) -> int:
 
 def block_table_bytes(context: int, sequences: int, page_size: int) -> int:
     """2 x 4 S ceil(T / P): int32, one table for the prefill pass and one for the decode step."""
-    return 2 * 4 * sequences * pages_a_sequence(context, page_size)
+    return 2 * 4 * sequences * -(-context // page_size)
 
 
 def logits_bytes(config: ModelConfig, sequences: int) -> int:

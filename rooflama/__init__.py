@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rooflama.kernels import KernelInputError, RooflamaError
 from rooflama.models import ConfigError, MemoryPlan
 
+from .check import Report, check
 from .loading import demo_checkpoint, load, load_tokenizer
 from .model import Generation, Model
 from .planning import plan_memory
@@ -27,8 +28,10 @@ __all__ = [
     "KernelInputError",
     "MemoryPlan",
     "Model",
+    "Report",
     "RooflamaError",
     "Summary",
+    "check",
     "demo_checkpoint",
     "inspect",
     "load",

@@ -1,4 +1,7 @@
-"""The command line: ``rooflama demo | run | chat | inspect | env``. Exit status 2 for an error the user can mend."""
+"""The command line: ``rooflama demo | run | chat | inspect | plan | check | env``.
+
+Exit status 2 for an error the user can mend.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import typer
 from rich.console import Console
 
 from rooflama.kernels import RooflamaError
+
+from .cli_support import register
 
 app = typer.Typer(
     help="Llama-family models on Triton kernels.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -147,6 +152,9 @@ def env() -> None:
     from .environment import environment
 
     Console().print(environment())
+
+
+register(app)
 
 
 def main() -> None:

@@ -1,0 +1,210 @@
+"""The integration checklist as a program: everything that must hold before a checkpoint's output can be trusted.
+
+Checks run in order, each on what the earlier ones established. A check says PASS, WARN or FAIL and why; one that needs
+something that failed before it says SKIP. docs/LLAMA_INTEGRATION_CHECKLIST.md walks a person through the same list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from rooflama.kernels import RooflamaError
+
+from . import check_file, check_run
+from .environment import facts
+
+Status = Literal["PASS", "WARN", "FAIL", "SKIP"]
+STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
+
+
+class Check(NamedTuple):
+    """One line of the list: its name, what it needs to have passed or warned, and what finds out."""
+
+    name: str
+    needs: tuple[str, ...]
+    run: Callable[[check_file.Subject], check_file.Finding]
+
+
+CHECKS = (
+    Check("structure", (), check_file.structure),
+    Check("config", ("structure",), check_file.config),
+    Check("tensors", ("config",), check_file.tensors),
+    Check("layout", ("tensors",), check_file.layout),
+    Check("weights", ("structure",), check_file.weights),
+    Check("rope", ("config",), check_file.rope),
+    Check("tokenizer", ("structure",), check_file.tokenizer),
+    Check("chat template", ("tokenizer",), check_file.chat_template),
+    Check("memory", ("tensors",), check_run.memory),
+    Check("forward", ("memory", "weights", "tokenizer"), check_run.forward),
+    Check("generation", ("forward",), check_run.generation),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line: what was checked, how it went, why, how long it took, and what a bug report wants to know."""
+
+    name: str
+    status: Status
+    reason: str
+    seconds: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All lines for one checkpoint. Shows itself in a terminal and in Jupyter."""
+
+    path: Path
+    results: tuple[Result, ...]
+
+    @property
+    def exit_status(self) -> int:
+        """0: all passed. 1: warnings. 2: a failure."""
+        found = {result.status for result in self.results}
+        return 2 if "FAIL" in found else 1 if "WARN" in found else 0
+
+    def of(self, name: str) -> Result:
+        return next(result for result in self.results if result.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "file": file_facts(self.path),
+            "exit_status": self.exit_status,
+            "environment": dict(facts()),
+            "checks": [
+                {"name": r.name, "status": r.status, "reason": r.reason, "seconds": round(r.seconds, 3), **r.details}
+                for r in self.results
+            ],
+        }
+
+    def to_markdown(self) -> str:
+        """Everything a bug report needs, to be pasted into an issue. Holds no path and no weights."""
+        import json
+
+        shown = self.to_dict()
+        lines = [
+            f"# rooflama check: {shown['file']['name']}",
+            "",
+            "| check | status | seconds | reason |",
+            "|--|--|--|--|",
+        ]
+        for result in self.results:
+            reason = result.reason.replace("|", "\\|").replace("\n", " ")
+            lines.append(f"| {result.name} | {result.status} | {result.seconds:.1f} | {reason} |")
+        for title, table in (("File", shown["file"]), ("Environment", shown["environment"])):
+            lines += ["", f"## {title}", "", *(f"- {label}: {value}" for label, value in table.items())]
+        lines += ["", "## Details", ""]
+        for result in self.results:
+            if result.details:
+                body = json.dumps(result.details, indent=1, default=str)
+                lines += [
+                    f"<details><summary>{result.name}</summary>",
+                    "",
+                    "```json",
+                    body,
+                    "```",
+                    "",
+                    "</details>",
+                    "",
+                ]
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from map(as_line, self.results)
+        yield Text(self.verdict, style="bold")
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(
+            f"<tr><td><b>{r.status}</b></td><td>{escape(r.name)}</td><td>{escape(r.reason)}</td></tr>"
+            for r in self.results
+        )
+        return f"<table style='text-align:left'>{rows}</table><p><b>{escape(self.verdict)}</b></p>"
+
+    @property
+    def verdict(self) -> str:
+        counts = {status: sum(r.status == status for r in self.results) for status in STYLES}
+        said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        return f"{self.path.name}: {said}, in {sum(r.seconds for r in self.results):.1f} s"
+
+
+def as_line(result: Result) -> Table:
+    """A result as one row, its reason folded beside it."""
+    row = Table.grid(padding=(0, 2, 0, 0))
+    row.add_column(width=4)
+    row.add_column(width=max(len(check.name) for check in CHECKS))
+    row.add_column()
+    row.add_row(Text(result.status, style=STYLES[result.status]), Text(result.name, style="bold"), Text(result.reason))
+    return row
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Name, size, and the hash of the first mebibyte, which holds the metadata."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256(file.read(2**20)).hexdigest()
+        return {"name": path.name, "bytes": path.stat().st_size, "sha256 of the first MiB": digest}
+    except OSError as error:
+        return {"name": path.name, "error": error.strerror}
+
+
+def check(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    limit: int | None = None,
+    on_result: Callable[[Result], None] | None = None,
+) -> Report:
+    """Run the checklist on a checkpoint.
+
+    Args:
+        path: a ``.gguf`` file.
+        device: where to run it, as for ``load``.
+        limit: bytes it must fit into; None for what the device has free.
+        on_result: called with each result as it comes.
+
+    What is wrong with the file is in the report; nothing is raised for it.
+    """
+    results: list[Result] = []
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what an adapter warns of is in the line "config"
+        subject = check_file.Subject(Path(path), device, limit, stack)
+        for item in CHECKS:
+            result = _run(item, subject, {r.name: r.status for r in results})
+            results.append(result)
+            if on_result is not None:
+                on_result(result)
+    return Report(Path(path), tuple(results))
+
+
+def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) -> Result:
+    missing = [name for name in item.needs if before[name] in ("FAIL", "SKIP")]
+    if missing:
+        return Result(item.name, "SKIP", f"needs {' and '.join(missing)}")
+    started = time.perf_counter()
+    try:
+        found = item.run(subject)
+        status, reason, details = found.status, found.reason, found.details
+    except RooflamaError as error:
+        reason = str(error).replace(str(subject.path), subject.path.name)
+        status, details = "FAIL", {"error": type(error).__name__}
+    except Exception as error:  # a checklist that dies names nothing
+        status, reason = "FAIL", f"unexpected {type(error).__name__}: {error}; please report it"
+        details = {"traceback": traceback.format_exc()}
+    return Result(item.name, status, reason, time.perf_counter() - started, details)

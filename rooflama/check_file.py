@@ -1,0 +1,274 @@
+"""Checks of a checkpoint that need only its file: structure, numbers, tensors, weights, RoPE, tokenizer, template."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+
+from rooflama.kernels import LAYOUTS, reference
+from rooflama.loaders.gguf import GGUFFile, read_gguf
+from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
+from rooflama.loaders.tokenizer import Tokenizer
+from rooflama.models import Adapter, CheckpointReader, ModelConfig, checkpoint_weights, rope_tables
+from rooflama.models.memory_display import size
+
+from .loading import load
+from .model import Model
+from .planning import adapter_of
+
+# Byte offsets of the float16 scales in one block of each type; every other byte is a code or a small integer.
+SCALE_OFFSETS = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,),
+}  # fmt: skip
+CONTEXT = 256  # tokens that the model is loaded for
+LAYOUT_ROWS = 64  # rows of each tensor type that are repacked and compared
+
+ROUND_TRIPS = (
+    "Hello, world! It's 2026, isn't it?",
+    "  indented\n\ttabs\n\n\nand blank lines  ",
+    "größe, naïve, Ελλάδα, Привет, 漢字かな, العربية, 🙂👩‍🚀",
+    "def f(x):\n    return x ** 2  # 3.14159e-10\n",
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found."""
+
+    status: Literal["PASS", "WARN", "FAIL"]
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Subject:
+    """The checkpoint under test. What a check establishes is made once, by whoever asks first."""
+
+    path: Path
+    device: str
+    limit: int | None
+    stack: ExitStack
+
+    @cached_property
+    def file(self) -> GGUFFile:
+        return self.stack.enter_context(read_gguf(self.path))
+
+    @cached_property
+    def reader(self) -> CheckpointReader:
+        return CheckpointReader(self.file)
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        return adapter_of(self.file)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return self.adapter.read_config(self.reader)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_metadata(self.file.metadata)
+
+    @cached_property
+    def model(self) -> Model:
+        """The model on the device, with a context that takes little."""
+        context = min(CONTEXT, self.config.context_length)
+        model = load(self.path, device=self.device, max_context=context, memory_limit=self.limit, progress=False)
+        return self.stack.enter_context(model)
+
+
+def structure(subject: Subject) -> Finding:
+    """The file is GGUF, and every count, length, offset and type in its header holds."""
+    file = subject.file
+    details = {"metadata": {name: _short(value) for name, value in file.metadata.items()}}
+    return Finding(
+        "PASS",
+        f"GGUF version {file.version}, {file.byte_order}-endian, {len(file.metadata)} keys, "
+        f"{len(file.tensors)} tensors, {size(file.file_nbytes)} in {len(file.paths)} file{'s' * (len(file.paths) > 1)}",
+        details,
+    )
+
+
+def _short(value: Any) -> Any:
+    """A metadata value as a report shows it: long arrays and texts by their beginning."""
+    if isinstance(value, str):
+        return value if len(value) <= 200 else f"{value[:200]}... ({len(value)} characters)"
+    if isinstance(value, int | float):
+        return value
+    shown = [item.item() if isinstance(item, np.generic) else item for item in value[:8]]
+    return shown if len(value) <= 8 else f"{shown} and {len(value) - 8} more"
+
+
+def config(subject: Subject) -> Finding:
+    """The metadata describes a model that an adapter knows, in numbers that agree with each other."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        c = subject.config
+    details = {name: str(value) for name, value in vars(c).items() if name != "sliding_windows"}
+    if said:
+        return Finding("WARN", "; ".join(str(warning.message) for warning in said), {"config": details})
+    return Finding(
+        "PASS",
+        f"architecture {c.architecture}: {c.num_layers} layers, hidden {c.hidden_size}, {c.attention_kind} with "
+        f"{c.num_heads} query and {c.num_kv_heads} key/value heads of {c.head_dim}, context {c.context_length:,}, "
+        f"vocabulary {c.vocab_size:,}",
+        {"config": details},
+    )
+
+
+def tensors(subject: Subject) -> Finding:
+    """Every tensor that the model needs is there with its shape and a type that can be run, and no other is."""
+    checkpoint_weights(subject.reader, subject.config, subject.adapter, "triton")
+    counts, nbytes = Counter[str](), Counter[str]()
+    for info in subject.file.tensors.values():
+        counts[info.ggml_type] += 1
+        nbytes[info.ggml_type] += info.nbytes
+    kinds = ", ".join(f"{counts[kind]} {kind} ({size(nbytes[kind])})" for kind in counts)
+    return Finding("PASS", f"{counts.total()} tensors, each in its place: {kinds}", {"bytes": dict(nbytes)})
+
+
+def layout(subject: Subject) -> Finding:
+    """Rows of every type, repacked and dequantised, equal the gguf package's dequantisation bit for bit."""
+    checked: Counter[str] = Counter()
+    for name, info in subject.file.tensors.items():
+        if checked[info.ggml_type] >= LAYOUT_ROWS:
+            continue
+        rows = subject.file.data(name)[:LAYOUT_ROWS]
+        ours = reference.dequantize(repack(rows, info.ggml_type, info.shape[-1]).numpy())
+        theirs = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[info.ggml_type])
+        if not np.array_equal(ours, theirs.reshape(ours.shape), equal_nan=True):
+            return Finding("FAIL", f"tensor {name} ({info.ggml_type}) does not survive repacking: please report it")
+        checked[info.ggml_type] += len(rows)
+    return Finding(
+        "PASS", "bit-equal to gguf's dequantisation: " + ", ".join(f"{n} rows {k}" for k, n in checked.items())
+    )
+
+
+def weights(subject: Subject) -> Finding:
+    """No scale and no plain weight is NaN or infinite; no matrix is zero throughout."""
+    bad: dict[str, str] = {}
+    empty: list[str] = []
+    for name, info in subject.file.tensors.items():
+        if info.ggml_type not in LAYOUTS:
+            continue
+        finite, zero = _scan(subject.file.data(name), info.ggml_type)
+        if not finite.all():
+            row = int(np.argmin(finite))
+            bad[name] = f"tensor {name} ({info.ggml_type}) holds NaN or infinity, first in row {row}"
+        elif zero:
+            empty.append(name)
+    details = {"not finite": list(bad), "zero": empty}
+    if bad:
+        more = f", and {len(bad) - 1} tensors more" if len(bad) > 1 else ""
+        return Finding(
+            "FAIL", f"{next(iter(bad.values()))}{more}: the file is damaged or was quantised wrongly", details
+        )
+    if empty:
+        return Finding("WARN", f"every weight of tensor {empty[0]} is 0: it may not have been written", details)
+    return Finding("PASS", f"{len(subject.file.tensors)} tensors finite, none zero throughout", details)
+
+
+def _scan(raw: np.ndarray, ggml_type: str) -> tuple[np.ndarray, bool]:
+    """(which rows are finite, bool [rows]; whether everything is 0) of uint8 [rows, bytes of a row]."""
+    finite, zero = np.ones(len(raw), bool), True
+    for start in range(0, len(raw), 4096):
+        rows = raw[start : start + 4096]
+        for values in _numbers(rows, ggml_type):
+            finite[start : start + len(rows)] &= np.isfinite(values).all(axis=1)
+            zero &= not values.any()
+    return finite, zero
+
+
+def _numbers(rows: np.ndarray, ggml_type: str) -> list[np.ndarray]:
+    """The floats that decide whether weights are finite: scales of blocks, or the weights themselves."""
+    if ggml_type in SCALE_OFFSETS:
+        blocks = rows.reshape(len(rows), -1, BLOCK_BYTES[ggml_type])
+        return [blocks[..., at : at + 2].copy().view(np.float16)[..., 0] for at in SCALE_OFFSETS[ggml_type]]
+    if ggml_type == "BF16":
+        return [(rows.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)]
+    return [rows.copy().view(np.float32 if ggml_type == "F32" else np.float16)]
+
+
+def rope(subject: Subject) -> Finding:
+    """The rotary tables are finite, of one magnitude, and their numbers are of the size that models have."""
+    config = subject.config
+    spec = config.rope
+    rows = min(config.context_length, 4096)
+    for factor_set in ("short", "long") if spec.kind == "longrope" else (None,):
+        cos, sin = (table.astype(np.float64) for table in rope_tables(spec, rows, factor_set=factor_set))
+        magnitude = np.sqrt(cos**2 + sin**2)
+        if not np.allclose(magnitude, magnitude[0, 0], rtol=1e-5) or not 0.5 < magnitude[0, 0] < 4:
+            return Finding("FAIL", f"rotary tables of {spec.describe()} do not rotate: magnitude {magnitude.min():.3g}")
+    details = {"rope": spec.describe()}
+    divisors = spec.frequency_divisors
+    if spec.base < 1000:
+        return Finding("WARN", f"rope.freq_base is {spec.base:g}; models are trained with 10,000 and more", details)
+    if divisors is not None and (min(divisors) < 0.5 or max(divisors) > 128):
+        return Finding(
+            "WARN", f"rope_freqs.weight spans {min(divisors):g} to {max(divisors):g}, 1 to 32 is usual", details
+        )
+    return Finding("PASS", spec.describe(), details)
+
+
+def tokenizer(subject: Subject) -> Finding:
+    """The vocabulary is sound, has a row for each token, and spells texts back."""
+    tokens = subject.tokenizer
+    rows = subject.file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in subject.file.tensors else 0
+    if rows and tokens.vocab_size > rows:
+        return Finding("FAIL", f"{tokens.vocab_size} tokens but {rows} rows in token_embd.weight: they must be as many")
+    for text in ROUND_TRIPS:
+        ids = tokens.encode(text, add_special=False)
+        back = tokens.decode(ids)
+        if back.removeprefix(" ") != text.removeprefix(" "):
+            lost = tokens.unk_id is not None and tokens.unk_id in ids
+            return Finding(
+                "WARN" if lost else "FAIL",
+                f"{text!r} comes back as {back!r}" + (": its vocabulary cannot spell all of it" if lost else ""),
+                {"ids": ids},
+            )
+    details = {
+        "bos": tokens.bos_id,
+        "eos": sorted(tokens.eos_ids),
+        "add_bos": tokens.add_bos,
+        "add_eos": tokens.add_eos,
+    }
+    if not tokens.eos_ids:
+        return Finding("WARN", "no token ends a generation: tokenizer.ggml.eos_token_id is missing", details)
+    padding = f", {rows - tokens.vocab_size} rows of padding" if rows > tokens.vocab_size else ""
+    ends = ", ".join(repr(tokens.tokens[i]) for i in sorted(tokens.eos_ids)[:4])
+    return Finding("PASS", f"{tokens!r}{padding}, {len(ROUND_TRIPS)} texts come back, ends with {ends}", details)
+
+
+def chat_template(subject: Subject) -> Finding:
+    """A conversation renders, holds what was said, opens the answer, and begins with one BOS at most."""
+    tokens = subject.tokenizer
+    if tokens.chat_template is None:
+        return Finding(
+            "WARN", "tokenizer.chat_template is missing: the model continues text, and `chat` needs a template"
+        )
+    said = "What is 6 times 7?"
+    messages = [{"role": "user", "content": said}]
+    text = tokens.apply_chat_template(messages)
+    ids = tokens.encode_chat(messages)
+    bos = ids.count(tokens.bos_id) if tokens.bos_id is not None and tokens.add_bos else 0
+    details = {"rendered": text, "ids": ids}
+    if said not in text:
+        return Finding("FAIL", "tokenizer.chat_template drops what the user said", details)
+    if bos > 1:
+        return Finding(
+            "FAIL", f"a conversation begins with {bos} BOS tokens: the template and the tokenizer both add it", details
+        )
+    if text == tokens.apply_chat_template(messages, add_generation_prompt=False):
+        return Finding("WARN", "tokenizer.chat_template ignores add_generation_prompt, so no answer is opened", details)
+    return Finding(
+        "PASS", f"renders {len(messages)} message as {len(ids)} tokens, answer opened by {text[-24:]!r}", details
+    )

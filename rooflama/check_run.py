@@ -1,0 +1,137 @@
+"""Checks of a checkpoint that run it: memory, every layer against float64, decode against prefill."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from rooflama.kernels import backend_for
+from rooflama.models import MemoryPlan
+from rooflama.models.memory_display import size
+
+from .check_file import CONTEXT, Finding, Subject
+from .definition import Definition
+from .model import Model
+from .planning import plan_memory
+
+TEXT = "The quick brown fox jumps over the lazy dog. The capital of France is Paris, and the sky is blue because"
+TOKENS = 12  # of TEXT, run through every layer
+NEW_TOKENS = 16
+
+
+def memory(subject: Subject) -> Finding:
+    """The plan at the model's own context stays within the limit, or within what the device has free."""
+    plan = plan_memory(subject.path, device=subject.device, limit=subject.limit)
+    details = {"plan": plan.to_dict()}
+    if plan.fits:
+        return Finding("PASS", f"{size(plan.total_bytes)} at {plan.context:,} tokens, {_bound(plan)}", details)
+    longest = plan.largest_context()
+    status = "WARN" if longest >= min(CONTEXT, plan.config.context_length) else "FAIL"
+    return Finding(
+        status,
+        f"{size(plan.total_bytes)} at {plan.context:,} tokens, {_bound(plan)}; {'; '.join(plan.remedies())}",
+        details,
+    )
+
+
+def _bound(plan: MemoryPlan) -> str:
+    bounds = [f"limit {size(plan.limit)}"] if plan.limit is not None else []
+    bounds += [f"{size(plan.free_bytes)} free"] if plan.free_bytes is not None else []
+    return ", ".join(bounds) or "with no device here to hold it against"
+
+
+def tolerance(dtype: torch.dtype, widest: int) -> float:
+    """Relative error that a layer may add: 4 roundings of what it stores, and float32 sums of ``widest`` products."""
+    return 4 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps * math.sqrt(widest)
+
+
+def forward(subject: Subject) -> Finding:
+    """Each layer, given what the model gave the layer before, equals its definition in float64 from the file's bytes.
+
+    So a layer that errs is named, and does not hide behind those before it. Errors are relative to a token's norm, the
+    worst token's counts.
+    """
+    model, config = subject.model, subject.config
+    ids = model.tokenizer.encode(TEXT)[: min(TOKENS, model.max_context)]
+    states: list[np.ndarray] = []
+    logits = model.logits(ids, observe=lambda index, hidden: states.append(hidden.detach().cpu().double().numpy()))
+    definition = Definition(subject.file, config, len(ids))
+    allowed = tolerance(model.engine.dtype, max(config.hidden_size, config.intermediate_size))
+    errors = []
+    before = definition.embed(ids)
+    for index, state in enumerate(states):
+        expected = definition.layer(index, before)
+        errors.append(_relative_error(state, expected))
+        if not errors[-1] <= allowed:  # NaN too
+            break
+        before = state
+    details = {"tokens": ids, "allowed": allowed, "layer errors": errors, "device": model.device.name}
+    if not errors[-1] <= allowed:
+        finite = "not finite" if not np.isfinite(states[len(errors) - 1]).all() else f"off by {errors[-1]:.2e}"
+        return Finding("FAIL", f"layer {len(errors) - 1} is {finite}, relative; allowed {allowed:.1e}", details)
+    error = _relative_error(logits.double().numpy(), definition.logits(states[-1]))
+    details["logits error"] = error
+    if not error <= allowed:
+        return Finding("FAIL", f"the layers agree, the logits are off by {error:.2e}; allowed {allowed:.1e}", details)
+    kind = "Triton kernels" if backend_for(model.engine.device) == "triton" else "NumPy definitions"
+    name = str(model.engine.dtype).removeprefix("torch.")
+    surprise = _surprise(model)
+    details["nats a token on plain English"] = surprise
+    said = (
+        f"{len(states)} layers and the logits of {kind} in {name} within {max(*errors, error):.1e} of float64 from the "
+        f"file's bytes (allowed {allowed:.1e}); {surprise:.2f} nats a token on plain English"
+    )
+    if surprise > 0.75 * math.log(config.vocab_size):
+        return Finding(
+            "WARN", f"{said}, which is near chance: rows, RoPE or weights are probably not what they say", details
+        )
+    return Finding("PASS", said, details)
+
+
+def _relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The worst token's norm of the difference over its norm."""
+    norms = np.linalg.norm(expected, axis=-1)
+    return float(np.max(np.linalg.norm(actual - expected, axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)))
+
+
+def _surprise(model: Model) -> float:
+    """Mean negative log-likelihood of ``TEXT``, in nats a token; its first eight tokens are not counted."""
+    ids = model.tokenizer.encode(TEXT)[: model.max_context]
+    scores = torch.log_softmax(model.logits(ids)[:-1].double(), -1)
+    picked = scores[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+    return float(-picked[min(8, len(ids) // 2) :].mean())
+
+
+def generation(subject: Subject) -> Finding:
+    """Greedy decoding repeats itself exactly, and token by token through the cache says what one pass says."""
+    model = subject.model
+    prompt = model.tokenizer.encode(TEXT)[: model.max_context // 2]
+    started = time.perf_counter()
+    first = model.generate(prompt, max_new_tokens=min(NEW_TOKENS, model.max_context - len(prompt)))
+    seconds = time.perf_counter() - started
+    again = model.generate(prompt, max_new_tokens=len(first.token_ids))
+    details = {"prompt": prompt, "token_ids": first.token_ids, "text": first.text, "seconds": seconds}
+    if again.token_ids != first.token_ids:
+        return Finding("FAIL", f"two greedy runs differ: {first.token_ids} and {again.token_ids}", details)
+    logits = model.logits([*prompt, *first.token_ids[:-1]])[len(prompt) - 1 :].double()
+    best = logits.topk(2, dim=-1)
+    margin = (best.values[:, 0] - best.values[:, 1]).numpy()
+    spread = tolerance(model.engine.dtype, model.config.intermediate_size) * model.config.num_layers
+    certain = margin > spread * logits.abs().amax(-1).numpy()
+    differs = certain & (best.indices[:, 0].numpy() != np.array(first.token_ids))
+    if differs.any():
+        at = int(np.argmax(differs))
+        return Finding(
+            "FAIL",
+            f"new token {at}: decoding drew {first.token_ids[at]}, one pass over the same text prefers "
+            f"{int(best.indices[at, 0])} by {margin[at]:.3g}",
+            details,
+        )
+    speed = first.timings.decode_tokens_per_s
+    said = f"{len(first.token_ids)} tokens, the same twice and in one pass, {speed:.1f} tokens/s: {first.text!r}"
+    if len(first.token_ids) > 4 and len(set(first.token_ids)) == 1:
+        return Finding("WARN", f"one token repeats: {said}", details)
+    return Finding("PASS", said, details)

@@ -1,0 +1,72 @@
+"""The commands ``rooflama plan`` and ``rooflama check``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="a .gguf file")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
+Limit = Annotated[str | None, typer.Option(help="memory it must fit into, such as 24GiB")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(plan)
+    app.command()(check)
+
+
+def plan(
+    model: ModelPath,
+    context: Annotated[int | None, typer.Option(help="tokens a sequence may reach; the model's own by default")] = None,
+    sequences: Annotated[int, typer.Option(help="sequences held at once")] = 1,
+    kv_dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16, fp8, int8")] = "auto",
+    dtype: Annotated[str, typer.Option(help="of activations: auto, float32, float16, bfloat16")] = "auto",
+    device: DeviceName = "auto",
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Show what MODEL will take on a device, here or not, without loading it. Exit status 1 if it does not fit."""
+    from .planning import plan_memory
+
+    made = plan_memory(
+        model, context=context, sequences=sequences, kv_dtype=kv_dtype, dtype=dtype, device=device, limit=limit
+    )
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        Console().print(made)
+    raise typer.Exit(0 if made.fits else 1)
+
+
+def check(
+    model: ModelPath,
+    device: DeviceName = "auto",
+    limit: Limit = None,
+    as_json: Json = False,
+    report: Annotated[Path | None, typer.Option(help="write what a bug report needs to this file")] = None,
+) -> None:
+    """Go through the integration checklist for MODEL. Exit status 0: all passed, 1: warnings, 2: a failure."""
+    from .check import as_line
+    from .check import check as run_checks
+    from .planning import parse_bytes
+
+    console = Console()
+    result = run_checks(
+        model,
+        device=device,
+        limit=None if limit is None else parse_bytes(limit),
+        on_result=None if as_json else lambda line: console.print(as_line(line)),
+    )
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2, default=str))
+    else:
+        console.print(result.verdict, style="bold")
+    if report is not None:
+        report.write_text(result.to_markdown(), encoding="utf-8")
+    raise typer.Exit(result.exit_status)

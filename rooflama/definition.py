@@ -1,0 +1,101 @@
+"""A checkpoint's forward pass in float64, straight from the bytes of its file: what ``rooflama check`` compares with.
+
+Weights are dequantised by the gguf package, not by our repacking, and stay in the file's order of rows: what is stored
+as interleaved rotary pairs is rotated as interleaved pairs. So neither repacking, nor joining, nor the reordering of
+rows, nor the upload, nor a kernel is shared with the model under test. Shared are the configuration, the rotary tables
+and the formulas of ``kernels.reference``.
+"""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+
+from rooflama.kernels import reference
+from rooflama.loaders.checkpoint import Checkpoint
+from rooflama.models import ModelConfig, rope_tables
+from rooflama.models.rope import choose_factor_set
+
+ROWS = 4096  # of a matrix, dequantised at a time
+
+
+class Definition:
+    """Layers and logits of one checkpoint, for a sequence that starts at position 0.
+
+    Args:
+        checkpoint: open; its tensors are read as they are needed.
+        config: as the adapter read it.
+        num_tokens: of the sequence.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, num_tokens: int):
+        self.checkpoint, self.config = checkpoint, config
+        longrope = config.rope.kind == "longrope"
+        factor_set = choose_factor_set(config.rope, num_tokens) if longrope else None
+        self.cos, self.sin = rope_tables(config.rope, num_tokens, factor_set=factor_set)
+        self.positions = np.arange(num_tokens)
+
+    def vector(self, name: str) -> np.ndarray:
+        return self._rows(name, 0, 1).reshape(-1)
+
+    def _rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        kind = gguf.GGMLQuantizationType[self.checkpoint.tensors[name].ggml_type]
+        return gguf.quants.dequantize(self.checkpoint.data(name)[start:stop], kind).astype(np.float64)
+
+    def product(self, x: np.ndarray, stem: str) -> np.ndarray:
+        """x [n, columns] -> x Wᵀ + bias [n, rows]."""
+        name, bias = f"{stem}.weight", f"{stem}.bias"
+        total = self.checkpoint.tensors[name].shape[0]
+        parts = [x @ self._rows(name, start, min(start + ROWS, total)).T for start in range(0, total, ROWS)]
+        y = np.concatenate(parts, axis=-1)
+        return y + self.vector(bias) if bias in self.checkpoint.tensors else y
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return reference.rms_norm(x, self.vector(name), self.config.rms_norm_eps)
+
+    def embed(self, token_ids: list[int]) -> np.ndarray:
+        """float64 [num_tokens, hidden_size]."""
+        return np.concatenate([self._rows("token_embd.weight", token, token + 1) for token in token_ids])
+
+    def layer(self, index: int, hidden: np.ndarray) -> np.ndarray:
+        """Layer ``index`` of hidden [num_tokens, hidden_size]."""
+        prefix = f"blk.{index}."
+        hidden = hidden + self.attention(index, self.norm(hidden, prefix + "attn_norm.weight"))
+        normed = self.norm(hidden, prefix + "ffn_norm.weight")
+        up = self.product(normed, prefix + "ffn_up")
+        if prefix + "ffn_gate.weight" in self.checkpoint.tensors:
+            gate = self.product(normed, prefix + "ffn_gate")
+        else:
+            gate, up = np.split(up, 2, axis=-1)
+        return hidden + self.product(reference.swiglu(gate, up), prefix + "ffn_down")
+
+    def attention(self, index: int, normed: np.ndarray) -> np.ndarray:
+        config, prefix, num_tokens = self.config, f"blk.{index}.", len(normed)
+        if prefix + "attn_qkv.weight" in self.checkpoint.tensors:
+            qkv = self.product(normed, prefix + "attn_qkv")
+        else:
+            qkv = np.concatenate([self.product(normed, prefix + f"attn_{part}") for part in "qkv"], axis=-1)
+        heads = qkv.reshape(num_tokens, -1, config.head_dim)
+        q, k, v = np.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
+        if config.qk_norm:
+            q, k = self.norm(q, prefix + "attn_q_norm.weight"), self.norm(k, prefix + "attn_k_norm.weight")
+        q, k = (
+            reference.rope(x, self.cos, self.sin, self.positions, interleaved=self.checkpoint.interleaved_rope_rows)
+            for x in (q, k)
+        )
+        out, _ = reference.attention_prefill(
+            q,
+            k[None],  # one page as long as the sequence
+            v[None],
+            np.zeros((1, 1), np.int64),
+            np.array([num_tokens]),
+            np.array([0, num_tokens]),
+            softmax_scale=config.softmax_scale,
+            sliding_window=config.sliding_windows[index],
+        )
+        return self.product(out.reshape(num_tokens, -1), prefix + "attn_output")
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """[num_tokens, vocab_size] of the last layer's hidden."""
+        stem = "token_embd" if self.config.tied_embeddings else "output"
+        return self.product(self.norm(hidden, "output_norm.weight"), stem)

@@ -1,0 +1,236 @@
+"""``rooflama check``: a sound file passes, and each broken one has the broken thing named, in the right line."""
+
+import json
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from rooflama import ConfigError, cli, demo_checkpoint
+from rooflama.check import CHECKS, check
+from rooflama.models.weights import Projection
+from small_checkpoint import HEAD_DIM, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, Parts
+
+LLAMA_31 = {"llama.rope.freq_base": 500_000.0, "llama.context_length": 131_072}
+
+
+def metadata(**changes) -> Callable[[Parts], None]:
+    """Set keys; ``__`` stands for a dot, None removes."""
+
+    def change(parts: Parts) -> None:
+        for name, value in changes.items():
+            key = name.replace("__", ".")
+            parts.metadata.pop(key, None)
+            if value is not None:
+                parts.metadata[key] = value
+
+    return change
+
+
+def drop_tensor(name: str) -> Callable[[Parts], None]:
+    return lambda parts: parts.weights.pop(name)
+
+
+def tensor(name: str, values: np.ndarray, kind: str = "F32") -> Callable[[Parts], None]:
+    def change(parts: Parts) -> None:
+        parts.weights[name], parts.types[name] = values, kind
+
+    return change
+
+
+def in_file(pattern: bytes, replacement: bytes) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        assert pattern in data
+        return data.replace(pattern, replacement, 1)
+
+    return change
+
+
+def damaged_values(name: str, value: float) -> Callable[[Parts], None]:
+    def change(parts: Parts) -> None:
+        parts.weights[name] = parts.weights[name].copy()
+        parts.weights[name].flat[7] = value
+
+    return change
+
+
+def architecture(parts: Parts) -> None:
+    parts.architecture = "mamba"
+
+
+ones = np.ones(HIDDEN, np.float32)
+norm, up, key, value = "blk.1.ffn_norm.weight", "blk.1.ffn_up.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"
+
+# name: (what breaks the parts or the bytes, the line that must say so, its status, what it must name)
+BROKEN = {
+    "magic": (in_file(b"GGUF", b"GGML"), "structure", "FAIL", "byte 0.*starts with b'GGML'"),
+    "version": (in_file(b"GGUF\x03", b"GGUF\x63"), "structure", "FAIL", "version"),
+    "cut in the header": (lambda data: data[:900], "structure", "FAIL", "byte"),
+    "cut in a tensor": (lambda data: data[:-4096], "structure", "FAIL", "tensor"),
+    "git-lfs pointer": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "structure", "FAIL", "git-lfs"),
+    "tensor twice": (in_file(b"blk.1.ffn_up", b"blk.1.attn_q"), "structure", "FAIL", "blk.1.attn_q.weight"),
+    "unknown architecture": (architecture, "config", "FAIL", "mamba"),
+    "no layer count": (metadata(llama__block_count=None), "config", "FAIL", "llama.block_count"),
+    "NaN epsilon": (
+        metadata(llama__attention__layer_norm_rms_epsilon=float("nan")), "config", "FAIL", "layer_norm_rms_epsilon"
+    ),
+    "heads that do not divide": (metadata(llama__attention__head_count_kv=3), "config", "FAIL", "3 key/value heads"),
+    "a key nobody knows": (metadata(llama__attention__sinks=4), "config", "FAIL", "llama.attention.sinks"),
+    "vocabulary of another size": (metadata(llama__vocab_size=VOCABULARY - 1), "config", "FAIL", "vocab_size"),
+    "no context": (metadata(llama__context_length=0), "config", "FAIL", "context_length"),
+    "scaling of no known type": (metadata(llama__rope__scaling__type="warp"), "config", "FAIL", "warp"),
+    "base of no rotation": (metadata(llama__rope__freq_base=1.0), "config", "FAIL", "base"),
+    "tensor missing": (drop_tensor(up), "tensors", "FAIL", f"tensor {up} is missing"),
+    "tensor too many": (tensor("blk.1.attn_sinks.weight", ones), "tensors", "FAIL", "blk.1.attn_sinks.weight"),
+    "tensor misshapen": (
+        tensor(key, np.ones((KV_HEADS * HEAD_DIM + 1, HIDDEN), np.float32)), "tensors", "FAIL", f"{key} has shape"
+    ),
+    "norm that is quantised": (
+        tensor(norm, np.ones((1, HIDDEN), np.float32)[0], "Q8_0"), "tensors", "FAIL", f"tensor {norm} is Q8_0"
+    ),
+    "NaN in a norm": (damaged_values(norm, np.nan), "weights", "FAIL", rf"tensor {norm} \(F32\) holds NaN"),
+    "infinite scale": (damaged_values(value, 1e9), "weights", "FAIL", rf"{value} \(Q5_0\).*row 0"),
+    "matrix of zeros": (
+        tensor(up, np.zeros((WIDTH, HIDDEN), np.float32), "Q4_1"), "weights", "WARN", f"every weight of tensor {up}"
+    ),
+    "Llama 3.1 without its factors": (lambda parts: parts.metadata.update(LLAMA_31), "config", "WARN", "rope_freqs"),
+    "tiny base": (metadata(llama__rope__freq_base=100.0), "rope", "WARN", "freq_base is 100"),
+    "no tokenizer": (metadata(tokenizer__ggml__model=None), "tokenizer", "FAIL", "tokenizer.ggml.model is missing"),
+    "pre-tokeniser of no known kind": (metadata(tokenizer__ggml__pre="klingon"), "tokenizer", "FAIL", "klingon"),
+    "token types too few": (metadata(tokenizer__ggml__token_type=[1, 2]), "tokenizer", "FAIL", "token_type has 2"),
+    "end token out of range": (metadata(tokenizer__ggml__eos_token_id=9999), "tokenizer", "FAIL", "eos_token_id"),
+    "template that does not parse": (
+        metadata(tokenizer__chat_template="{% for m in messages %}"), "chat template", "FAIL", "line 1"
+    ),
+    "template that drops the words": (metadata(tokenizer__chat_template="hello"), "chat template", "FAIL", "drops"),
+    "no template": (metadata(tokenizer__chat_template=None), "chat template", "WARN", "chat_template is missing"),
+}  # fmt: skip
+OF_BYTES = {"magic", "version", "cut in the header", "cut in a tensor", "git-lfs pointer", "tensor twice"}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return Parts().write(tmp_path_factory.mktemp("check") / "small.gguf")
+
+
+def test_a_sound_file_fails_nowhere(sound, numpy_backend):
+    """Random weights know no English, and that is all the list finds."""
+    report = check(sound, device="cpu")
+    assert [result.name for result in report.results] == [item.name for item in CHECKS]
+    assert {result.status for result in report.results if result.name != "forward"} == {"PASS"}
+    assert report.of("forward").status == "WARN"
+    assert "near chance" in report.of("forward").reason
+    assert len(report.of("forward").details["layer errors"]) == 2
+    assert report.exit_status == 1
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_broken_thing_is_named(name, sound, tmp_path, numpy_backend):
+    change, line, status, words = BROKEN[name]
+    path = tmp_path / "broken.gguf"
+    if name in OF_BYTES:
+        path.write_bytes(change(sound.read_bytes()))
+    else:
+        parts = Parts()
+        change(parts)
+        parts.write(path)
+    report = check(path, device="cpu")
+    found = report.of(line)
+    assert found.status == status, report.to_markdown()
+    assert re.search(words, found.reason), found.reason
+    before = report.results[: report.results.index(found)]
+    assert "FAIL" not in {result.status for result in before}, "an earlier line claims it"
+    assert not any(result.reason.startswith("unexpected") for result in report.results)
+    assert report.exit_status == (2 if status == "FAIL" else 1)
+
+
+def test_a_memory_limit_is_held_against_the_plan(sound, numpy_backend):
+    report = check(sound, device="cpu", limit=200_000)
+    assert report.of("memory").status == "FAIL"
+    assert "KiB is" not in report.of("memory").reason
+    assert "limit 195.31 KiB" in report.of("memory").reason
+    assert report.of("forward").status == "SKIP"
+    assert report.exit_status == 2
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_that_errs_is_named(sound, layer, monkeypatch, numpy_backend):
+    """One product in one layer off by 0.1%: smaller than any eye sees, larger than float32 explains."""
+    original = Projection.__call__
+    calls = {"gate_up": 0}
+
+    def off(self, x, *, residual=None):
+        y = original(self, x, residual=residual)
+        if sum(part.shape[0] for part in self.parts) == 2 * WIDTH:
+            calls["gate_up"] += 1
+            if (calls["gate_up"] - 1) % 2 == layer:
+                y = y * 1.001
+        return y
+
+    monkeypatch.setattr(Projection, "__call__", off)
+    found = check(sound, device="cpu").of("forward")
+    assert found.status == "FAIL"
+    assert found.reason.startswith(f"layer {layer} is off by ")
+
+
+def test_logits_that_err_are_named(sound, monkeypatch, numpy_backend):
+    from rooflama.models import Decoder
+
+    original = Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda self, hidden: original(self, hidden) + 0.01)
+    found = check(sound, device="cpu").of("forward")
+    assert found.status == "FAIL"
+    assert "the layers agree, the logits are off" in found.reason
+
+
+def test_decoding_that_errs_is_named(sound, monkeypatch, numpy_backend):
+    """Decode rotates by a position too many: every layer of a prefill pass is right, generation is not."""
+    from rooflama.models import engine
+
+    original = engine.Step
+
+    def shifted(**parts):
+        if parts.get("query_start_loc") is None:
+            parts["rope_rows"] = parts["rope_rows"] // 2
+        return original(**parts)
+
+    monkeypatch.setattr(engine, "Step", shifted)
+    report = check(sound, device="cpu")
+    assert report.of("forward").status == "WARN"
+    assert report.of("generation").status == "FAIL"
+    assert "one pass over the same text prefers" in report.of("generation").reason
+
+
+def test_report_has_what_a_bug_report_needs_and_no_path(sound, tmp_path, numpy_backend):
+    target = tmp_path / "report.md"
+    run = CliRunner().invoke(cli.app, ["check", str(sound), "--device", "cpu", "--report", str(target)])
+    assert run.exit_code == 1, run.output
+    text = target.read_text()
+    for needed in ("torch", "backend", "sha256", "llama.block_count", "layer errors", "kv_bytes_per_token", "forward"):
+        assert needed in text
+    assert str(sound.parent) not in text
+
+
+def test_commands_print_json(sound, numpy_backend):
+    run = CliRunner().invoke(cli.app, ["check", str(sound), "--device", "cpu", "--json"])
+    assert json.loads(run.stdout)["exit_status"] == run.exit_code == 1
+    run = CliRunner().invoke(cli.app, ["plan", str(sound), "--context", "100", "--limit", "64MiB", "--json"])
+    shown = json.loads(run.stdout)
+    assert shown["context_tokens"] == 100
+    assert shown["fits"]
+    assert run.exit_code == 0
+    run = CliRunner().invoke(cli.app, ["plan", str(sound), "--context", "100", "--limit", "50KiB"])
+    assert run.exit_code == 1
+    assert "no context fits" in run.stdout
+
+
+@pytest.mark.demo_checkpoint
+def test_the_demo_checkpoint_passes_everything(numpy_backend):
+    try:
+        path = demo_checkpoint()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    report = check(path, device="cpu")
+    assert {result.status for result in report.results} == {"PASS"}, report.to_markdown()
