@@ -87,7 +87,7 @@ FAMILIES: dict[str, HFFamily] = {
     "mistral": HFFamily("llama", required=("num_key_value_heads", "sliding_window"), windows="all"),
     "qwen2": HFFamily("qwen2", required=("num_key_value_heads",), windows="some"),
     "qwen3": HFFamily("qwen3", required=("num_key_value_heads", "head_dim"), biases=QKV_BIAS, windows="some"),
-    "phi3": HFFamily("phi3", windows="all"),
+    "phi3": HFFamily("phi3", required=("original_max_position_embeddings",), windows="all"),
 }
 """Every ``model_type`` that is read. What is not here raises."""
 

@@ -171,6 +171,7 @@ def metadata_of(name, **changes):
         ("llama3", {"rms_norm_eps": DROPPED, "hidden_size": DROPPED}, "no hidden_size, rms_norm_eps"),
         ("mistral-window", {"sliding_window": DROPPED}, "no sliding_window"),
         ("qwen3", {"head_dim": DROPPED}, "no head_dim"),
+        ("phi3-128k", {"original_max_position_embeddings": DROPPED}, "no original_max_position_embeddings"),
         ("llama3", {"hidden_act": "gelu"}, "the feed-forward's gate is silu"),
         ("llama3", {"quantization_config": {"bits": 4}}, "a quantization_config"),
         ("llama3", {"attention_bias": True}, "blk.0.attn_q.bias is not there"),
@@ -220,6 +221,16 @@ def test_rotary_parameters_arrive_whole_in_old_and_new_spelling():
     specs = [RopeSpec.from_hf(**given, head_dim=32, max_position_embeddings=256) for given in (new, old)]
     assert specs[0] == specs[1]
     assert (specs[0].kind, specs[0].base, specs[0].scaling.factor) == ("llama3", 5e5, 8.0)
+
+
+def test_phi3_as_it_was_published():
+    """Type "su", and the original context beside the rotary parameters."""
+    factors = {key: config_json("phi3-128k")["rope_parameters"][key] for key in ("short_factor", "long_factor")}
+    published = {"rope_parameters": DROPPED, "rope_theta": 1e4, "rope_scaling": {"type": "su", **factors}}
+    old, new = (metadata_of("phi3-128k", **changes)["phi3.rope.huggingface"] for changes in (published, {}))
+    specs = [RopeSpec.from_hf(**given, head_dim=16, max_position_embeddings=256) for given in (new, old)]
+    assert specs[0] == specs[1]
+    assert (specs[1].kind, specs[1].scaling.original_context, specs[1].scaling.factor) == ("longrope", 32, 8.0)
 
 
 def test_buffers_and_tied_outputs_in_the_file_do_not_count():
