@@ -200,8 +200,11 @@ class MemoryPlan:
 
     @property
     def allocated_bytes(self) -> int:
-        """What torch's allocator hands out at its peak: the total without rounding and context."""
-        return self.total_bytes - self.bytes_of("device")
+        """What torch's allocator hands out at its peak: a prefill pass and a decode step do not run at once."""
+        lasting = self.bytes_of("weights", "keys and values", "tables")
+        library = self._prefill.get("matmul library", 0)
+        decoding = sum(self._graph.values()) if self.target.kind != "cpu" else 0
+        return lasting + library + max(sum(self._prefill.values()) - library, decoding)
 
     # What fits.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -115,6 +116,13 @@ class _ShapesOnly(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Where ``Decoder.load`` runs on a ``DryRunSource``: tensors made inside have a shape and no memory."""
+    with torch.device("meta"), _ShapesOnly():
+        yield
+
+
 def _row_nbytes(ggml_type: str, columns: int) -> int:
     """Bytes of a row in the file; 1 where the type has no layout, which ``repack`` then refuses."""
     return columns // LAYOUTS[ggml_type].block * BLOCK_BYTES[ggml_type] if ggml_type in LAYOUTS else 1
@@ -130,7 +138,7 @@ def checkpoint_weights(
         KernelInputError: a tensor's type cannot be run.
     """
     source = DryRunSource(reader, backend)
-    with torch.device("meta"), _ShapesOnly():
+    with shapes_only():
         Decoder.load(source, config, adapter)
     stored: Counter[str] = Counter()
     for info in reader.checkpoint.tensors.values():

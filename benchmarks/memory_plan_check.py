@@ -1,0 +1,235 @@
+"""The memory plan against what a GPU really gives: ``python benchmarks/memory_plan_check.py [--out FILE.csv]``.
+
+Each case runs in a process of its own: a model of random weights is allocated as loading allocates it, a prompt is
+prefilled in full chunks, and enough tokens are decoded that the step is captured as a CUDA graph. Then three figures
+are held against the plan:
+
+    allocated  torch.cuda.max_memory_allocated       the plan's lines without rounding and context
+    reserved   torch.cuda.max_memory_reserved        with rounding
+    driver     memory.used of nvidia-smi, less what it was before the process    the total
+
+Exit status 1 if one of the first or the last is off by more than 2%. No other program may use the GPU meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.loaders.device import Device, open_device
+from rooflama.loaders.quant_layout import BLOCK_BYTES
+from rooflama.models import (
+    CheckpointReader,
+    Decoder,
+    Engine,
+    Generation,
+    MemoryPlan,
+    ModelConfig,
+    PagedKVCache,
+    Request,
+    RopeSpec,
+    SamplingParams,
+    adapter_for,
+)
+from rooflama.models.memory_weights import DryRunSource, config_tensors, shapes_only
+from rooflama.planning import plan_for_device
+
+ALLOWED = 0.02
+NEW_TOKENS = 8
+PROMPT_CHUNKS = 3  # a prompt is no longer than that; what a pass takes does not grow with more of them
+
+CONTEXTS = {"SmolLM2-135M": (1024, 4096, 8192), "Llama-3-8B": (4096, 32768, 131072)}
+KV_DTYPES = ("bfloat16", "int8")
+
+
+def _config(
+    name: str, layers: int, hidden: int, heads: int, kv_heads: int, width: int, vocab: int, tied: bool, base: float
+):
+    head_dim = hidden // heads
+    return ModelConfig(
+        architecture="llama",
+        name=name,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        context_length=CONTEXTS[name][-1],
+        rms_norm_eps=1e-5,
+        softmax_scale=head_dim**-0.5,
+        rope=RopeSpec(head_dim=head_dim, rotary_dim=head_dim, base=base),
+        sliding_windows=(0,) * layers,
+        tied_embeddings=tied,
+    )
+
+
+def config_of(name: str) -> ModelConfig:
+    if name == "SmolLM2-135M":
+        return _config(name, 30, 576, 9, 3, 1536, 49152, True, 1e5)
+    return _config(name, 32, 4096, 32, 8, 14336, 128256, False, 5e5)
+
+
+def type_of(config: ModelConfig) -> Callable[[str, tuple[int, ...]], str]:
+    """Q4_K_M's mix where rows are whole blocks of 256, else Q4_1 with Q8_0 embeddings, as the demo checkpoint has."""
+    if config.hidden_size % 256:
+        return lambda name, shape: "Q8_0" if name.startswith("token_embd") else "Q4_1"
+    return lambda name, shape: "Q6_K" if name.split(".")[-2] in ("attn_v", "ffn_down", "output") else "Q4_K"
+
+
+@dataclass(frozen=True)
+class Info:
+    """A tensor that is in no file."""
+
+    name: str
+    ggml_type: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) // LAYOUTS[self.ggml_type].block * BLOCK_BYTES[self.ggml_type]
+
+
+class ShapesOnly:
+    """A checkpoint of names, types and shapes."""
+
+    interleaved_rope_rows = False
+
+    def __init__(self, config: ModelConfig):
+        rule = type_of(config)
+        infos = (Info(name, rule(name, s) if len(s) == 2 else "F32", s) for name, s in config_tensors(config))
+        self.tensors = {info.name: info for info in infos}
+        self.metadata: Mapping[str, Any] = {"general.architecture": "llama"}
+
+
+class RandomSource(DryRunSource):
+    """Allocates what loading would, in its order, and fills it with small random numbers on the device itself."""
+
+    def __init__(self, reader: CheckpointReader, device: Device):
+        super().__init__(reader, "triton")
+        self.device = device
+
+    def _upload(self, weight: QuantizedTensor, label: str) -> QuantizedTensor:
+        return weight._replace(planes=tuple(self._place(plane, label) for plane in weight.planes))
+
+    def _place(self, tensor: Tensor, label: str) -> Tensor:
+        made = self.device.allocate(tuple(tensor.shape), tensor.dtype, label=label).tensor
+        if tensor.dtype.is_floating_point:
+            return made.fill_(0.002)
+        return made.random_(1, 2) if tensor.dtype.itemsize == 1 else made.random_()
+
+
+def run_case(name: str, context: int, kv_dtype: str, device: Device) -> MemoryPlan:
+    """Load, prefill and decode on ``device``; the plan that was made for it before."""
+    config = config_of(name)
+    reader = CheckpointReader(ShapesOnly(config))
+    plan = plan_for_device(reader, config, device, context=context, dtype="auto", kv_dtype=kv_dtype)
+    source = RandomSource(reader, device)
+    with shapes_only():
+        decoder = Decoder.load(source, config, adapter_for("llama"))
+    cache = PagedKVCache(
+        config,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        max_append=plan.prefill_chunk,
+        dtype=plan.kv_dtype,
+        device=device,
+    )
+    engine = Engine(decoder, cache, max_context=context, dtype=plan.dtype, prefill_chunk=plan.prefill_chunk)
+    length = min(context - NEW_TOKENS, PROMPT_CHUNKS * plan.prefill_chunk)
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
+    for _ in Generation(engine, [Request(prompt, NEW_TOKENS, SamplingParams())], end_ids=()):
+        pass
+    return plan
+
+
+def driver_used() -> int:
+    """Bytes in use on the first GPU, by every process, as the driver says."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
+
+
+def measure_case(name: str, context: int, kv_dtype: str) -> dict[str, int]:
+    """Planned and measured bytes of one case; for a fresh process."""
+    before = driver_used()
+    with ExitStack() as stack:
+        plan = run_case(name, context, kv_dtype, stack.enter_context(open_device("cuda")))
+        torch.cuda.synchronize()
+        return {
+            "planned_allocated": plan.allocated_bytes,
+            "peak_allocated": torch.cuda.max_memory_allocated(),
+            "planned_reserved": plan.total_bytes - plan.target.context_bytes,
+            "peak_reserved": torch.cuda.max_memory_reserved(),
+            "planned_total": plan.total_bytes,
+            "driver_used": driver_used() - before,
+        }
+
+
+def as_row(name: str, context: int, kv_dtype: str, figures: Mapping[str, int]) -> dict[str, Any]:
+    """A line of the table: figures in MiB, and how far each plan is off, relative to what was measured."""
+    pairs = (("allocated", "peak_allocated"), ("reserved", "peak_reserved"), ("total", "driver_used"))
+    row: dict[str, Any] = {"model": name, "context": context, "kv_dtype": kv_dtype}
+    for planned, measured in pairs:
+        row[f"planned_{planned}_mib"] = f"{figures[f'planned_{planned}'] / 2**20:.1f}"
+        row[f"{measured}_mib"] = f"{figures[measured] / 2**20:.1f}"
+        row[f"{planned}_error"] = f"{figures[f'planned_{planned}'] / figures[measured] - 1:+.4f}"
+    row["outside_torch_mib"] = f"{(figures['driver_used'] - figures['peak_reserved']) / 2**20:.1f}"
+    return row
+
+
+def within(row: Mapping[str, Any]) -> bool:
+    """Whether allocator and driver agree with the plan."""
+    return all(abs(float(row[f"{figure}_error"])) <= ALLOWED for figure in ("allocated", "total"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory_plan.csv")
+    parser.add_argument("--case", nargs=3, metavar=("MODEL", "CONTEXT", "KV_DTYPE"), help="one case, as JSON")
+    arguments = parser.parse_args()
+    if arguments.case:
+        name, context, kv_dtype = arguments.case
+        print(json.dumps(measure_case(name, int(context), kv_dtype)))
+        return
+    if not torch.cuda.is_available():
+        sys.exit("measuring needs a CUDA GPU")
+
+    from timing import provenance
+
+    rows = []
+    for name, contexts in CONTEXTS.items():
+        for context in contexts:
+            for kv_dtype in KV_DTYPES:
+                command = [sys.executable, __file__, "--case", name, str(context), kv_dtype]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{name} at {context} with {kv_dtype}:\n{done.stderr}")
+                rows.append(
+                    {**as_row(name, context, kv_dtype, json.loads(done.stdout.splitlines()[-1])), **provenance()}
+                )
+                shown = (f"{key} {value}" for key, value in list(rows[-1].items())[:13])
+                print("within  " if within(rows[-1]) else "OUTSIDE ", "  ".join(shown), flush=True)
+    arguments.out.parent.mkdir(exist_ok=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    sys.exit(0 if all(map(within, rows)) else 1)
+
+
+if __name__ == "__main__":
+    main()
