@@ -263,13 +263,25 @@ def with_keys(dense: list[Dense], length: int) -> list[Dense]:
 
 
 def spread(tensor: Tensor) -> Tensor:
-    """The same values with the first dimension's stride so large that the last index lies past 2^31 elements."""
+    """The same values with the last row past 2^31 elements, three rows at least so that the stride fits int32."""
+    assert len(tensor) > 2
     stride = (2**31 + 16) // (len(tensor) - 1) // 16 * 16 + 16
-    numel = stride * (len(tensor) - 1) + tensor[0].numel()
+    storage = untouched(stride * (len(tensor) - 1) + tensor[0].numel(), tensor.dtype)
+    return storage.as_strided(tensor.shape, (stride, *tensor[0].contiguous().stride())).copy_(tensor)
+
+
+def far_pages(pages: Tensor) -> tuple[Tensor, int]:
+    """The same pages at the end of a pool, all of them past 2^31 elements; by how many pages they moved."""
+    before = 2**31 // pages[0].numel() + 1
+    pool = untouched((before + len(pages)) * pages[0].numel(), pages.dtype).view(-1, *pages.shape[1:])
+    pool[before:] = pages
+    return pool, before
+
+
+def untouched(numel: int, dtype: torch.dtype) -> Tensor:
+    """On the CPU, address space without memory behind it, until it is written."""
     if DEVICE.type == "cuda":
-        storage = torch.empty(numel, dtype=tensor.dtype, device=DEVICE)
-    else:  # address space without memory behind it, until it is written
-        dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
-        storage = torch.from_numpy(np.memmap("/dev/zero", dtype=dtype, mode="c", shape=(numel,)))
-    view = storage.as_strided(tensor.shape, (stride, *tensor[0].contiguous().stride()))
-    return view.copy_(tensor)
+        return torch.empty(numel, dtype=dtype, device=DEVICE)
+    return torch.from_numpy(
+        np.memmap("/dev/zero", dtype=torch.empty(0, dtype=dtype).numpy().dtype, mode="c", shape=numel)
+    )

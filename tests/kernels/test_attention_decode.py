@@ -15,6 +15,7 @@ from attention_cases import (
     assert_attention,
     decodes,
     define,
+    far_pages,
     int32,
     paged,
     run_decode,
@@ -168,15 +169,16 @@ def test_strided_queries_and_pages():
         assert_bit_equal(one, other)
 
 
-@pytest.mark.parametrize("far", ["pages", "sequences", "tables"])
-def test_offsets_beyond_int32(far):
-    """The last page, query or table row starts past 2^31 elements; the storage is virtual."""
-    drawn = Drawn(query_lens=(1, 1), seq_lens=(20, 70), num_kv_heads=1, head_dim=16, dtype=torch.float16)
+@pytest.mark.parametrize(("far", "page_size"), [("pages", 16), ("pages", 64), ("sequences", 16), ("tables", 16)])
+def test_offsets_beyond_int32(far, page_size):
+    """The pages, or the last query or table row, start past 2^31 elements; the storage is virtual."""
+    drawn = Drawn((1, 1, 1), (20, 5, 70), num_kv_heads=1, head_dim=16, page_size=page_size, dtype=torch.float16)
     dense = sequences(drawn)
     laid = paged(dense, drawn.page_size)
     q, k_pages, v_pages, table = stacked(dense), laid.k_pages, laid.v_pages, laid.block_table
     if far == "pages":
-        k_pages, v_pages = spread(k_pages), spread(v_pages)
+        (k_pages, moved), (v_pages, _) = far_pages(k_pages), far_pages(v_pages)
+        table = table + moved
     elif far == "sequences":
         q = spread(q)
     else:

@@ -15,6 +15,7 @@ from attention_cases import (
     Pages,
     assert_attention,
     define,
+    far_pages,
     int32,
     paged,
     prefills,
@@ -31,6 +32,9 @@ from strategies import DEVICE, exact, normal
 
 LLAMA = Drawn(query_lens=(37, 0, 70), seq_lens=(37, 5, 133), num_kv_heads=2, group=4, head_dim=64)
 
+# first queries on both sides of a tile's edge, wherever it is among powers of two
+EDGES = Drawn(query_lens=(5,) * 6, seq_lens=(66, 67, 68, 69, 132, 133), num_kv_heads=1, group=1, head_dim=16)
+
 
 @given(drawn=prefills())
 @example(drawn=LLAMA)
@@ -38,6 +42,8 @@ LLAMA = Drawn(query_lens=(37, 0, 70), seq_lens=(37, 5, 133), num_kv_heads=2, gro
 @example(drawn=replace(LLAMA, group=1, head_dim=96, page_size=64, sliding_window=40))
 @example(drawn=replace(LLAMA, group=3, head_dim=80, softcap=5.0, page_dtype=torch.int8, page_size=256))
 @example(drawn=replace(LLAMA, group=2, dtype=torch.float32, page_dtype=torch.float16))
+@example(drawn=EDGES)
+@example(drawn=replace(EDGES, sliding_window=36))
 def test_attention_prefill_equals_definition(drawn):
     dense = sequences(drawn)
     want = define(reference.attention_prefill, drawn, dense, decode=False)
@@ -65,7 +71,7 @@ def test_definition_over_several_chunks_of_rows(monkeypatch):
 
 
 @given(drawn=prefills(softcap=0.0, page_dtype=None))
-@example(drawn=LLAMA)
+@example(drawn=replace(LLAMA, sliding_window=20))
 def test_definition_equals_torch_sdpa(drawn):
     """scaled_dot_product_attention in float64, its own grouping of heads, the mask made explicit."""
     dense = sequences(drawn)
@@ -222,17 +228,18 @@ def test_strided_queries_and_pages():
         assert_bit_equal(one, other)
 
 
-@pytest.mark.parametrize("far", ["pages", "tokens", "tables"])
-def test_offsets_beyond_int32(far):
-    """The second page, token or table row starts 2^31 + 16 elements in; the storage is virtual."""
-    drawn = Drawn(query_lens=(20, 2), seq_lens=(20, 21), num_kv_heads=1, head_dim=16, dtype=torch.float16)
+@pytest.mark.parametrize(("far", "page_size"), [("pages", 16), ("pages", 64), ("tokens", 16), ("tables", 16)])
+def test_offsets_beyond_int32(far, page_size):
+    """The pages, or the last token or table row, start past 2^31 elements; the storage is virtual."""
+    drawn = Drawn((20, 2, 3), (20, 21, 70), num_kv_heads=1, head_dim=16, page_size=page_size, dtype=torch.float16)
     dense = sequences(drawn)
     laid = paged(dense, drawn.page_size)
     q, lens = stacked(dense), (int32(drawn.seq_lens), starts(drawn.query_lens))
     want = attention_prefill(q, laid.k_pages, laid.v_pages, laid.block_table, *lens, **drawn.options)
     k_pages, v_pages, table = laid.k_pages, laid.v_pages, laid.block_table
     if far == "pages":
-        k_pages, v_pages = spread(k_pages), spread(v_pages)
+        (k_pages, moved), (v_pages, _) = far_pages(k_pages), far_pages(v_pages)
+        table = table + moved
     elif far == "tokens":
         q = spread(q)
     else:
