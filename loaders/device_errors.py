@@ -77,7 +77,7 @@ def translate(
     error: Exception, doing: str, asked: int | None, numbers: Callable[[], Mapping[str, int | None]]
 ) -> DeviceError | None:
     """The boundary's error for one that torch raised, or None where it is not the device's failure."""
-    if isinstance(error, DeviceError):
+    if isinstance(error, RooflamaError):
         return None
     said = str(error)
     memory = ("out of memory", "can't allocate memory", "cannot allocate memory")

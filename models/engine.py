@@ -106,8 +106,9 @@ class Engine:
         # A sequence keeps one LongRoPE set for life; long sequences read the second half of the stacked tables.
         sets = ("short", "long") if spec.kind == "longrope" else (None,)
         tables = [rope_tables(spec, max_context, factor_set=factor_set) for factor_set in sets]
-        self.cos = torch.from_numpy(np.concatenate([cos for cos, _ in tables])).to(self.device)
-        self.sin = torch.from_numpy(np.concatenate([sin for _, sin in tables])).to(self.device)
+        cos, sin = (np.concatenate(table) for table in zip(*tables, strict=True))
+        self.cos = cache.device.upload(cos, label="rotary cosines").tensor
+        self.sin = cache.device.upload(sin, label="rotary sines").tensor
 
     def rope_offset(self, planned_tokens: int) -> int:
         """First table row of a sequence that will hold ``planned_tokens`` tokens."""

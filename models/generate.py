@@ -81,6 +81,7 @@ class Generation:
 
     Raises:
         ConfigError: an empty prompt, an unknown token, or a plan beyond the context.
+        DeviceError: while iterating, when the device fails; no page is held afterwards.
     """
 
     def __init__(self, engine: Engine, requests: list[Request], end_ids: Collection[int]):
@@ -108,7 +109,8 @@ class Generation:
             while waiting and self._pages(waiting[0]) <= free:
                 free -= self._pages(waiting[0])
                 group.append(waiting.popleft())
-            yield from self._run(group)
+            with self.engine.cache.device.guard("generation"):
+                yield from self._run(group)
 
     def _pages(self, number: int) -> int:
         return self.engine.cache.pages_for(self.requests[number].planned_tokens)

@@ -109,6 +109,7 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: Device,
     ):
+        self.device = device
         self.page_size = page_size
         self.max_append = max_append
         self.ring = ring_pages(config, page_size, max_append)

@@ -65,15 +65,12 @@ class Model:
     ):
         self.path = path
         self.engine = engine
+        self.config: ModelConfig = engine.decoder.config
         self.tokenizer = tokenizer
         self.device = device
         self.weight_bytes = weight_bytes
         self.plan = plan
         self._closed = False
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.engine.decoder.config
 
     @property
     def max_context(self) -> int:
@@ -101,7 +98,8 @@ class Model:
         try:
             offset = self.engine.rope_offset(len(request.prompt))
             passes = self.engine.prefill([sequence_id], [request.prompt], [offset], observe)
-            return torch.cat([self.engine.decoder.logits(hidden).cpu() for _, hidden in passes])
+            with self.device.guard("logits"):
+                return torch.cat([self.engine.decoder.logits(hidden).cpu() for _, hidden in passes])
         finally:
             cache.free(sequence_id)
 
@@ -185,7 +183,7 @@ class Model:
             requests.append(Request(ids, max_new_tokens, params))
         stops = [stop] if isinstance(stop, str) else list(stop)
         run = TokenRun(self.engine, requests, self.tokenizer.eos_ids)
-        return run, [TextStream(self.tokenizer, stops) for _ in prompts]
+        return run, [TextStream(self.tokenizer, stops, after=request.prompt[-1]) for request in requests]
 
     def describe(self) -> str:
         """Where it runs and in what, for people: device, activations, weights' bytes, context."""
@@ -196,12 +194,13 @@ class Model:
         )
 
     def __repr__(self) -> str:
-        return f"Model({self.config.name!r}, {self.describe()})"
+        return f"Model({self.config.name!r}, {'closed' if self._closed else self.describe()})"
 
     def close(self) -> None:
         """Free everything on the device. May be called twice."""
         if not self._closed:
             self._closed = True
+            del self.engine  # its views of the weights would keep their memory
             self.device.close()
 
     def _check_open(self) -> None:

@@ -8,14 +8,19 @@ from rooflama.loaders.tokenizer import Tokenizer
 class TextStream:
     """Feeds tokens through the detokeniser and holds back text that may be the beginning of a stop string.
 
+    Args:
+        tokenizer: the model's.
+        stops: strings that end the text.
+        after: the prompt's last token, which decides whether a first space is text.
+
     Attributes:
         finished: an end token or a stop string was seen.
         finish_reason: ``stop`` once finished, ``length`` until then.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str]):
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], *, after: int | None = None):
         self._end_ids = tokenizer.eos_ids
-        self._decode = tokenizer.stream(skip_special=True)
+        self._decode = tokenizer.stream(skip_special=True, after=after)
         self._stops = [stop for stop in stops if stop]
         self._held = ""
         self.finished = False

@@ -1,0 +1,112 @@
+"""Every allocation and every copy fails once, in turn: a typed error, nothing held, and the next load works."""
+
+import gc
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rooflama
+from rooflama.loaders import device_raw
+from rooflama.loaders.device import DeviceOutOfMemory
+from small_checkpoint import write_small
+
+PROMPT = "ab ab ab"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("faults") / "small.gguf")
+
+
+@pytest.fixture
+def load(path, numpy_backend):
+    """Loads on the CPU; the kernels are their definitions."""
+    return lambda: rooflama.load(path, device="cpu", max_context=64, progress=False)
+
+
+class Failing(TorchDispatchMode):
+    """Raises out-of-memory at the n-th operation that makes or copies a tensor; counts them."""
+
+    NAMES = ("empty", "zeros", "full", "arange", "_to_copy", "clone", "cat", "stack", "new_", "copy_", "lift_fresh")
+
+    def __init__(self, fail_at):
+        super().__init__()
+        self.fail_at, self.count = fail_at, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in function.name() for name in self.NAMES):
+            self.count += 1
+            if self.count == self.fail_at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def failing_boundary(monkeypatch, fail_at):
+    """The n-th raw step of the device boundary fails; yields the counter."""
+    counter = {"steps": 0}
+
+    def before_operation(operation, label, nbytes):
+        counter["steps"] += 1
+        if counter["steps"] == fail_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_raw, "before_operation", before_operation)
+        yield counter
+
+
+def test_load_fails_clean_at_every_step(load, monkeypatch):
+    with failing_boundary(monkeypatch, 0) as counter, load() as model:
+        expected = model.generate(PROMPT, max_new_tokens=3).token_ids
+    assert counter["steps"] >= 8  # on a CPU weights are borrowed; a GPU counts each of them
+    opened = []
+    original = rooflama.loading.open_device
+    monkeypatch.setattr(rooflama.loading, "open_device", lambda *a, **k: opened.append(original(*a, **k)) or opened[-1])
+    for step in range(1, counter["steps"] + 1):
+        with failing_boundary(monkeypatch, step), pytest.raises(DeviceOutOfMemory):
+            load()
+        gc.collect()  # the error's traceback held the frames of the failed load
+        assert opened[-1].held_bytes == 0
+        assert opened[-1].held() == ()
+    with load() as model:
+        assert model.generate(PROMPT, max_new_tokens=3).token_ids == expected
+
+
+@pytest.mark.parametrize("work", ["prefill", "generate"])
+def test_passes_fail_clean_at_every_step(load, work):
+    def run(model):
+        if work == "prefill":
+            return model.logits(model.tokenizer.encode(PROMPT)).tolist()
+        return model.generate([PROMPT, "ab"], max_new_tokens=3)[0].token_ids
+
+    with load() as model:
+        expected = run(model)
+        held, free = model.device.held_bytes, model.engine.cache.pool.num_free
+        with Failing(0) as counting:
+            run(model)
+        assert counting.count > 10
+        for step in range(1, counting.count + 1):
+            with Failing(step), pytest.raises(DeviceOutOfMemory, match=r"^(logits|generation)"):
+                run(model)
+            assert model.device.held_bytes == held
+            assert model.engine.cache.pool.num_free == free
+        assert run(model) == expected
+
+
+def test_loading_often_leaks_nothing(load):
+    def live_bytes():
+        gc.collect()
+        return sum(t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor)
+
+    with load() as model:
+        model.generate(PROMPT, max_new_tokens=2)
+    before = live_bytes()
+    for _ in range(20):
+        with load() as model:
+            pass
+        assert model.device.held_bytes == 0
+    del model
+    assert live_bytes() <= before
