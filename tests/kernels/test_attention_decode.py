@@ -64,6 +64,7 @@ def test_decode_is_prefill_of_one_token(drawn):
 @given(drawn=decodes(page_dtype=None, num_kv_heads=1))
 def test_grouped_heads_equal_repeated_heads(drawn):
     """GQA is MHA over K/V heads written out once for each query head."""
+    drawn = replace(drawn, group=1 + drawn.group % 8)  # MHA costs the interpreter a program a head
     dense = sequences(drawn)
     repeated = [
         replace(s, k=s.k.repeat_interleave(drawn.group, 1), v=s.v.repeat_interleave(drawn.group, 1)) for s in dense
