@@ -47,8 +47,7 @@ def allowed_tokens(logits: np.ndarray, temperature: float, top_k: int, top_p: fl
     if top_p < 1:
         ordered = np.sort(logits[keep])[::-1]
         mass = np.cumsum(np.exp(relative(ordered, temperature)))
-        first_equal = np.searchsorted(-ordered, -ordered, side="left")
-        mass_above = np.concatenate([[0], mass])[first_equal]
+        mass_above = np.concatenate([[0], mass[:-1]])
         reach = max(top_p * mass[-1], np.finfo(np.float32).tiny)
         keep &= logits >= ordered[mass_above < reach][-1]
     if min_p > 0:

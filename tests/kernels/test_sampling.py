@@ -319,20 +319,34 @@ def test_filters_that_leave_one_token_are_greedy(seed):
         assert_bit_equal(sample(logits, **hot, **filters), sample(logits))
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("backend", ["triton", "numpy"])
 def test_what_is_not_finite(backend):
-    """-inf is never drawn, +inf always, a NaN makes -1; beyond vocab_size nothing is looked at."""
-    logits = torch.zeros(4, 8, device=DEVICE)
-    logits[0, :7] = -torch.inf
+    """-inf is never drawn, +inf always, a NaN makes -1 wherever it stands; beyond vocab_size nothing is looked at."""
+    logits = torch.zeros(4, 24, device=DEVICE)
+    logits[0, :23] = -torch.inf
     logits[1, 3] = torch.inf
-    logits[2, 5] = torch.nan
-    logits[3, 6:] = torch.tensor([torch.inf, torch.nan])
+    logits[2, 5], logits[2, 20] = torch.nan, 1e3
+    logits[3, 18:20] = torch.tensor([torch.inf, torch.nan])
     hot = {"temperature": torch.ones(4, device=DEVICE), **randomness(np.random.default_rng(0), 4)}
     filters = {"top_k": column([3] * 4, torch.int32), "top_p": column([0.9] * 4, torch.float32)}
     with use_backend(backend):
         for options in ({}, hot, hot | filters):
-            assert sample(logits, **options).tolist()[:3] == [7, 3, -1]
-            assert 0 <= sample(logits, **options, vocab_size=6)[3] < 6
+            assert sample(logits, **options).tolist()[:3] == [23, 3, -1]
+            assert 0 <= sample(logits, **options, vocab_size=18)[3] < 18
+
+
+@pytest.mark.parametrize("backend", ["triton", "numpy"])
+def test_min_p_on_either_side(backend):
+    """Of tokens a hundredth above and below the bound, the former are drawn and the latter never."""
+    logits = torch.zeros(24, 32, device=DEVICE)
+    logits[:, 1:16], logits[:, 16:] = float(np.log(0.5)) + 0.01, float(np.log(0.5)) - 0.01
+    hot = {"temperature": torch.ones(24, device=DEVICE), **randomness(np.random.default_rng(0), 24)}
+    with use_backend(backend):
+        drawn = sample(logits, **hot, min_p=column([0.5] * 24, torch.float32)).tolist()
+        assert max(drawn) < 16
+        assert len(set(drawn)) > 5
+        assert max(sample(logits, **hot).tolist()) >= 16
 
 
 def test_penalty_is_that_of_transformers():
