@@ -1,5 +1,6 @@
 """``rooflama check``: a sound file passes, and each broken one has the broken thing named, in the right line."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -143,6 +144,7 @@ def test_the_broken_thing_is_named(name, sound, tmp_path, numpy_backend):
     before = report.results[: report.results.index(found)]
     assert "FAIL" not in {result.status for result in before}, "an earlier line claims it"
     assert not any(result.reason.startswith("unexpected") for result in report.results)
+    assert str(tmp_path) not in report.to_markdown()
     assert report.exit_status == (2 if status == "FAIL" else 1)
 
 
@@ -155,24 +157,32 @@ def test_a_memory_limit_is_held_against_the_plan(sound, numpy_backend):
     assert report.exit_status == 2
 
 
+def off_by(factor: float, layer: int):
+    """``Projection.__call__``, but with the gate and up of one of two layers multiplied by ``factor``."""
+    original, calls = Projection.__call__, itertools.count()
+
+    def call(self, x, *, residual=None):
+        y = original(self, x, residual=residual)
+        if sum(part.shape[0] for part in self.parts) == 2 * WIDTH and next(calls) % 2 == layer:
+            return y * factor
+        return y
+
+    return call
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_layer_that_errs_is_named(sound, layer, monkeypatch, numpy_backend):
     """One product in one layer off by 0.1%: smaller than any eye sees, larger than float32 explains."""
-    original = Projection.__call__
-    calls = {"gate_up": 0}
-
-    def off(self, x, *, residual=None):
-        y = original(self, x, residual=residual)
-        if sum(part.shape[0] for part in self.parts) == 2 * WIDTH:
-            calls["gate_up"] += 1
-            if (calls["gate_up"] - 1) % 2 == layer:
-                y = y * 1.001
-        return y
-
-    monkeypatch.setattr(Projection, "__call__", off)
+    monkeypatch.setattr(Projection, "__call__", off_by(1.001, layer))
     found = check(sound, device="cpu").of("forward")
     assert found.status == "FAIL"
     assert found.reason.startswith(f"layer {layer} is off by ")
+
+
+def test_an_error_counts_for_its_own_layer_only(sound, monkeypatch, numpy_backend):
+    monkeypatch.setattr(Projection, "__call__", off_by(1.0000015, 0))
+    first, second = check(sound, device="cpu").of("forward").details["layer errors"]
+    assert second < first / 3
 
 
 def test_logits_that_err_are_named(sound, monkeypatch, numpy_backend):

@@ -21,7 +21,15 @@ from rooflama.loaders import device_raw
 from rooflama.loaders.device import DeviceOutOfMemory
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
-from rooflama.models import CheckpointReader, ModelConfig, RopeSpec, adapter_for, checkpoint_weights, memory_terms
+from rooflama.models import (
+    CheckpointReader,
+    ModelConfig,
+    RopeSpec,
+    adapter_for,
+    checkpoint_weights,
+    memory_plan,
+    memory_terms,
+)
 from rooflama.models.allocator import Segments
 from rooflama.models.memory_weights import plane_shapes
 from rooflama.planning import parse_bytes
@@ -276,7 +284,7 @@ def test_what_is_said_to_fit_fits_and_no_more(limit, context, sequences, kv_dtyp
     if longest:
         assert plan.but(context=longest).fits
     if 0 < longest < 131072:
-        assert not plan.but(context=min(131072, longest // 64 * 64 + 128)).fits
+        assert not plan.but(context=longest // 64 * 64 + 64).fits
     if most:
         assert plan.but(sequences=most).fits
     assert not plan.but(sequences=most + 1).fits
@@ -291,6 +299,12 @@ def test_what_is_said_to_fit_fits_and_no_more(limit, context, sequences, kv_dtyp
             changed["sequences"] = int(sequences_given[1])
         assert bool(changed) == ("no context fits" not in remedy)
         assert not changed or plan.but(**changed).fits
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 64])
+def test_the_largest_that_fits_is_found(most):
+    for largest in range(70):
+        assert memory_plan._largest(lambda count, largest=largest: count <= largest, most) == min(largest, most)
 
 
 def test_lines_add_up_and_say_how():
@@ -343,7 +357,7 @@ def test_segments_are_torchs_own():
 
 def test_prefill_workspace_is_what_the_kernels_allocate(small):
     """Bytes alive at the widest moment of a pass, as torch's profiler counts them."""
-    tokens = 65  # the fewest that are dequantised first
+    tokens = 128
     with use_backend("triton"), rooflama.load(small, device="cpu", progress=False) as model:
         sequence = model.engine.cache.add()
         peak = allocated_peak(lambda: list(model.engine.prefill([sequence], [[5] * tokens], [0])))
