@@ -184,10 +184,10 @@ MUTANTS = [
         "tests/kernels/test_attention_decode.py",
     ),
     Mutant(
-        "decode: a split ends one key early",
+        "decode: splits overlap by a tile",
         "kernels/attention_decode.py",
         "end = tl.minimum(start + split_tokens, seq_len)",
-        "end = tl.minimum(start + split_tokens - 1, seq_len)",
+        "end = tl.minimum(start + split_tokens + BLOCK_N, seq_len)",
         "tests/kernels/test_attention_decode.py",
     ),
     Mutant(
@@ -275,10 +275,10 @@ MUTANTS = [
         "tests/kernels/test_sampling.py",
     ),
     Mutant(
-        "sampling: padding may be drawn",
+        "sampling: padding is looked at",
         "kernels/sampling.py",
-        "            kept = offs < vocab_size\n",
-        "            kept = offs < vocab_size + 1\n",
+        "    mask = offs < vocab_size\n",
+        "    mask = offs < vocab_size + 1\n",
         "tests/kernels/test_sampling.py",
     ),
 ]
