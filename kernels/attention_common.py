@@ -7,8 +7,8 @@ Layout: K and V lie only in pages [num_pages, page_size, num_kv_heads, head_dim]
 j % page_size of page block_table[j // page_size]. Tiles of BLOCK_N keys start at multiples of BLOCK_N counted from the
 sequence's key 0, whatever the page size, chunk or batch, so a row always meets the same keys in the same order. A tile
 in which a row sees nothing changes no bit of its state: the factor is exp2(0) = 1 and what is added is 0.
-A head_dim that is no power of two is split in registers in two powers of two (96 = 64 + 32) where that wastes less
-than padding to the next one: D_LO + D_HI columns, D_HI = 0 for one part.
+A head_dim that is no power of two is padded to the next one, in registers only. Two parts (96 = 64 + 32) would multiply
+less, but Triton 3.6 compiled them to wrong values and reads past shared memory (docs/LOG.md, 2026-11-23).
 Quantised pages hold float8 e4m3 or int8 codes; each code is widened exactly to the dtype of q, and the scale of its
 token and head multiplies the key's score and the value's weight.
 Numerics: scores, softmax and sums in float32, in base 2 with log2(e) folded into the scale; weights rounded to the
@@ -68,15 +68,14 @@ def load_columns(
     rows,  # [N] element offset of each row, int64
     mask_rows,  # [N], used if MASKED
     dtype: tl.constexpr,
-    FROM: tl.constexpr,  # first column
     BLOCK: tl.constexpr,  # columns, a power of two
     HEAD_DIM: tl.constexpr,  # columns that exist
     MASKED: tl.constexpr,
 ):
-    """[N, BLOCK] columns FROM .. FROM + BLOCK of the rows, 0 where masked or past HEAD_DIM."""
-    offs = FROM + tl.arange(0, BLOCK)
+    """[N, BLOCK] columns of the rows, 0 where masked or past HEAD_DIM."""
+    offs = tl.arange(0, BLOCK)
     ptrs = ptr + rows[:, None] + offs[None, :]
-    if FROM + BLOCK > HEAD_DIM:
+    if BLOCK > HEAD_DIM:
         mask = (offs < HEAD_DIM)[None, :]
         if MASKED:
             mask = mask & mask_rows[:, None]
@@ -94,23 +93,20 @@ def store_columns(
     rows,  # [N] element offset of each row, int64
     mask_rows,  # [N]
     tile,  # [N, BLOCK]
-    FROM: tl.constexpr,
     BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    offs = FROM + tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
     mask = mask_rows[:, None] & (offs < HEAD_DIM)[None, :]
     tl.store(ptr + rows[:, None] + offs[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def attend(
-    q_lo,  # [M, D_LO]
-    q_hi,  # [M, D_HI], unused if D_HI is 0
+    q,  # [M, BLOCK_D]
     row_max,  # [M] running maximum of the scores, base 2
     row_sum,  # [M] running sum of the weights
-    acc_lo,  # [M, D_LO] running weighted values
-    acc_hi,  # [M, D_HI], passed through if D_HI is 0
+    acc,  # [M, BLOCK_D] running weighted values
     positions,  # [M] position of each row's query
     k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim], at this program's K/V head
     v_pages_ptr,  # the same
@@ -129,8 +125,7 @@ def attend(
     softcap,
     window,
     HEAD_DIM: tl.constexpr,
-    D_LO: tl.constexpr,
-    D_HI: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # power of two >= HEAD_DIM
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,  # False promises that every row sees every key of every tile
     SLIDING: tl.constexpr,
@@ -138,8 +133,8 @@ def attend(
     SCALED: tl.constexpr,
     ONE_PAGE: tl.constexpr,  # a tile lies within one page
 ):
-    """The running softmax, (row_max, row_sum, acc_lo, acc_hi), after the keys of the tiles in [start, end)."""
-    dtype: tl.constexpr = q_lo.dtype
+    """The running softmax, (row_max, row_sum, acc), after the keys of the tiles in [start, end)."""
+    dtype: tl.constexpr = q.dtype
     offs_n = tl.arange(0, BLOCK_N)
     page_mask = (1 << page_shift) - 1
     for tile_start in tl.range(start, end, BLOCK_N):
@@ -156,11 +151,8 @@ def attend(
             slots = offs_n & page_mask
         rows = page * page_stride + slots.to(tl.int64) * slot_stride
 
-        k_lo = load_columns(k_pages_ptr, rows, mask_keys, dtype, 0, D_LO, HEAD_DIM, MASKED)
-        scores = tl.dot(q_lo, tl.trans(k_lo), input_precision="ieee")
-        if D_HI:
-            k_hi = load_columns(k_pages_ptr, rows, mask_keys, dtype, D_LO, D_HI, HEAD_DIM, MASKED)
-            scores = tl.dot(q_hi, tl.trans(k_hi), scores, input_precision="ieee")
+        k = load_columns(k_pages_ptr, rows, mask_keys, dtype, BLOCK_D, HEAD_DIM, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SCALED:
             scale_rows = ((page << page_shift) + slots) * num_kv_heads
             scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]
@@ -188,12 +180,9 @@ def attend(
             weights *= v_scale[None, :]
         weights = weights.to(dtype)
 
-        v_lo = load_columns(v_pages_ptr, rows, mask_keys, dtype, 0, D_LO, HEAD_DIM, MASKED)
-        acc_lo = tl.dot(weights, v_lo, acc_lo * decay[:, None], input_precision="ieee")
-        if D_HI:
-            v_hi = load_columns(v_pages_ptr, rows, mask_keys, dtype, D_LO, D_HI, HEAD_DIM, MASKED)
-            acc_hi = tl.dot(weights, v_hi, acc_hi * decay[:, None], input_precision="ieee")
-    return row_max, row_sum, acc_lo, acc_hi
+        v = load_columns(v_pages_ptr, rows, mask_keys, dtype, BLOCK_D, HEAD_DIM, MASKED)
+        acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
+    return row_max, row_sum, acc
 
 
 @triton.jit
@@ -233,17 +222,9 @@ def converts_float8(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def split_head_dim(head_dim: int, *, scaled: bool) -> tuple[int, int]:
-    """(D_LO, D_HI): the powers of two, 16 at least, that hold a head's columns; D_HI = 0 if one does as well.
-
-    Quantised pages (``scaled``) take one: two made Triton 3.6 read past the end of shared memory on an H100.
-    """
-    whole = max(16, triton.next_power_of_2(head_dim))
-    if scaled:
-        return whole, 0
-    low = whole // 2
-    high = max(16, triton.next_power_of_2(max(1, head_dim - low)))
-    return (low, high) if low >= 16 and low + high < whole else (whole, 0)
+def block_dim(head_dim: int) -> int:
+    """Columns of a tile: the power of two, 16 at least, that holds a head; the rest is padding in registers."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 class PagedKV(NamedTuple):

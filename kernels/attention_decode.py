@@ -28,6 +28,7 @@ from . import reference
 from .attention_common import (
     LOG2_E,
     attend,
+    block_dim,
     check_attention,
     check_block_table,
     compact_pages,
@@ -36,7 +37,6 @@ from .attention_common import (
     natural,
     normalizer,
     paged_kv,
-    split_head_dim,
     store_columns,
     target,
 )
@@ -114,8 +114,7 @@ def _attention_decode_kernel(
     softcap,
     window,
     HEAD_DIM: tl.constexpr,
-    D_LO: tl.constexpr,
-    D_HI: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # power of two >= HEAD_DIM
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
@@ -138,13 +137,8 @@ def _attention_decode_kernel(
     heads = kv_head * group + row_in_group
     q_rows = sequence * q_seq_stride + heads * q_head_stride
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    q_lo = load_columns(q_ptr, q_rows, mask_rows, dtype, 0, D_LO, HEAD_DIM, True)
-    q_hi = q_lo
-    acc_lo = tl.zeros([BLOCK_M, D_LO], tl.float32)
-    acc_hi = acc_lo
-    if D_HI:
-        q_hi = load_columns(q_ptr, q_rows, mask_rows, dtype, D_LO, D_HI, HEAD_DIM, True)
-        acc_hi = tl.zeros([BLOCK_M, D_HI], tl.float32)
+    q = load_columns(q_ptr, q_rows, mask_rows, dtype, BLOCK_D, HEAD_DIM, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     positions = tl.zeros([BLOCK_M], tl.int32) + (seq_len - 1)
@@ -157,28 +151,23 @@ def _attention_decode_kernel(
     block_table_ptr += sequence * block_table_stride
     start += split * split_tokens
     end = tl.minimum(start + split_tokens, seq_len)
-    row_max, row_sum, acc_lo, acc_hi = attend(
-        q_lo, q_hi, row_max, row_sum, acc_lo, acc_hi, positions,
+    row_max, row_sum, acc = attend(
+        q, row_max, row_sum, acc, positions,
         k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, start, end, first_key, seq_len,
         page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
-        HEAD_DIM, D_LO, D_HI, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,
     )  # fmt: skip
 
     out_rows = sequence * (num_kv_heads * group) + heads
     total = normalizer(row_sum, dtype, SCALED)[:, None]
-    acc_lo = acc_lo / total
-    acc_hi = acc_hi / total
+    acc = acc / total
     lse = log2_sum(row_max, row_sum)
     if num_splits == 1:
-        store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc_lo, 0, D_LO, HEAD_DIM)
-        if D_HI:
-            store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc_hi, D_LO, D_HI, HEAD_DIM)
+        store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc, BLOCK_D, HEAD_DIM)
         tl.store(lse_ptr + out_rows, natural(lse), mask=mask_rows)
     else:
         partial_rows = out_rows * grid_splits + split
-        store_columns(partial_ptr, partial_rows * HEAD_DIM, mask_rows, acc_lo, 0, D_LO, HEAD_DIM)
-        if D_HI:
-            store_columns(partial_ptr, partial_rows * HEAD_DIM, mask_rows, acc_hi, D_LO, D_HI, HEAD_DIM)
+        store_columns(partial_ptr, partial_rows * HEAD_DIM, mask_rows, acc, BLOCK_D, HEAD_DIM)
         tl.store(partial_lse_ptr + partial_rows, lse, mask=mask_rows)
 
 
@@ -323,7 +312,6 @@ def attention_decode(
     partial_lse = torch.empty((num_seqs, num_heads, grid_splits), dtype=torch.float32, device=q.device)
     group = num_heads // num_kv_heads
     block_m = min(64, max(16, triton.next_power_of_2(group)))
-    d_lo, d_hi = split_head_dim(head_dim, scaled=k_scale is not None)
     pages = paged_kv(k_pages, v_pages, k_scale, v_scale)
     _attention_decode_kernel[(num_kv_heads * triton.cdiv(group, block_m), grid_splits, num_seqs)](
         q,
@@ -351,8 +339,7 @@ def attention_decode(
         softcap,
         sliding_window,
         HEAD_DIM=head_dim,
-        D_LO=d_lo,
-        D_HI=d_hi,
+        BLOCK_D=block_dim(head_dim),
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         MIN_SPLIT=min_split,

@@ -31,6 +31,7 @@ from . import reference
 from .attention_common import (
     LOG2_E,
     attend,
+    block_dim,
     check_attention,
     check_block_table,
     compact_pages,
@@ -39,7 +40,6 @@ from .attention_common import (
     natural,
     normalizer,
     paged_kv,
-    split_head_dim,
     store_columns,
     target,
 )
@@ -121,8 +121,7 @@ def _attention_prefill_kernel(
     softcap,
     window,
     HEAD_DIM: tl.constexpr,
-    D_LO: tl.constexpr,
-    D_HI: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # power of two >= HEAD_DIM
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLIDING: tl.constexpr,
@@ -155,13 +154,8 @@ def _attention_prefill_kernel(
 
     q_rows = tokens * q_token_stride + heads * q_head_stride
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    q_lo = load_columns(q_ptr, q_rows, mask_rows, dtype, 0, D_LO, HEAD_DIM, True)
-    q_hi = q_lo
-    acc_lo = tl.zeros([BLOCK_M, D_LO], tl.float32)
-    acc_hi = acc_lo
-    if D_HI:
-        q_hi = load_columns(q_ptr, q_rows, mask_rows, dtype, D_LO, D_HI, HEAD_DIM, True)
-        acc_hi = tl.zeros([BLOCK_M, D_HI], tl.float32)
+    q = load_columns(q_ptr, q_rows, mask_rows, dtype, BLOCK_D, HEAD_DIM, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
@@ -180,30 +174,28 @@ def _attention_prefill_kernel(
         first_key = tl.maximum(nearest - window + 1, 0)
         start = first_key // BLOCK_N * BLOCK_N
         whole = tl.minimum(tl.cdiv(tl.maximum(farthest - window + 1, 0), BLOCK_N) * BLOCK_N, diagonal)
-        row_max, row_sum, acc_lo, acc_hi = attend(
-            q_lo, q_hi, row_max, row_sum, acc_lo, acc_hi, positions,
+        row_max, row_sum, acc = attend(
+            q, row_max, row_sum, acc, positions,
             k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, start, whole, first_key, end_key,
             page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
-            HEAD_DIM, D_LO, D_HI, BLOCK_N, True, True, CAPPED, SCALED, ONE_PAGE,
+            HEAD_DIM, BLOCK_D, BLOCK_N, True, True, CAPPED, SCALED, ONE_PAGE,
         )  # fmt: skip
-    row_max, row_sum, acc_lo, acc_hi = attend(
-        q_lo, q_hi, row_max, row_sum, acc_lo, acc_hi, positions,
+    row_max, row_sum, acc = attend(
+        q, row_max, row_sum, acc, positions,
         k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, whole, diagonal, first_key, end_key,
         page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
-        HEAD_DIM, D_LO, D_HI, BLOCK_N, False, SLIDING, CAPPED, SCALED, ONE_PAGE,
+        HEAD_DIM, BLOCK_D, BLOCK_N, False, SLIDING, CAPPED, SCALED, ONE_PAGE,
     )  # fmt: skip
-    row_max, row_sum, acc_lo, acc_hi = attend(
-        q_lo, q_hi, row_max, row_sum, acc_lo, acc_hi, positions,
+    row_max, row_sum, acc = attend(
+        q, row_max, row_sum, acc, positions,
         k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, diagonal, end_key, first_key, end_key,
         page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
-        HEAD_DIM, D_LO, D_HI, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,
     )  # fmt: skip
 
     out_rows = tokens * (num_kv_heads * group) + heads
     total = normalizer(row_sum, dtype, SCALED)[:, None]
-    store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc_lo / total, 0, D_LO, HEAD_DIM)
-    if D_HI:
-        store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc_hi / total, D_LO, D_HI, HEAD_DIM)
+    store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc / total, BLOCK_D, HEAD_DIM)
     tl.store(lse_ptr + out_rows, natural(log2_sum(row_max, row_sum)), mask=mask_rows)
 
 
@@ -317,7 +309,6 @@ def attention_prefill(
     num_seqs = block_table.shape[0]
     # a sequence of R rows spans at most R // BLOCK_M + 1 blocks, and so do the tokens that belong to none
     num_blocks = num_tokens * group // tile.block_m + num_seqs + 1
-    d_lo, d_hi = split_head_dim(head_dim, scaled=k_scale is not None)
     pages = paged_kv(k_pages, v_pages, k_scale, v_scale)
     _attention_prefill_kernel[(num_blocks * num_kv_heads,)](
         q,
@@ -346,8 +337,7 @@ def attention_prefill(
         softcap,
         sliding_window,
         HEAD_DIM=head_dim,
-        D_LO=d_lo,
-        D_HI=d_hi,
+        BLOCK_D=block_dim(head_dim),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         SLIDING=sliding_window > 0,

@@ -137,8 +137,8 @@ MUTANTS = [
     Mutant(
         "attention: values not rescaled to the new maximum",
         "kernels/attention_common.py",
-        'acc_lo = tl.dot(weights, v_lo, acc_lo * decay[:, None], input_precision="ieee")',
-        'acc_lo = tl.dot(weights, v_lo, acc_lo, input_precision="ieee")',
+        'acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")',
+        'acc = tl.dot(weights, v, acc, input_precision="ieee")',
         "tests/kernels/test_attention_prefill.py",
     ),
     Mutant(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact
+from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from quant_blocks import TYPES, guarded_weight, random_weight, some_columns
 from rooflama.kernels import (
     LAYOUTS,
@@ -106,6 +106,14 @@ def test_a_unit_vector_reads_out_one_column(ggml_type, num_tokens, dtype, data, 
     assert_bit_equal(quantized_matmul(x, weight), dequantize(weight, dtype).T[chosen], context=f"seed={seed}")
 
 
+def assert_same_rows(actual, expected):
+    """The same bits; on a GPU the same up to rounding, since ptxas contracts a row's sums by its place in the tile."""
+    if DEVICE.type == "cuda":
+        assert_within_rounding(actual, exact(expected))
+    else:
+        assert_bit_equal(actual, expected)
+
+
 @given(case=cases_of_own_kernels, rows=st.integers(2, 30), dtype=dtypes, seed=seeds)
 def test_permuting_rows_permutes_outputs(case, rows, dtype, seed):
     """What un-permuting the q and k rows of arch llama on the quantised bytes rests on."""
@@ -113,7 +121,7 @@ def test_permuting_rows_permutes_outputs(case, rows, dtype, seed):
     rng = np.random.default_rng(seed)
     weight, x = random_weight(rng, ggml_type, rows, 256), normal(rng, num_tokens, 256, dtype=dtype)
     order = torch.from_numpy(rng.permutation(rows)).to(DEVICE)
-    assert_bit_equal(quantized_matmul(x, weight.take_rows(order)), quantized_matmul(x, weight)[:, order])
+    assert_same_rows(quantized_matmul(x, weight.take_rows(order)), quantized_matmul(x, weight)[:, order])
 
 
 @given(case=cases_of_own_kernels, rows=st.lists(st.integers(1, 20), min_size=1, max_size=3), seed=seeds)
@@ -124,7 +132,7 @@ def test_concatenating_rows_concatenates_outputs(case, rows, seed):
     x = normal(rng, num_tokens, 256)
     weights = [random_weight(rng, ggml_type, n, 256) for n in rows]
     joined = quantized_matmul(x, QuantizedTensor.concat_rows(weights))
-    assert_bit_equal(joined, torch.cat([quantized_matmul(x, w) for w in weights], dim=1))
+    assert_same_rows(joined, torch.cat([quantized_matmul(x, w) for w in weights], dim=1))
 
 
 @given(ggml_type=st.sampled_from(TYPES), num_tokens=st.integers(2, 40), dtype=dtypes, seed=seeds)
