@@ -154,12 +154,13 @@ class MemoryPlan:
     @cached_property
     def _prefill(self) -> Moment:
         """The widest moment of a prefill pass."""
-        shape = (self.pass_tokens, self.context, self.sequences)
+        tokens, sequences = self.pass_tokens, self.sequences
         if self.target.backend == "numpy":
-            moments = memory_terms.definition_moments(self.config, *shape, self.dtype.itemsize)
+            moments = memory_terms.definition_moments(self.config, tokens, self.context, sequences, self.dtype.itemsize)
         else:
-            moments = memory_terms.prefill_moments(self.config, self.weights.matrices, *shape[::2], self.dtype)
-        widest = dict(max(moments, key=lambda moment: sum(moment.values())))
+            moments = memory_terms.prefill_moments(self.config, self.weights.matrices, tokens, sequences, self.dtype)
+        sums = [sum(moment.values()) for moment in moments]
+        widest = dict(moments[sums.index(max(sums))])
         if self.target.kind != "cpu":
             widest["matmul library"] = self.target.matmul_library_bytes
         return widest
@@ -167,7 +168,7 @@ class MemoryPlan:
     @cached_property
     def _graph(self) -> Moment:
         """What the captured decode step keeps."""
-        step = dict(memory_terms.decode_moment(self.config, self.context, self.sequences, self.dtype))
+        step: dict[str, int] = {**memory_terms.decode_moment(self.config, self.context, self.sequences, self.dtype)}
         rows = memory_terms.dequantised_bytes(self.weights.matrices, self.sequences, self.dtype)
         if rows:
             step |= {"dequantised rows": rows, "matmul library": self.target.matmul_library_bytes}

@@ -40,11 +40,14 @@ ROUND_TRIPS = (
 )
 
 
+Status = Literal["PASS", "WARN", "FAIL"]
+
+
 @dataclass(frozen=True)
 class Finding:
     """What a check found."""
 
-    status: Literal["PASS", "WARN", "FAIL"]
+    status: Status
     reason: str
     details: dict[str, Any] = field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,9 +13,9 @@ from rooflama.kernels import backend_for
 from rooflama.models import MemoryPlan
 from rooflama.models.memory_display import size
 
-from .check_file import CONTEXT, Finding, Subject
+from .check_file import CONTEXT, Finding, Status, Subject
 from .definition import Definition
-from .model import Model
+from .model import Generation, Model
 from .planning import plan_memory
 
 TEXT = "The quick brown fox jumps over the lazy dog. The capital of France is Paris, and the sky is blue because"
@@ -29,7 +30,7 @@ def memory(subject: Subject) -> Finding:
     if plan.fits:
         return Finding("PASS", f"{size(plan.total_bytes)} at {plan.context:,} tokens, {_bound(plan)}", details)
     longest = plan.largest_context()
-    status = "WARN" if longest >= min(CONTEXT, plan.config.context_length) else "FAIL"
+    status: Status = "WARN" if longest >= min(CONTEXT, plan.config.context_length) else "FAIL"
     return Finding(
         status,
         f"{size(plan.total_bytes)} at {plan.context:,} tokens, {_bound(plan)}; {'; '.join(plan.remedies())}",
@@ -105,14 +106,18 @@ def _surprise(model: Model) -> float:
     return float(-picked[min(8, len(ids) // 2) :].mean())
 
 
+def _greedy(model: Model, prompt: list[int], max_new_tokens: int) -> Generation:
+    return cast(Generation, model.generate(prompt, max_new_tokens=max_new_tokens))
+
+
 def generation(subject: Subject) -> Finding:
     """Greedy decoding repeats itself exactly, and token by token through the cache says what one pass says."""
     model = subject.model
     prompt = model.tokenizer.encode(TEXT)[: model.max_context // 2]
     started = time.perf_counter()
-    first = model.generate(prompt, max_new_tokens=min(NEW_TOKENS, model.max_context - len(prompt)))
+    first = _greedy(model, prompt, min(NEW_TOKENS, model.max_context - len(prompt)))
     seconds = time.perf_counter() - started
-    again = model.generate(prompt, max_new_tokens=len(first.token_ids))
+    again = _greedy(model, prompt, len(first.token_ids))
     details = {"prompt": prompt, "token_ids": first.token_ids, "text": first.text, "seconds": seconds}
     if again.token_ids != first.token_ids:
         return Finding("FAIL", f"two greedy runs differ: {first.token_ids} and {again.token_ids}", details)
