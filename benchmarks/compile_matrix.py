@@ -73,7 +73,17 @@ TARGETS = {
 }
 
 # (kernel, target), shell patterns: the spilled bytes (Nvidia) or registers (AMD) that pass, and why they do.
-SPILLS_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {}
+SPILLS_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
+    ("_attention_prefill_kernel", "sm_80"): (
+        76,
+        "255 registers are not quite enough for head_dim 128 with a window, or with float8 codes widened by hand; "
+        "a smaller tile would have to be measured on such a chip first",
+    ),
+    ("_attention_prefill_kernel", "sm_100"): (
+        40,
+        "head_dim 64, where the compiler stays at 128 registers; the tile is that of sm_90, unmeasured on such a chip",
+    ),
+}
 
 # Before the ones they contain: a tcgen05 kernel may also hold mma.sync.
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma", "v_smfmac")
