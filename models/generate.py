@@ -138,7 +138,7 @@ class Generation:
             end = 0
             for span in chunk:
                 end += span.num_tokens
-                last_hidden[span.index] = hidden[end - 1]
+                last_hidden[span.index] = hidden[end - 1].clone()  # a view would keep the whole chunk
         limits = [request.planned_tokens for request in requests]
         batch = DecodeBatch(engine, sequence_ids, limits, offsets, [request.params for request in requests])
         tokens = batch.draw(engine.decoder.logits(torch.stack(last_hidden)))

@@ -56,7 +56,7 @@ class Target:
         return cls(kind, "triton", CONTEXT_BYTES[kind], library)
 
 
-# Driver context, torch's and cuBLAS's modules and the compiled Triton kernels; measured on an H100 for CUDA.
+# Driver context, torch's and cuBLAS's modules and the compiled Triton kernels; an estimate, until benchmarks/memory_plan_check.py has run on a GPU.
 CONTEXT_BYTES = {"cuda": 560 * MIB, "hip": 560 * MIB}
 
 
@@ -142,7 +142,7 @@ class MemoryPlan:
             rounding = general.reserved - general.asked + graph.reserved - graph.asked
             lines += [
                 Line("device", "allocator rounding", rounding, "torch's segments of 2 and 20 MiB, see allocator"),
-                Line("device", "context and kernels", self.target.context_bytes, "measured once for a kind of device"),
+                Line("device", "context and kernels", self.target.context_bytes, "an estimate for the kind of device"),
             ]
         return tuple(line for line in lines if line.nbytes)
 

@@ -53,6 +53,7 @@ def load(
     """
     path = Path(path)
     with read_gguf(path) as checkpoint:
+        adapter_of(checkpoint)  # an unknown architecture is named before anything it lacks
         tokenizer = Tokenizer.from_metadata(checkpoint.metadata)
         owner = open_device(device, memory_limit=memory_limit)
         try:
