@@ -246,7 +246,8 @@ def paged_kv(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: 
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     _, page_size, num_kv_heads, _ = k_pages.shape
     page_shift = page_size.bit_length() - 1
-    return PagedKV(k_pages, v_pages, k_scale, v_scale, *k_pages.stride()[:3], num_kv_heads, page_shift)
+    page_stride, slot_stride, head_stride, _ = k_pages.stride()
+    return PagedKV(k_pages, v_pages, k_scale, v_scale, page_stride, slot_stride, head_stride, num_kv_heads, page_shift)
 
 
 def check_attention(

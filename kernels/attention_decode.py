@@ -289,15 +289,19 @@ def attention_decode(
             k_pages, v_pages, k_scale, v_scale, block_table = compact_pages(
                 k_pages, v_pages, k_scale, v_scale, block_table=block_table
             )
-        out, lse = reference.attention_decode(
-            *(as_array(t) for t in (q, k_pages, v_pages, block_table, seq_lens)),
+        values, sums = reference.attention_decode(
+            as_array(q),
+            as_array(k_pages),
+            as_array(v_pages),
+            as_array(block_table),
+            as_array(seq_lens),
             None if k_scale is None else as_array(k_scale),
             None if v_scale is None else as_array(v_scale),
             softmax_scale=softmax_scale,
             sliding_window=sliding_window,
             softcap=softcap,
         )
-        return as_tensor(out, like=q), as_tensor(lse, like=q, dtype=torch.float32)
+        return as_tensor(values, like=q), as_tensor(sums, like=q, dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if num_seqs == 0:

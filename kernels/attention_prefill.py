@@ -291,15 +291,20 @@ def attention_prefill(
             k_pages, v_pages, k_scale, v_scale, block_table = compact_pages(
                 k_pages, v_pages, k_scale, v_scale, block_table=block_table
             )
-        out, lse = reference.attention_prefill(
-            *(as_array(t) for t in (q, k_pages, v_pages, block_table, seq_lens, query_start_loc)),
+        values, sums = reference.attention_prefill(
+            as_array(q),
+            as_array(k_pages),
+            as_array(v_pages),
+            as_array(block_table),
+            as_array(seq_lens),
+            as_array(query_start_loc),
             None if k_scale is None else as_array(k_scale),
             None if v_scale is None else as_array(v_scale),
             softmax_scale=softmax_scale,
             sliding_window=sliding_window,
             softcap=softcap,
         )
-        return as_tensor(out, like=q), as_tensor(lse, like=q, dtype=torch.float32)
+        return as_tensor(values, like=q), as_tensor(sums, like=q, dtype=torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if num_tokens == 0:

@@ -211,10 +211,15 @@ def _dot_kernel(
     _store(acc, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n)
 
 
+def gemv_block_rows(rows: int, num_tokens: int) -> int:
+    """BLOCK_N of the gemv regime: enough programs to fill the chip, few enough registers."""
+    return 8 if rows > 2048 and num_tokens <= 2 else 4
+
+
 def _launch_gemv(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
     num_tokens, rows = out.shape
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
-    block_n = 8 if rows > 2048 and num_tokens <= 2 else 4  # enough programs to fill the chip, few enough registers
+    block_n = gemv_block_rows(rows, num_tokens)
     _gemv_kernel[(triton.cdiv(rows, block_n),)](
         x,
         bias_ptr=bias,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from . import reference
 from .backend import as_array, backend_for
 from .checks import check
+from .errors import KernelInputError
 from .reference.quant_layouts import LAYOUTS, QuantLayout
 
 __all__ = ["LAYOUTS", "QuantLayout", "QuantizedTensor", "check_weight", "resident_form"]
@@ -47,7 +48,8 @@ class QuantizedTensor(NamedTuple):
 
     def numpy(self) -> QuantizedTensor:
         """The planes as NumPy arrays, which is what ``kernels.reference`` takes."""
-        return self._replace(planes=tuple(as_array(plane) for plane in self.planes))
+        planes: Any = tuple(as_array(plane) for plane in self.planes)
+        return self._replace(planes=planes)
 
     def take_rows(self, index: Tensor) -> QuantizedTensor:
         """Rows gathered, repeated or permuted: index [n] int64 -> [n, columns]."""
@@ -81,7 +83,11 @@ def check_weight(name: str, weight: QuantizedTensor) -> QuantLayout:
     ggml_type, planes, (rows, columns) = weight
     layout = LAYOUTS.get(ggml_type)
     if layout is None:
-        check(False, f"{name} has type {ggml_type!r}", f"a type is one of {', '.join(LAYOUTS)}", "Dequantise it first")
+        raise KernelInputError(
+            f"{name} has type {ggml_type!r}",
+            rule=f"a type is one of {', '.join(LAYOUTS)}",
+            remedy="Dequantise it first",
+        )
     if columns % layout.block:
         check(
             False,

@@ -168,8 +168,10 @@ def _read_file(path: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
 
 
 def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
-    fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZES:
         _refuse(path, f"tensor {name!r} has dtype {dtype!r}", f"dtypes are {', '.join(ITEMSIZES)}")
     for what, numbers, count in (("shape", shape, None), ("data_offsets", offsets, 2)):

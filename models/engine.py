@@ -19,7 +19,7 @@ from rooflama.kernels import sample
 from .decoder import Decoder, Step
 from .kv_cache import PagedKVCache
 from .metadata import ConfigError
-from .rope import FactorSetPolicy, choose_factor_set, rope_tables
+from .rope import FactorSet, FactorSetPolicy, choose_factor_set, rope_tables
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Engine:
         self.device = cache.k_pages[0].device
         spec = decoder.config.rope
         # A sequence keeps one LongRoPE set for life; long sequences read the second half of the stacked tables.
-        sets = ("short", "long") if spec.kind == "longrope" else (None,)
+        sets: tuple[FactorSet | None, ...] = ("short", "long") if spec.kind == "longrope" else (None,)
         tables = [rope_tables(spec, max_context, factor_set=factor_set) for factor_set in sets]
         cos, sin = (np.concatenate(table) for table in zip(*tables, strict=True))
         self.cos = cache.device.upload(cos, label="rotary cosines").tensor

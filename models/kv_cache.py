@@ -21,7 +21,7 @@ from torch import Tensor
 from rooflama.kernels import RooflamaError, copy_pages
 
 if TYPE_CHECKING:
-    from rooflama.loaders.device import Device
+    from rooflama.loaders.device import Device, DeviceBuffer
 
     from .config import ModelConfig
 
@@ -118,7 +118,7 @@ class PagedKVCache:
         self._next_id = 0
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
         layers = range(config.num_layers)
-        self._buffers = []
+        self._buffers: list[DeviceBuffer] = []
 
         def pages(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
             buffers = [device.allocate(shape, dtype, label=f"{label} of layer {i}") for i in layers]

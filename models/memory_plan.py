@@ -56,7 +56,7 @@ class Target:
         return cls(kind, "triton", CONTEXT_BYTES[kind], library)
 
 
-# Driver context, torch's and cuBLAS's modules and the compiled Triton kernels; an estimate, until benchmarks/memory_plan_check.py has run on a GPU.
+# Driver context, modules of torch and cuBLAS, kernels: an estimate, to be set from benchmarks/memory_plan_check.py.
 CONTEXT_BYTES = {"cuda": 560 * MIB, "hip": 560 * MIB}
 
 

@@ -54,7 +54,7 @@ def read_rope(
             rule="longrope needs both factor tensors and no other, and nothing else reads them",
             remedy="Convert the checkpoint again",
         )
-    if kind == "longrope":
+    if short_factors is not None and long_factors is not None:
         scaling = LongRope(
             factor=max(1.0, context_length / original_context),
             original_context=original_context,

@@ -80,7 +80,7 @@ def _answer(path: Path, prompt: str, *, chat: bool, load_options: dict | None = 
     started = time.perf_counter()
     with rooflama.load(path, **(load_options or {})) as model:
         loaded = time.perf_counter()
-        ids = prompt
+        ids: str | list[int] = prompt
         if chat:
             ids = model.tokenizer.encode_chat([{"role": "user", "content": prompt}])
         stream = model.stream(ids, **options)  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _table(rows: Iterator[dict[str, str]]) -> str:
-    lines = []
+    lines: list[str] = []
     for row in rows:
         if not lines:
             lines = ["| " + " | ".join(row) + " |", "|" + "--|" * len(row)]

@@ -133,7 +133,7 @@ class Model:
             ConfigError: an empty prompt, a parameter out of range, or more tokens than the context holds.
         """
         single = isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int)
-        prompts: list[Prompt] = [prompt] if single else list(prompt)  # type: ignore[list-item]
+        prompts: list[Prompt] = [prompt] if single else list(prompt)  # type: ignore[list-item, arg-type]
         params = _sampling(temperature, top_k, top_p, min_p, seed)
         run, streams = self._start(prompts, max_new_tokens, params, stop)
         texts = ["" for _ in prompts]

@@ -11,7 +11,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from rooflama.loaders.gguf import read_gguf
-from rooflama.models import CheckpointReader, ModelConfig, adapter_for
+from rooflama.models import CheckpointReader, ModelConfig
+
+from .planning import adapter_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def inspect(path: str | os.PathLike[str]) -> Summary:
         ConfigError: its architecture or a parameter is unknown.
     """
     with read_gguf(path) as checkpoint:
-        config = adapter_for(checkpoint.metadata["general.architecture"]).read_config(CheckpointReader(checkpoint))
+        config = adapter_of(checkpoint).read_config(CheckpointReader(checkpoint))
         sizes: Counter[str] = Counter()
         counts: Counter[str] = Counter()
         parameters = 0
@@ -94,5 +96,5 @@ def inspect(path: str | os.PathLike[str]) -> Summary:
             counts[info.ggml_type] += 1
             parameters += info.n_elements
         pre = checkpoint.metadata.get("tokenizer.ggml.pre")
-        kind = checkpoint.metadata.get("tokenizer.ggml.model", "no tokenizer") + (f" ({pre})" if pre else "")
+        kind = f"{checkpoint.metadata.get('tokenizer.ggml.model', 'no tokenizer')}" + (f" ({pre})" if pre else "")
         return Summary(Path(path), config, kind, parameters, dict(sizes), dict(counts))

@@ -80,7 +80,7 @@ def transformers_llama():
                 state[f"model.layers.{layer}.{names[name]}.weight"] = value
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()}
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
     model.load_state_dict(tensors, assign=True, strict=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not loaded
     return model.eval()
