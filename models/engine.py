@@ -190,13 +190,18 @@ class DecodeBatch:
         self.limits = column(limits, torch.int32)
         self.rope_offsets = column(rope_offsets, torch.int32)
         self.steps = column([0] * len(sequence_ids), torch.int64)  # tokens drawn
-        self.sampling = {
-            "temperature": column([p.temperature for p in params], torch.float32),
-            "top_k": column([p.top_k for p in params], torch.int32),
-            "top_p": column([p.top_p for p in params], torch.float32),
-            "min_p": column([p.min_p for p in params], torch.float32),
-            "seeds": column([p.seed for p in params], torch.int64),
-        }
+        self.sampling: dict[str, Tensor] = {}  # without them the sampler is greedy; what is off for all costs nothing
+        if any(p.temperature > 0 for p in params):
+            self.sampling["temperature"] = column([p.temperature for p in params], torch.float32)
+            self.sampling["seeds"] = column([p.seed for p in params], torch.int64)
+            for name, off, dtype in (
+                ("top_k", 0, torch.int32),
+                ("top_p", 1, torch.float32),
+                ("min_p", 0, torch.float32),
+            ):
+                values = [getattr(p, name) for p in params]
+                if any(value != off for value in values):
+                    self.sampling[name] = column(values, dtype)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stepped_eagerly = False
 

@@ -1,0 +1,98 @@
+"""Generation as a user meets it: streaming, stops, seeds, batches, bad parameters; on a small checkpoint."""
+
+import pytest
+
+import rooflama
+from rooflama import ConfigError
+from small_checkpoint import write_small
+
+PROMPT = "ab ab"
+SAMPLED = {"temperature": 1.0, "top_k": 40, "top_p": 0.95, "min_p": 0.01}
+
+
+@pytest.fixture
+def model(tmp_path, numpy_backend):
+    path = write_small(tmp_path / "small.gguf")
+    with rooflama.load(path, device="cpu", max_context=96, progress=False) as model:
+        yield model
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 3, **SAMPLED}], ids=["greedy", "sampled"])
+def test_streamed_pieces_are_the_generated_text(model, options):
+    generation = model.generate(PROMPT, max_new_tokens=24, **options)
+    stream = model.stream(PROMPT, max_new_tokens=24, **options)
+    assert "".join(stream) == generation.text
+    assert stream.finish_reason == generation.finish_reason
+
+
+def test_a_seed_reproduces_and_another_does_not(model):
+    first = model.generate(PROMPT, max_new_tokens=24, seed=1, **SAMPLED)
+    assert first.token_ids == model.generate(PROMPT, max_new_tokens=24, seed=1, **SAMPLED).token_ids
+    assert first.token_ids != model.generate(PROMPT, max_new_tokens=24, seed=2, **SAMPLED).token_ids
+    unseeded = model.generate(PROMPT, max_new_tokens=24, **SAMPLED)
+    assert unseeded.token_ids == model.generate(PROMPT, max_new_tokens=24, seed=unseeded.seed, **SAMPLED).token_ids
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(model):
+    prompts = [PROMPT, "b", "a b a b a b"]
+    together = model.generate(prompts, max_new_tokens=12, seed=5, **SAMPLED)
+    for prompt, generation in zip(prompts, together, strict=True):
+        assert generation.token_ids == model.generate(prompt, max_new_tokens=12, seed=5, **SAMPLED).token_ids
+
+
+def test_more_prompts_than_fit_run_in_groups(model):
+    prompts = [PROMPT] * 5
+    alone = model.generate(PROMPT, max_new_tokens=60)
+    assert [g.token_ids for g in model.generate(prompts, max_new_tokens=60)] == [alone.token_ids] * 5
+
+
+def test_a_stop_string_ends_the_text_before_it(model):
+    whole = model.generate(PROMPT, max_new_tokens=24)
+    stop = whole.text[4:6]
+    generation = model.generate(PROMPT, max_new_tokens=24, stop=stop)
+    assert generation.text == whole.text[: whole.text.index(stop)]
+    assert generation.finish_reason == "stop"
+    assert len(generation.token_ids) < len(whole.token_ids)
+
+
+def test_max_new_tokens_ends_with_length(model):
+    generation = model.generate(PROMPT, max_new_tokens=3)
+    assert (len(generation.token_ids), generation.finish_reason) == (3, "length")
+
+
+def test_an_abandoned_stream_gives_its_pages_back(model):
+    free = model.engine.cache.pool.num_free
+    stream = iter(model.stream(PROMPT, max_new_tokens=24))
+    next(stream)
+    assert model.engine.cache.pool.num_free < free
+    stream.close()
+    assert model.engine.cache.pool.num_free == free
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "an empty prompt"),
+        ([], {}, "an empty prompt"),
+        ([10**6], {}, "token id 1000000"),
+        (PROMPT, {"max_new_tokens": 0}, "max_new_tokens 0"),
+        (PROMPT, {"max_new_tokens": 1000}, "context of 96 tokens"),
+        (PROMPT, {"temperature": -1.0}, "temperature -1.0"),
+        (PROMPT, {"temperature": float("nan")}, "temperature nan"),
+        (PROMPT, {"top_p": 0.0}, "top_p 0.0"),
+        (PROMPT, {"top_k": -1}, "top_k -1"),
+        (PROMPT, {"min_p": 2.0}, "min_p 2.0"),
+        (PROMPT, {"seed": -1}, "seed -1"),
+    ],
+)
+def test_bad_parameters_are_named(model, prompt, options, message):
+    with pytest.raises(ConfigError, match=message):
+        model.generate(prompt, **options)
+
+
+def test_a_closed_model_says_so(model):
+    model.close()
+    model.close()
+    with pytest.raises(ConfigError, match="is closed"):
+        model.generate(PROMPT)
+    assert "closed" in repr(model)
