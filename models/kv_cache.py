@@ -21,7 +21,7 @@ from torch import Tensor
 from rooflama.kernels import RooflamaError, copy_pages
 
 if TYPE_CHECKING:
-    from rooflama.loaders.device import Device, DeviceBuffer
+    from rooflama.loaders.device import Device
 
     from .config import ModelConfig
 
@@ -84,6 +84,11 @@ def ring_pages(config: ModelConfig, page_size: int, max_append: int) -> int:
     return -(-(max(config.sliding_windows) - 1 + max_append) // page_size) + 1
 
 
+def is_scaled(kv_dtype: torch.dtype) -> bool:
+    """Whether stored keys and values are codes with a float32 scale: int8 and fp8."""
+    return kv_dtype.itemsize == 1
+
+
 class PagedKVCache:
     """The page pools of all layers on one device, and the sequences that live in them.
 
@@ -93,7 +98,7 @@ class PagedKVCache:
         page_size: tokens a page, a power of two.
         max_append: tokens that one ``append`` adds at most.
         dtype: of the pages; ``torch.int8`` and ``torch.float8_e4m3fn`` add a float32 scale a token and head.
-        device: allocates and owns the memory.
+        device: allocates and owns the memory, and frees it when it is closed.
 
     Raises:
         DeviceOutOfMemory: the pools do not fit.
@@ -118,26 +123,17 @@ class PagedKVCache:
         self._next_id = 0
         shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
         layers = range(config.num_layers)
-        self._buffers: list[DeviceBuffer] = []
 
         def pages(label: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-            buffers = [device.allocate(shape, dtype, label=f"{label} of layer {i}") for i in layers]
-            self._buffers += buffers
-            return [buffer.tensor for buffer in buffers]
+            return [device.allocate(shape, dtype, label=f"{label} of layer {i}").tensor for i in layers]
 
         self.k_pages = pages("keys", shape, dtype)
         self.v_pages = pages("values", shape, dtype)
-        scaled = not dtype.is_floating_point or dtype.itemsize == 1
         self.k_scale: list[Tensor | None] = [None for _ in layers]
         self.v_scale: list[Tensor | None] = [None for _ in layers]
-        if scaled:
+        if is_scaled(dtype):
             self.k_scale = [*pages("key scales", shape[:3], torch.float32)]
             self.v_scale = [*pages("value scales", shape[:3], torch.float32)]
-
-    @property
-    def num_free_tokens(self) -> int:
-        """Tokens that fit into pages no sequence holds."""
-        return self.pool.num_free * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that a sequence of ``num_tokens`` tokens holds."""
@@ -235,9 +231,3 @@ class PagedKVCache:
                 pages = pages.repeat(-(-width // self.ring))
             table[row, : len(pages)] = pages[:width]
         return table
-
-    def close(self) -> None:
-        """Free the pools."""
-        for buffer in self._buffers:
-            buffer.close()
-        self._buffers = []

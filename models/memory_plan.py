@@ -23,6 +23,7 @@ from rooflama.loaders.device import DeviceOutOfMemory
 from . import memory_display, memory_terms
 from .allocator import Segments
 from .config import ModelConfig
+from .kv_cache import is_scaled
 from .memory_terms import FORMULAS, Moment, pages_a_sequence
 from .memory_weights import Backend, WeightBytes
 from .metadata import ConfigError
@@ -120,7 +121,7 @@ class MemoryPlan:
         token = memory_terms.kv_token_bytes(config, self.kv_dtype)
         slots = self.num_pages * self.page_size
         tokens = min(slots, self.sequences * self.context)
-        scales = " + 4" if memory_terms.is_scaled(self.kv_dtype) else ""
+        scales = " + 4" if is_scaled(self.kv_dtype) else ""
         heads = (
             f"2 x {config.num_layers} x {config.num_kv_heads} x ({config.head_dim} x {self.kv_dtype.itemsize}{scales})"
         )

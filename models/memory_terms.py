@@ -18,7 +18,7 @@ from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK, LEVELS
 
 from .config import ModelConfig
-from .kv_cache import ring_pages
+from .kv_cache import is_scaled, ring_pages
 from .memory_weights import Matrix
 
 DIGIT_BITS = 32 // LEVELS
@@ -36,11 +36,6 @@ FORMULAS = {
     "matmul library": "cuBLAS's workspace, allocated through torch",
 }
 """One line for each term of a moment; where a family of moments differs, that of the commonest."""
-
-
-def is_scaled(kv_dtype: torch.dtype) -> bool:
-    """Whether stored keys and values are codes with a float32 scale: int8 and fp8."""
-    return kv_dtype.itemsize == 1
 
 
 def kv_token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
