@@ -1,5 +1,6 @@
 """The demo checkpoint on a GPU: weights still quantised, sixteen-bit activations, against transformers in float32."""
 
+import copy
 import functools
 
 import pytest
@@ -20,12 +21,15 @@ def model(request):
 
 
 @functools.cache
+def oracle_model(dtype: torch.dtype):
+    """transformers' model on the GPU, its weights rounded to ``dtype``."""
+    return copy.deepcopy(transformers_llama()).to(device=DEVICE, dtype=dtype)
+
+
+@torch.no_grad()
 def oracle(prompt_ids: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """transformers' logits of a sequence in ``dtype``, on the GPU with its weights rounded to it."""
-    model = transformers_llama().to(device=DEVICE, dtype=dtype)
-    transformers_llama.cache_clear()  # .to() converted it in place
-    with torch.no_grad():
-        return model(torch.tensor([prompt_ids], device=DEVICE)).logits[0].float().cpu()
+    """transformers' logits of a sequence in ``dtype``, on the GPU."""
+    return oracle_model(dtype)(torch.tensor([prompt_ids], device=DEVICE)).logits[0].float().cpu()
 
 
 def test_weights_stay_quantised(model):
