@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .kv_cache import PagedKVCache
     from .weights import TensorSource
 
+LOGITS_ROWS = 8  # tokens whose logits are made at a time where all are asked for: float32 rows of a whole vocabulary
+
 
 @dataclass(frozen=True)
 class Step:

@@ -184,13 +184,19 @@ class MemoryPlan:
     def _weight_segments(self) -> Segments:
         return Segments(self.weights.allocations)
 
-    def _segments(self) -> tuple[Segments, Segments]:
-        """torch's general pool and the graph's own, after loading, a prefill pass and a captured decode step."""
-        general = self._weight_segments.copy()
+    @cached_property
+    def _lasting_segments(self) -> Segments:
+        """torch's general pool once a model is loaded: weights, pages, tables."""
+        lasting = self._weight_segments.copy()
         tables, blocks = self._table_bytes()
         pools = memory_terms.kv_allocations(self.config, self.kv_dtype, self.num_pages, self.page_size)
-        for nbytes in [*pools, tables // 2, tables // 2, blocks // 2, blocks // 2, *self._prefill.values()]:
-            general.take(nbytes)
+        lasting.take_all([*pools, tables // 2, tables // 2, blocks // 2, blocks // 2])
+        return lasting
+
+    def _segments(self) -> tuple[Segments, Segments]:
+        """torch's general pool and the graph's own, after loading, a prefill pass and a captured decode step."""
+        general = self._lasting_segments.copy()
+        general.take_all(self._prefill.values())
         return general, Segments(self._graph.values())
 
     def bytes_of(self, *groups: Group) -> int:
@@ -203,10 +209,9 @@ class MemoryPlan:
     @property
     def allocated_bytes(self) -> int:
         """What torch's allocator hands out at its peak: a prefill pass and a decode step do not run at once."""
-        lasting = self.bytes_of("weights", "keys and values", "tables")
-        library = self._prefill.get("matmul library", 0)
-        decoding = sum(self._graph.values()) if self.target.kind != "cpu" else 0
-        return lasting + library + max(sum(self._prefill.values()) - library, decoding)
+        prefilling, graph = self._segments()
+        decoding = self._lasting_segments.taken + self._prefill.get("matmul library", 0) + graph.taken
+        return max(prefilling.taken, decoding if self.target.kind != "cpu" else 0)
 
     # What fits.
 

@@ -18,6 +18,7 @@ from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK, LEVELS
 
 from .config import ModelConfig
+from .decoder import LOGITS_ROWS
 from .kv_cache import is_scaled, ring_pages
 from .memory_weights import Matrix
 
@@ -30,7 +31,7 @@ FORMULAS = {
     "dequantised rows": f"b rows columns, {WORKSPACE_BYTES >> 20} MiB at most",
     "gathered keys and values": "2 x 4 T Hkv D",
     "attention scores": f"3 x 4 Hq min(n, {ROWS}) T",
-    "logits and sampling": "4 S (1.125 V + E)",
+    "logits and sampling": f"4 max(S, min(n, {LOGITS_ROWS})) (1.125 V + E)",
     "split-KV partials": "4 S Hq splits (D + 1)",
     "decode activations": "S b (3 E + 2 (Hq + Hkv) D + 3 F)",
     "matmul library": "cuBLAS's workspace, allocated through torch",
@@ -128,7 +129,7 @@ def prefill_moments(
             "prefill activations": carried + unit * (hidden + 3 * width),
             "dequantised rows": dequantised_bytes(wide, tokens, dtype),
         },
-        {"logits and sampling": logits_bytes(config, sequences)},
+        {"logits and sampling": logits_bytes(config, max(sequences, min(tokens, LOGITS_ROWS)))},
     ]
 
 
@@ -147,7 +148,7 @@ def definition_moments(config: ModelConfig, tokens: int, context: int, sequences
             "attention scores": 3 * 4 * config.num_heads * min(tokens, ROWS) * context,
         },
         {"prefill activations": carried + unit * (config.hidden_size + 5 * config.intermediate_size)},
-        {"logits and sampling": logits_bytes(config, sequences)},
+        {"logits and sampling": logits_bytes(config, max(sequences, min(tokens, LOGITS_ROWS)))},
     ]
 
 
