@@ -15,8 +15,8 @@ Three regimes, chosen by the number of tokens (``REGIMES``):
             of x, and multiplied on tensor cores (float32: in full precision), float32 sums.
     matmul  rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch.matmul.
 
-The norm is a pass of its own in ``dot``, where x times its weight could overflow float16, and with swiglu in ``matmul``.
-With swiglu a tile's rows alternate between gate and up, so that each pair meets in one program.
+The norm is a pass of its own in ``dot``, where x times its weight could overflow float16, and in ``matmul``, as swiglu
+is there. Elsewhere a tile's rows alternate between gate and up, so that each pair meets in one program.
 
 ``batch_invariant`` takes ``dot`` with one tile size for every number of tokens, so that a token's result does not
 depend, in any bit, on the tokens beside it.

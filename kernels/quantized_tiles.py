@@ -186,7 +186,7 @@ def tile_rows(
     BLOCK_N: tl.constexpr,
     SWIGLU: tl.constexpr,
 ):
-    """Rows of the weight that a tile owns, int64 [BLOCK_N], and which of them there are; gate, up, gate, ... if SWIGLU."""
+    """Rows of the weight that a tile owns, int64 [BLOCK_N], and which there are; if SWIGLU gate, up, gate, ..."""
     lane = tl.arange(0, BLOCK_N)
     if SWIGLU:
         column = tile.to(tl.int64) * (BLOCK_N // 2) + lane // 2

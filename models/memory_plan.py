@@ -25,7 +25,7 @@ from .allocator import Segments
 from .config import ModelConfig
 from .kv_cache import is_scaled
 from .memory_terms import FORMULAS, Moment, pages_a_sequence
-from .memory_weights import Backend, WeightBytes
+from .memory_weights import Backend, Matrix, WeightBytes
 from .metadata import ConfigError
 
 MIB = 2**20
@@ -82,6 +82,7 @@ class MemoryPlan:
         page_size, prefill_chunk: tokens of a page, and of a prefill pass at most.
         dtype, kv_dtype: of activations, and of stored keys and values.
         target: the device.
+        batch_invariant: whether products are: such products dequantise in registers only.
         limit: bytes that ``total_bytes`` must not pass, or None.
         free_bytes: what the device has free now, its context already made; None if there is no device to ask.
     """
@@ -95,6 +96,7 @@ class MemoryPlan:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     target: Target
+    batch_invariant: bool = False
     limit: int | None = None
     free_bytes: int | None = None
 
@@ -152,6 +154,11 @@ class MemoryPlan:
         """Tokens of the largest prefill pass."""
         return min(self.prefill_chunk, self.sequences * self.context)
 
+    @property
+    def _library_matrices(self) -> tuple[Matrix, ...]:
+        """Those that the vendor's library may multiply with, dequantised first."""
+        return () if self.batch_invariant else self.weights.matrices
+
     @cached_property
     def _prefill(self) -> Moment:
         """The widest moment of a prefill pass."""
@@ -159,10 +166,10 @@ class MemoryPlan:
         if self.target.backend == "numpy":
             moments = memory_terms.definition_moments(self.config, tokens, self.context, sequences, self.dtype.itemsize)
         else:
-            moments = memory_terms.prefill_moments(self.config, self.weights.matrices, tokens, sequences, self.dtype)
+            moments = memory_terms.prefill_moments(self.config, self._library_matrices, tokens, sequences, self.dtype)
         sums = [sum(moment.values()) for moment in moments]
         widest = dict(moments[sums.index(max(sums))])
-        if self.target.kind != "cpu":
+        if self.target.kind != "cpu" and self._library_matrices:
             widest["matmul library"] = self.target.matmul_library_bytes
         return widest
 
@@ -170,7 +177,7 @@ class MemoryPlan:
     def _graph(self) -> Moment:
         """What the captured decode step keeps."""
         step: dict[str, int] = {**memory_terms.decode_moment(self.config, self.context, self.sequences, self.dtype)}
-        rows = memory_terms.dequantised_bytes(self.weights.matrices, self.sequences, self.dtype)
+        rows = memory_terms.dequantised_bytes(self._library_matrices, self.sequences, self.dtype)
         if rows:
             step |= {"dequantised rows": rows, "matmul library": self.target.matmul_library_bytes}
         return step
@@ -308,6 +315,7 @@ class MemoryPlan:
             "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
             "device": self.target.kind,
             "backend": self.target.backend,
+            "batch_invariant": self.batch_invariant,
             "weights_stored_bytes": self.weights.stored,
             "weights_resident_bytes": self.weights.resident,
             "kv_bytes_per_token": memory_terms.kv_token_bytes(self.config, self.kv_dtype),
