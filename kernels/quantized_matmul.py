@@ -207,15 +207,15 @@ def _dot_kernel(
     store_tile(acc, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
 
 
-def gemv_block_rows(rows: int, num_tokens: int) -> int:
+def gemv_block_rows(rows: int, num_tokens: int, itemsize: int) -> int:
     """BLOCK_N of the gemv regime: enough programs to fill the chip, few enough registers."""
-    return 8 if rows > 2048 and num_tokens <= 2 else 4
+    return 8 if rows > 2048 and num_tokens <= 2 and itemsize == 2 else 4
 
 
 def _launch_gemv(common: dict[str, Any], weight: QuantizedTensor, norm_weight: Tensor | None, eps: float) -> None:
     rows, columns = weight.shape
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
-    block_n = gemv_block_rows(rows, common["num_tokens"])
+    block_n = gemv_block_rows(rows, common["num_tokens"], common["x_ptr"].element_size())
     _gemv_kernel[(triton.cdiv(rows, block_n),)](
         norm_ptr=norm_weight,
         eps=eps,
