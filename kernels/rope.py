@@ -23,10 +23,10 @@ from . import reference
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
+from .paged_checks import check_write
 from .paged_common import (
     LIMITS,
     as_codes,
-    check_write,
     encode,
     largest_magnitude,
     row_scale,
