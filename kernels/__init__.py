@@ -11,7 +11,8 @@ from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
 from .quantized_matmul import quantized_matmul
 from .quantized_tensor import LAYOUTS, QuantizedTensor, resident_form
-from .rope import rope, rope_and_cache_write
+from .rope import rope
+from .rope_cache_write import rope_and_cache_write
 from .sampling import sample
 
 __all__ = [

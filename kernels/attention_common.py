@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import as_array
 from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .paged_checks import check_block_table, check_kv_pages
+from .paged_common import LIMITS
 
-CODES = (torch.int8, torch.float8_e4m3fn)
 LOG2_E = 1.4426950408889634
 
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -265,12 +265,11 @@ def check_attention(
     """Everything that can be known without reading device memory."""
     check_shape("q", q, (None, None, None))
     num_heads, head_dim = q.shape[1:]
+    check_dtype("q", q, FLOATS)
+    check_kv_pages(k_pages, v_pages, k_scale, v_scale)
     check_shape("k_pages", k_pages, (None, None, None, head_dim))
-    check_shape("v_pages", v_pages, tuple(k_pages.shape))
-    page_size, num_kv_heads = k_pages.shape[1:3]
-    check_shape("block_table", block_table, (None, None))
-    check_shape("seq_lens", seq_lens, (block_table.shape[0],))
-    check(0 < head_dim <= 256, f"head_dim is {head_dim}", "head_dim must be 1 to 256", "Use a model with smaller heads")
+    check_block_table(block_table, seq_lens)
+    num_kv_heads = k_pages.shape[2]
     check(
         num_kv_heads > 0 and num_heads > 0 and num_heads % num_kv_heads == 0,
         f"{num_heads} query heads over {num_kv_heads} K/V heads",
@@ -278,36 +277,11 @@ def check_attention(
         "Read both numbers from the same model",
     )
     check(
-        page_size in (16, 32, 64, 128, 256),
-        f"page_size is {page_size}",
-        "page_size must be a power of two from 16 to 256",
-        "Allocate the pages anew",
-    )
-    check_dtype("q", q, FLOATS)
-    check_dtype("k_pages", k_pages, FLOATS + CODES)
-    check_dtype("v_pages", v_pages, (k_pages.dtype,))
-    for name, index in (("block_table", block_table), ("seq_lens", seq_lens)):
-        check_dtype(name, index, (torch.int32,))
-    quantised = k_pages.dtype in CODES
-    check(
-        quantised or q.dtype in (k_pages.dtype, torch.float32),
+        k_pages.dtype in LIMITS or q.dtype in (k_pages.dtype, torch.float32),
         f"q is {q.dtype}, the pages are {k_pages.dtype}",
         "pages of floats have the dtype of q, or q is float32",
         "Convert q",
     )
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        check(
-            (scale is not None) == quantised,
-            f"{name} is {'given' if scale is not None else 'None'} with {k_pages.dtype} pages",
-            "int8 and float8 pages come with scales, float pages without",
-            f"Pass {'no ' if scale is not None else ''}{name}",
-        )
-        if scale is not None:
-            check_shape(name, scale, tuple(k_pages.shape[:3]))
-            check_dtype(name, scale, (torch.float32,))
-            check(
-                scale.is_contiguous(), f"{name} has strides {scale.stride()}", f"{name} must be contiguous", "Copy it"
-            )
     check_same_device(
         q=q,
         k_pages=k_pages,
@@ -317,13 +291,7 @@ def check_attention(
         k_scale=k_scale,
         v_scale=v_scale,
     )
-    check_last_dim_contiguous(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, seq_lens=seq_lens)
-    check(
-        k_pages.stride() == v_pages.stride(),
-        f"k_pages has strides {k_pages.stride()}, v_pages {v_pages.stride()}",
-        "K and V pages must be laid out alike",
-        "Allocate both pools the same way",
-    )
+    check_last_dim_contiguous(q=q)
     check(softmax_scale > 0, f"softmax_scale is {softmax_scale}", "softmax_scale must be positive", "Negate q instead")
     check(softcap >= 0, f"softcap is {softcap}", "softcap must be positive, or 0 for none", "Pass its magnitude")
     check(
@@ -332,35 +300,3 @@ def check_attention(
         "sliding_window counts tokens, 0 for none",
         "Pass 0",
     )
-
-
-def check_block_table(
-    block_table: Tensor, seq_lens: Tensor, first_keys: Tensor, num_pages: int, page_size: int
-) -> None:
-    """That every key from ``first_keys`` on lies in a page. Reads the tensors, so for those on the CPU only."""
-    table, lens = as_array(block_table), as_array(seq_lens)
-    capacity = table.shape[1] * page_size
-    check(
-        not lens.size or (lens.min() >= 0 and lens.max() <= capacity),
-        f"seq_lens run from {lens.min(initial=0)} to {lens.max(initial=0)}",
-        f"a sequence has 0 to {capacity} keys ({table.shape[1]} pages of {page_size})",
-        "Give block_table more columns",
-    )
-    for row, (pages, first, length) in enumerate(zip(table, first_keys.tolist(), lens.tolist(), strict=True)):
-        used = pages[first // page_size : -(-length // page_size)]
-        check(
-            not used.size or (used.min() >= 0 and used.max() < num_pages),
-            f"block_table[{row}] names pages {used.min(initial=0)} to {used.max(initial=0)}",
-            f"pages are numbered 0 to {num_pages - 1}",
-            "Write the table before calling",
-        )
-
-
-def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Tensor, ...]:
-    """The pages that the table names, alone, and the table that names them there.
-
-    For the NumPy definition, which would otherwise convert or copy whole pools.
-    """
-    num_pages = next(t for t in tensors if t is not None).shape[0]
-    used, table = torch.unique(block_table.clamp(0, num_pages - 1), return_inverse=True)
-    return *(None if t is None else t.view(torch.uint8)[used].view(t.dtype) for t in tensors), table

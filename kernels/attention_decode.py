@@ -30,8 +30,6 @@ from .attention_common import (
     attend,
     block_dim,
     check_attention,
-    check_block_table,
-    compact_pages,
     load_columns,
     log2_sum,
     natural,
@@ -43,6 +41,8 @@ from .attention_common import (
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import check
 from .operators import operator
+from .paged_checks import check_keys_in_pages
+from .paged_common import compact_pages
 
 
 class Tile(NamedTuple):
@@ -283,7 +283,7 @@ def attention_decode(
     )
     if q.device.type == "cpu":
         first_keys = (seq_lens - sliding_window).clamp(min=0) if sliding_window else torch.zeros_like(seq_lens)
-        check_block_table(block_table, seq_lens, first_keys, k_pages.shape[0], page_size)
+        check_keys_in_pages(block_table, seq_lens, first_keys, k_pages.shape[0], page_size)
     if runs_numpy(q, k_pages):
         if k_pages.dtype not in (torch.float32, torch.float16, torch.int8) or k_pages.device.type != "cpu":
             k_pages, v_pages, k_scale, v_scale, block_table = compact_pages(

@@ -33,8 +33,6 @@ from .attention_common import (
     attend,
     block_dim,
     check_attention,
-    check_block_table,
-    compact_pages,
     load_columns,
     log2_sum,
     natural,
@@ -46,6 +44,8 @@ from .attention_common import (
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import check, check_dtype, check_shape
 from .operators import operator
+from .paged_checks import check_keys_in_pages
+from .paged_common import compact_pages
 
 
 class Tile(NamedTuple):
@@ -285,7 +285,7 @@ def attention_prefill(
     if q.device.type == "cpu":
         nearest = seq_lens - query_start_loc.diff()
         first_keys = (nearest - sliding_window + 1).clamp(min=0) if sliding_window else torch.zeros_like(seq_lens)
-        check_block_table(block_table, seq_lens, first_keys, k_pages.shape[0], page_size)
+        check_keys_in_pages(block_table, seq_lens, first_keys, k_pages.shape[0], page_size)
     if runs_numpy(q, k_pages):
         if k_pages.dtype not in (torch.float32, torch.float16, torch.int8) or k_pages.device.type != "cpu":
             k_pages, v_pages, k_scale, v_scale, block_table = compact_pages(

@@ -18,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .attention_common import check_block_table, compact_pages, widen
+from .attention_common import widen
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
-from .paged_common import LIMITS, as_codes, check_pages, check_write, write_blocks, write_by_definition, write_heads
+from .paged_checks import check_block_table, check_keys_in_pages, check_pages, check_write
+from .paged_common import LIMITS, as_codes, compact_pages, write_blocks, write_by_definition, write_heads
 
 COPY_BLOCK = 4096
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -246,15 +247,11 @@ def gather_kv(
         KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) the table names a page that
             does not exist or ``num_keys`` is wrong.
     """
-    check_pages("pages", pages, scale)
-    check_shape("block_table", block_table, (None, None))
-    check_shape("seq_lens", seq_lens, (block_table.shape[0],))
-    check_dtype("block_table", block_table, (torch.int32,))
-    check_dtype("seq_lens", seq_lens, (torch.int32,))
+    check_pages("pages", pages, "scale", scale)
+    check_block_table(block_table, seq_lens)
     check_same_device(pages=pages, block_table=block_table, seq_lens=seq_lens, scale=scale)
-    check_last_dim_contiguous(block_table=block_table, seq_lens=seq_lens)
     if pages.device.type == "cpu":
-        check_block_table(block_table, seq_lens, torch.zeros_like(seq_lens), pages.shape[0], pages.shape[1])
+        check_keys_in_pages(block_table, seq_lens, torch.zeros_like(seq_lens), pages.shape[0], pages.shape[1])
         total = int(seq_lens.sum())
         check(num_keys == total, f"num_keys is {num_keys}", f"the sum of seq_lens is {total}", "Pass the sum")
     out_dtype = _gather_dtype(pages, dtype)

@@ -1,4 +1,4 @@
-"""What the kernels that write K/V pages share: the codes of quantised pages, the checks, the NumPy route.
+"""What the kernels over K/V pages share: the codes of quantised pages, and the route to the NumPy definitions.
 
 Quantised pages hold int8 or float8 e4m3 codes, with scales [num_pages, page_size, num_kv_heads], float32:
     scale = max|x| / limit, limit 127 or 448;  code = x / scale, rounded half to even;  value = code * scale
@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import as_array, as_tensor
-from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .backend import as_tensor
 
 LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}  # the largest code
 TILE = 1024  # elements of heads x head_dim that one program writes
@@ -85,76 +84,6 @@ def write_heads(
         tl.store(ptrs, x.to(page_ptr.dtype.element_ty), mask=mask)
 
 
-def check_pages(name: str, pages: Tensor, scale: Tensor | None) -> None:
-    check_shape(name, pages, (None, None, None, None))
-    page_size, head_dim = pages.shape[1], pages.shape[3]
-    check(
-        page_size in (16, 32, 64, 128, 256),
-        f"page_size is {page_size}",
-        "page_size must be a power of two from 16 to 256",
-        "Allocate the pages anew",
-    )
-    check(0 < head_dim <= 256, f"head_dim is {head_dim}", "head_dim must be 1 to 256", "Use a model with smaller heads")
-    check_dtype(name, pages, FLOATS + tuple(LIMITS))
-    check_last_dim_contiguous(**{name: pages})
-    check(
-        (scale is not None) == (pages.dtype in LIMITS),
-        f"scales of {name} are {'given' if scale is not None else 'None'} with {pages.dtype} pages",
-        "int8 and float8 pages come with scales, float pages without",
-        f"Pass {'no ' if scale is not None else ''}scales",
-    )
-    if scale is not None:
-        check_shape(f"scale of {name}", scale, tuple(pages.shape[:3]))
-        check_dtype(f"scale of {name}", scale, (torch.float32,))
-        check(
-            scale.is_contiguous(),
-            f"scale of {name} has strides {scale.stride()}",
-            f"scale of {name} must be contiguous",
-            "Copy it",
-        )
-
-
-def check_write(
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
-    """What writing k and v to pages needs. On the CPU, that the slots exist as well."""
-    check_pages("k_pages", k_pages, k_scale)
-    check_pages("v_pages", v_pages, v_scale)
-    check_shape("v_pages", v_pages, tuple(k_pages.shape))
-    check_dtype("v_pages", v_pages, (k_pages.dtype,))
-    check(
-        k_pages.stride() == v_pages.stride(),
-        f"k_pages has strides {k_pages.stride()}, v_pages {v_pages.stride()}",
-        "K and V pages must be laid out alike",
-        "Allocate both pools the same way",
-    )
-    check_shape("k", k, (None, *k_pages.shape[2:]))
-    check_shape("v", v, tuple(k.shape))
-    check_shape("slot_mapping", slot_mapping, (k.shape[0],))
-    check_dtype("k", k, FLOATS)
-    check_dtype("v", v, (k.dtype,))
-    check_dtype("slot_mapping", slot_mapping, (torch.int64,))
-    check_same_device(
-        k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
-    )
-    check_last_dim_contiguous(k=k, v=v, slot_mapping=slot_mapping)
-    if slot_mapping.device.type == "cpu":
-        num_slots = k_pages.shape[0] * k_pages.shape[1]
-        largest = as_array(slot_mapping).max(initial=-1)
-        check(
-            largest < num_slots,
-            f"slot_mapping holds {largest}",
-            f"slots are numbered 0 to {num_slots - 1}; a negative one writes nothing",
-            "Take slots from pages of this pool",
-        )
-
-
 def write_by_definition(
     define: Callable[..., Any],
     k_pages: Tensor,
@@ -185,6 +114,16 @@ def write_by_definition(
         if tensor is not None and rows is not None:
             tensor[page, place] = as_tensor(rows[:, 0], like=tensor)[kept]
     return result
+
+
+def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Tensor, ...]:
+    """The pages that the table names, alone, and the table that names them there.
+
+    For the NumPy definition, which would otherwise convert or copy whole pools.
+    """
+    num_pages = next(t for t in tensors if t is not None).shape[0]
+    used, table = torch.unique(block_table.clamp(0, num_pages - 1), return_inverse=True)
+    return *(None if t is None else t.view(torch.uint8)[used].view(t.dtype) for t in tensors), table
 
 
 def write_blocks(num_heads: int, head_dim: int) -> tuple[int, int]:

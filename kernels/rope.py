@@ -1,4 +1,4 @@
-"""Rotary position embedding, alone and fused with the norms of Q and K and the write of K and V to their pages.
+"""Rotary position embedding. Fused with QK-norm and the write of K and V to their pages, it is ``rope_cache_write``.
 
     (a, b) -> (a cos - b sin, b cos + a sin)                    (Su et al., 2021)
     pair j of rotary_dim / 2: dimensions (j, j + rotary_dim / 2), or (2j, 2j + 1) if interleaved
@@ -6,10 +6,9 @@
 Layout: x [num_tokens, num_heads, head_dim], any token and head strides, so q, k and v may be parts of one projection.
 cos, sin float32 [max_positions, rotary_dim / 2]; row p holds the angles of position p. Dimensions from rotary_dim on
 pass through. head_dim is padded to powers of two in registers only.
-One program owns one token and a block of its heads. In the fused kernel a token's first blocks rotate q, the others
-norm and rotate k and write it with v to the token's slot, quantised where the pages are (paged_common).
-Numerics: norm and rotation in float32; one rounding on the way out, or into the codes of quantised pages.
-Moves: 2 x head_dim x itemsize bytes a head for about 3 flops an element (8 with the norm): bandwidth-bound.
+One program owns one token and a block of its heads.
+Numerics: rotation in float32; one rounding on the way out.
+Moves: 2 x head_dim x itemsize bytes a head for about 3 flops an element: bandwidth-bound.
 """
 
 from __future__ import annotations
@@ -23,17 +22,7 @@ from . import reference
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
-from .paged_common import (
-    LIMITS,
-    as_codes,
-    check_write,
-    encode,
-    largest_magnitude,
-    row_scale,
-    write_blocks,
-    write_by_definition,
-    write_heads,
-)
+from .paged_common import write_blocks
 
 
 @triton.jit
@@ -103,40 +92,9 @@ def _store_parts(
 
 
 @triton.jit
-def _norm_parts(
-    first,
-    second,
-    tail,
-    weight_ptr,  # [HEAD_DIM]
-    eps,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
-):
-    """RMSNorm of each head."""
-    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-    if BLOCK_TAIL:
-        square += tl.sum(tail * tail, axis=1)
-    scale = (1.0 / tl.sqrt(square / HEAD_DIM + eps))[:, None]
-    row, one = tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)
-    first_weight, second_weight, tail_weight = _load_parts(
-        weight_ptr, row, one, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL
-    )
-    return first * scale * first_weight, second * scale * second_weight, tail * scale * tail_weight
-
-
-@triton.jit
 def _rotate(first, second, cos, sin):
     """fma by name, so that every kernel rounds alike."""
     return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
-
-
-@triton.jit
-def _larger(a, b):
-    """The maximum, NaN if either is: tl.maximum may pass over a NaN, but 0 * NaN is one."""
-    return tl.maximum(a, b) + (a + b) * 0.0
 
 
 @triton.jit
@@ -171,106 +129,8 @@ def _rope_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _rope_and_cache_write_kernel(
-    q_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    k_ptr,  # [num_tokens, num_kv_heads, HEAD_DIM]
-    v_ptr,  # [num_tokens, num_kv_heads, HEAD_DIM]
-    cos_ptr,  # [max_positions, HALF]
-    sin_ptr,  # [max_positions, HALF]
-    positions_ptr,  # [num_tokens]
-    slot_mapping_ptr,  # [num_tokens]
-    q_norm_ptr,  # [HEAD_DIM], read if Q_NORM
-    k_norm_ptr,  # [HEAD_DIM], read if K_NORM
-    out_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    k_pages_ptr,  # [num_pages, page_size, num_kv_heads, HEAD_DIM]
-    v_pages_ptr,  # the same
-    k_scale_ptr,  # [num_pages, page_size, num_kv_heads], written if LIMIT
-    v_scale_ptr,  # the same
-    q_token_stride,
-    q_head_stride,
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
-    page_stride,
-    place_stride,
-    head_stride,
-    num_heads,
-    num_kv_heads,
-    page_shift,  # log2(page_size)
-    eps,
-    Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr,
-    LIMIT: tl.constexpr,  # largest code, 0 for float pages
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,  # rotary_dim / 2
-    INTERLEAVED: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,  # power of two >= HALF
-    BLOCK_TAIL: tl.constexpr,  # power of two >= HEAD_DIM - rotary_dim, 0 for none
-    BLOCK_DIM: tl.constexpr,  # power of two >= HEAD_DIM
-):
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    num_q_blocks = tl.cdiv(num_heads, BLOCK_HEADS)
-    offs_heads = tl.arange(0, BLOCK_HEADS)
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, token, HALF, BLOCK_HALF)
-    if block < num_q_blocks:
-        heads = (block * BLOCK_HEADS + offs_heads).to(tl.int64)
-        mask_heads = heads < num_heads
-        first, second, tail = _load_parts(
-            q_ptr + token * q_token_stride, heads * q_head_stride, mask_heads,
-            HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-        )  # fmt: skip
-        if Q_NORM:
-            first, second, tail = _norm_parts(
-                first, second, tail, q_norm_ptr, eps, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL
-            )
-        first, second = _rotate(first, second, cos, sin)
-        _store_parts(
-            out_ptr, (token * num_heads + heads) * HEAD_DIM, mask_heads, first, second, tail,
-            HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-        )  # fmt: skip
-    else:
-        heads = ((block - num_q_blocks) * BLOCK_HEADS + offs_heads).to(tl.int64)
-        mask_heads = heads < num_kv_heads
-        slot = tl.load(slot_mapping_ptr + token)
-        if slot >= 0:
-            place = slot & ((1 << page_shift) - 1)
-            page_row = (slot >> page_shift) * page_stride + place * place_stride
-            scale_row = slot * num_kv_heads
-            write_heads(
-                v_ptr + token * v_token_stride, v_head_stride, v_pages_ptr + page_row, head_stride,
-                v_scale_ptr, scale_row, heads, num_kv_heads, LIMIT, HEAD_DIM, BLOCK_DIM,
-            )  # fmt: skip
-            first, second, tail = _load_parts(
-                k_ptr + token * k_token_stride, heads * k_head_stride, mask_heads,
-                HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-            )  # fmt: skip
-            if K_NORM:
-                first, second, tail = _norm_parts(
-                    first, second, tail, k_norm_ptr, eps, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL
-                )
-            first, second = _rotate(first, second, cos, sin)
-            if LIMIT:
-                largest = _larger(largest_magnitude(first), largest_magnitude(second))
-                if BLOCK_TAIL:
-                    largest = _larger(largest, largest_magnitude(tail))
-                scale = row_scale(largest, LIMIT)
-                tl.store(k_scale_ptr + scale_row + heads, scale, mask=mask_heads)
-                first, second, tail = (
-                    encode(first, scale, LIMIT),
-                    encode(second, scale, LIMIT),
-                    encode(tail, scale, LIMIT),
-                )
-            _store_parts(
-                k_pages_ptr + page_row, heads * head_stride, mask_heads, first, second, tail,
-                HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-            )  # fmt: skip
-
-
-def _check_rope(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+def check_rope(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    """On the CPU, that the tables hold the positions as well."""
     check_shape(name, x, (None, None, None))
     num_tokens, _, head_dim = x.shape
     check(0 < head_dim <= 256, f"head_dim is {head_dim}", "head_dim must be 1 to 256", "Use a model with smaller heads")
@@ -304,7 +164,8 @@ def _check_rope(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tenso
         )
 
 
-def _parts(head_dim: int, half: int) -> dict[str, int]:
+def parts(head_dim: int, half: int) -> dict[str, int]:
+    """The constants that tell a kernel how a head is cut: 2 x ``half`` dimensions that turn, and the others."""
     tail = head_dim - 2 * half
     return {
         "HEAD_DIM": head_dim,
@@ -335,7 +196,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved:
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) a position is past the tables.
     """
-    _check_rope("x", x, cos, sin, positions)
+    check_rope("x", x, cos, sin, positions)
     if runs_numpy(x):
         arrays = (as_array(t) for t in (x, cos, sin, positions))
         return as_tensor(reference.rope(*arrays, interleaved=interleaved), like=x)
@@ -356,149 +217,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved:
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
         num_warps=max(1, block_heads * block_dim // 256),
-        **_parts(head_dim, cos.shape[1]),
-    )
-    return out
-
-
-def _rope_and_cache_write_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    eps: float = 0.0,
-    interleaved: bool = False,
-) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@operator(_rope_and_cache_write_fake, mutates=("k_pages", "v_pages", "k_scale", "v_scale"))
-def rope_and_cache_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    eps: float = 0.0,
-    interleaved: bool = False,
-) -> Tensor:
-    """Norm each head of q and k (where weights are given), rotate both, and write k and v to their slots.
-
-    Args:
-        q: [num_tokens, num_heads, head_dim], float32, float16 or bfloat16; any token and head strides, as k and v.
-        k: [num_tokens, num_kv_heads, head_dim], dtype of ``q``.
-        v: the same shape and dtype as ``k``.
-        cos: float32 [max_positions, rotary_dim / 2], rotary_dim <= head_dim.
-        sin: the same.
-        positions: int32 or int64 [num_tokens], rows of the tables.
-        slot_mapping: int64 [num_tokens], page * page_size + place, each slot at most once; negative writes nothing.
-        k_pages: [num_pages, page_size, num_kv_heads, head_dim], a float dtype, int8 or float8_e4m3fn. Written.
-        v_pages: the same shape, dtype and strides. Written.
-        q_norm: [head_dim], weight of the RMSNorm of each query head, or None for no norm.
-        k_norm: the same for each key head.
-        k_scale: float32 [num_pages, page_size, num_kv_heads], contiguous, for int8 and float8 pages only. Written.
-        v_scale: the same for V. Written.
-        eps: of both norms.
-        interleaved: pairs are neighbours (2j, 2j + 1), not (j, j + rotary_dim / 2).
-
-    Returns:
-        The rotated queries, like ``q``, contiguous.
-
-    Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) a position lies past
-            the tables or a slot past the pages.
-    """
-    _check_rope("q", q, cos, sin, positions)
-    check_write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    check_shape("k", k, (num_tokens, None, head_dim))
-    check_dtype("k", k, (q.dtype,))
-    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if weight is not None:
-            check_shape(name, weight, (head_dim,))
-            check_dtype(name, weight, FLOATS)
-            check_last_dim_contiguous(**{name: weight})
-    check_same_device(q=q, k=k, q_norm=q_norm, k_norm=k_norm)
-    if runs_numpy(q, q_norm, k_norm, k_pages):
-
-        def define(k_pages, v_pages, slot_mapping, k_scale, v_scale):
-            return reference.rope_and_cache_write(
-                as_array(q),
-                as_array(k),
-                as_array(v),
-                as_array(cos),
-                as_array(sin),
-                as_array(positions),
-                slot_mapping,
-                k_pages,
-                v_pages,
-                None if q_norm is None else as_array(q_norm),
-                None if k_norm is None else as_array(k_norm),
-                k_scale,
-                v_scale,
-                eps=eps,
-                interleaved=interleaved,
-            )
-
-        return as_tensor(write_by_definition(define, k_pages, v_pages, slot_mapping, k_scale, v_scale), like=q)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if num_tokens == 0:
-        return out
-    block_heads, block_dim = write_blocks(num_heads, head_dim)
-    grid = (num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))
-    _rope_and_cache_write_kernel[grid](
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        positions,
-        slot_mapping,
-        q_norm,
-        k_norm,
-        out,
-        as_codes(k_pages),
-        as_codes(v_pages),
-        k_scale,
-        v_scale,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        *k_pages.stride()[:3],
-        num_heads,
-        num_kv_heads,
-        k_pages.shape[1].bit_length() - 1,
-        eps,
-        Q_NORM=q_norm is not None,
-        K_NORM=k_norm is not None,
-        LIMIT=LIMITS.get(k_pages.dtype, 0),
-        INTERLEAVED=interleaved,
-        BLOCK_HEADS=block_heads,
-        BLOCK_DIM=block_dim,
-        num_warps=max(1, block_heads * block_dim // 256),
-        **_parts(head_dim, cos.shape[1]),
+        **parts(head_dim, cos.shape[1]),
     )
     return out

@@ -7,10 +7,7 @@ definition, which states the filters, draws the same numbers.
 Layout: logits [num_seqs, vocab], last dimension contiguous; every parameter a tensor [num_seqs] on the device, so that
 a captured graph can be replayed with other values.
 One program owns a chunk of CHUNK tokens of one row; a last program for each row compares the chunks' winners.
-Top-k and top-p are one search: the smallest value such that all larger values weigh less than a bound (weight 1 and
-bound k; weight p and bound top_p). It runs on the float's order-preserving integer image, BITS bits a launch: each
-program adds up its chunk's weights by the next digit, and the next launch sums the chunks in a fixed order and chooses
-the digit. No sort; exact, but for the rounding of the weights' sums.
+Top-k and top-p become one number a row, the smallest value that is kept: ``sampling_filters`` finds it without a sort.
 Numerics: float32 throughout; sums in a fixed order, so the same call gives the same token.
 Moves: the logits once when greedy, twice when drawing, and from L2 8 times more for each of top-k and top-p that is on.
 """
@@ -26,62 +23,9 @@ from . import reference
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
+from .sampling_filters import _image, _load_chunk, _relative, _row_max, raise_floor
 
-CHUNK = 1024
-BITS = tl.constexpr(4)
-LEVELS = 32 // BITS.value
-_DIGITS = tl.constexpr(2**BITS.value)
-_TINY = tl.constexpr(2.0**-126)
-
-
-@triton.jit
-def _load_chunk(
-    logits_ptr,  # [num_seqs, vocab]
-    seen_ptr,  # [num_seqs, vocab], read if PENALISED
-    penalty_ptr,  # [num_seqs], read if PENALISED
-    logits_stride,
-    seen_stride,
-    row,
-    offs,
-    vocab_size,
-    PENALISED: tl.constexpr,
-):
-    """A row's logits in float32, penalised; -inf past the vocabulary."""
-    mask = offs < vocab_size
-    logits = tl.load(logits_ptr + row * logits_stride + offs, mask=mask, other=float("-inf")).to(tl.float32)
-    if PENALISED:
-        penalty = tl.broadcast_to(tl.load(penalty_ptr + row), logits.shape)
-        seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=0) != 0
-        penalised = tl.where(logits < 0.0, logits * penalty, tl.div_rn(logits, penalty))
-        logits = tl.where(seen, penalised, logits)
-    return logits
-
-
-@triton.jit
-def _image(x):
-    """uint32 in the order of the floats; both zeros alike."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-
-
-@triton.jit
-def _relative(logits, largest, temperature):
-    """(logits - largest) / temperature; 0 at the largest even if that is infinite."""
-    return tl.where(logits == largest, 0.0, (logits - largest) / temperature)
-
-
-@triton.jit
-def _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr):
-    offs = tl.arange(0, BLOCK_CHUNKS)
-    return tl.max(tl.load(maxima_ptr + row * num_chunks + offs, mask=offs < num_chunks, other=float("-inf")))
-
-
-@triton.jit
-def _is_on(limit_ptr, temperature_ptr, row, WEIGHTED: tl.constexpr):
-    """Whether the row draws, and its top_p (WEIGHTED) or top_k is on."""
-    limit = tl.load(limit_ptr + row)
-    on = limit < 1.0 if WEIGHTED else limit > 0
-    return on & (tl.load(temperature_ptr + row) > 0.0)
+CHUNK = 1024  # tokens a program owns
 
 
 @triton.jit
@@ -103,142 +47,6 @@ def _max_kernel(
     )
     largest = tl.max(tl.where(logits != logits, float("-inf"), logits))
     tl.store(maxima_ptr + row * tl.num_programs(0) + chunk, largest)
-
-
-@triton.jit
-def _resume_search(
-    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS]
-    prefix_ptr,  # [LEVELS, num_seqs]
-    above_ptr,  # [LEVELS, num_seqs]
-    bound_ptr,  # [LEVELS, num_seqs]
-    limit_ptr,  # [num_seqs]
-    row,
-    num_seqs,
-    num_chunks,
-    LEVEL: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-):
-    """After LEVEL digits: those digits, the weight of everything larger than they allow, and the bound."""
-    prefix, above, bound = tl.zeros([], tl.uint32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
-    if LEVEL > 0:
-        before = (LEVEL - 1) * num_seqs + row
-        digits = tl.arange(0, _DIGITS)
-        chunks = tl.arange(0, BLOCK_CHUNKS)
-        offs = (before * num_chunks + chunks[:, None]) * _DIGITS + digits[None, :]
-        weights = tl.sum(tl.load(sums_ptr + offs, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
-        if LEVEL > 1:
-            prefix = tl.load(prefix_ptr + before).to(tl.uint32, bitcast=True)
-            above = tl.load(above_ptr + before)
-            bound = tl.load(bound_ptr + before)
-        else:
-            bound = tl.load(limit_ptr + row).to(tl.float32)
-            if WEIGHTED:
-                bound = tl.maximum(bound * tl.sum(weights), _TINY)
-        larger = tl.where(digits[:, None] > digits[None, :], weights[:, None], 0.0)
-        weight_above = above + tl.sum(larger, axis=0)
-        digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS - 1))
-        above = tl.sum(tl.where(digits == digit, weight_above, 0.0))
-        prefix = (prefix << BITS) | digit.to(tl.uint32)
-    return prefix, above, bound
-
-
-@triton.jit
-def _narrow_kernel(
-    logits_ptr,  # [num_seqs, vocab]
-    seen_ptr,  # [num_seqs, vocab], read if PENALISED
-    penalty_ptr,  # [num_seqs], read if PENALISED
-    maxima_ptr,  # [num_seqs, num_chunks], read if WEIGHTED
-    temperature_ptr,  # [num_seqs]
-    limit_ptr,  # [num_seqs], top_p if WEIGHTED, else top_k
-    floor_ptr,  # [num_seqs], image of the smallest value that an earlier search kept
-    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS], weights by digit; row LEVEL is written
-    prefix_ptr,  # [LEVELS, num_seqs], the digits found before a level
-    above_ptr,  # [LEVELS, num_seqs], weight of the values larger than every one with those digits
-    bound_ptr,  # [LEVELS, num_seqs]
-    logits_stride,
-    seen_stride,
-    vocab_size,
-    num_seqs,
-    PENALISED: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    LEVEL: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,  # power of two >= num_chunks
-):
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_chunks = tl.num_programs(0)
-    if _is_on(limit_ptr, temperature_ptr, row, WEIGHTED):
-        prefix, above, bound = _resume_search(
-            sums_ptr,
-            prefix_ptr,
-            above_ptr,
-            bound_ptr,
-            limit_ptr,
-            row,
-            num_seqs,
-            num_chunks,
-            LEVEL,
-            WEIGHTED,
-            BLOCK_CHUNKS,
-        )
-        if chunk == 0:
-            here = LEVEL * num_seqs + row
-            tl.store(prefix_ptr + here, prefix.to(tl.int32, bitcast=True))
-            tl.store(above_ptr + here, above)
-            tl.store(bound_ptr + here, bound)
-
-        offs = chunk * CHUNK + tl.arange(0, CHUNK)
-        logits = _load_chunk(
-            logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
-        )
-        image = _image(logits)
-        candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
-        if LEVEL > 0:
-            candidate = candidate & (image >> (32 - LEVEL * BITS) == prefix)
-        weight = tl.full([CHUNK], 1.0, tl.float32)
-        if WEIGHTED:
-            largest = _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS)
-            weight = tl.exp(_relative(logits, largest, tl.load(temperature_ptr + row)))
-        digits = tl.arange(0, _DIGITS)
-        digit = ((image >> (32 - (LEVEL + 1) * BITS)) & (_DIGITS - 1)).to(tl.int32)
-        chosen = candidate[:, None] & (digit[:, None] == digits[None, :])
-        sums = tl.sum(tl.where(chosen, weight[:, None], 0.0), axis=0)
-        tl.store(sums_ptr + ((LEVEL * num_seqs + row) * num_chunks + chunk) * _DIGITS + digits, sums)
-
-
-@triton.jit
-def _raise_floor_kernel(
-    temperature_ptr,  # [num_seqs]
-    limit_ptr,  # [num_seqs]
-    floor_ptr,  # [num_seqs]
-    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS]
-    prefix_ptr,  # [LEVELS, num_seqs]
-    above_ptr,  # [LEVELS, num_seqs]
-    bound_ptr,  # [LEVELS, num_seqs]
-    num_seqs,
-    num_chunks,
-    WEIGHTED: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    if _is_on(limit_ptr, temperature_ptr, row, WEIGHTED):
-        found, _, _ = _resume_search(
-            sums_ptr,
-            prefix_ptr,
-            above_ptr,
-            bound_ptr,
-            limit_ptr,
-            row,
-            num_seqs,
-            num_chunks,
-            LEVELS,
-            WEIGHTED,
-            BLOCK_CHUNKS,
-        )
-        floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
-        tl.store(floor_ptr + row, tl.maximum(floor, found).to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -394,7 +202,7 @@ def sample(
         if filters:
             floor = torch.zeros(num_seqs, dtype=torch.int32, device=device)
             for limit, weighted in filters:
-                _search(limit, weighted, rows, maxima, temperature, floor, strides, penalised, sizes)
+                raise_floor(limit, weighted, rows, maxima, temperature, floor, strides, penalised, sizes)
     scores = torch.empty(grid[::-1], dtype=torch.float32, device=device)
     winners = torch.empty(grid[::-1], dtype=torch.int32, device=device)
     _choose_kernel[grid](
@@ -416,52 +224,6 @@ def sample(
     )
     _last_kernel[(num_seqs,)](scores, winners, out, num_chunks, BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"])
     return out
-
-
-def _search(
-    limit: Tensor,
-    weighted: bool,
-    rows: tuple[Tensor | None, ...],
-    maxima: Tensor,
-    temperature: Tensor,
-    floor: Tensor,
-    strides: tuple[int, ...],
-    penalised: bool,
-    sizes: dict[str, int],
-) -> None:
-    """Raise ``floor`` to the image of the smallest value that the limit keeps."""
-    num_seqs, num_chunks = maxima.shape
-    sums = torch.empty((LEVELS, num_seqs, num_chunks, _DIGITS.value), dtype=torch.float32, device=maxima.device)
-    prefix = torch.empty((LEVELS, num_seqs), dtype=torch.int32, device=maxima.device)
-    above, bound = torch.empty((2, LEVELS, num_seqs), dtype=torch.float32, device=maxima.device)
-    state = (sums, prefix, above, bound)
-    for level in range(LEVELS):
-        _narrow_kernel[(num_chunks, num_seqs)](
-            *rows,
-            maxima,
-            temperature,
-            limit,
-            floor,
-            *state,
-            *strides,
-            num_seqs,
-            PENALISED=penalised,
-            WEIGHTED=weighted,
-            LEVEL=level,
-            num_warps=8,
-            **sizes,
-        )
-    _raise_floor_kernel[(num_seqs,)](
-        temperature,
-        limit,
-        floor,
-        *state,
-        num_seqs,
-        num_chunks,
-        WEIGHTED=weighted,
-        LEVELS=LEVELS,
-        BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"],
-    )
 
 
 def _check(

@@ -140,19 +140,23 @@ class Engine:
             first_row = [rope_offsets[span.index] + cached[span.index] for span in chunk]
             rows = [first + np.arange(span.start, span.end) for first, span in zip(first_row, chunk, strict=True)]
             starts = np.cumsum([0, *(span.num_tokens for span in chunk)])
-            step = Step(
-                config=self.decoder.config,
-                cache=self.cache,
-                cos=self.cos,
-                sin=self.sin,
-                token_ids=self._int32(tokens),
-                rope_rows=self._int32(np.concatenate(rows)),
-                slot_mapping=torch.from_numpy(np.concatenate(slots)).to(self.device),
-                block_table=self.block_table([sequence_ids[span.index] for span in chunk]),
-                seq_lens=self._int32([cached[span.index] + span.end for span in chunk]),
-                query_start_loc=self._int32(starts),
-            )
-            yield chunk, self.decoder.hidden_states(step, self.dtype, observe)
+            batch = {
+                "token_ids": self._int32(tokens),
+                "rope_rows": self._int32(np.concatenate(rows)),
+                "slot_mapping": torch.from_numpy(np.concatenate(slots)).to(self.device),
+                "block_table": self.block_table([sequence_ids[span.index] for span in chunk]),
+                "seq_lens": self._int32([cached[span.index] + span.end for span in chunk]),
+                "query_start_loc": self._int32(starts),
+            }
+            yield chunk, self.hidden_states(observe, **batch)  # not kept here while the next chunk runs
+
+    def hidden_states(self, observe: Callable[[int, Tensor], None] | None = None, **batch: Tensor) -> Tensor:
+        """One pass through the layers: the residual stream [num_tokens, hidden_size] after the last.
+
+        ``batch`` holds the tensors of ``Step`` that change from one pass to the next.
+        """
+        step = Step(config=self.decoder.config, cache=self.cache, cos=self.cos, sin=self.sin, **batch)
+        return self.decoder.hidden_states(step, self.dtype, observe)
 
     def _int32(self, values: list[int] | np.ndarray) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int32), device=self.device)
@@ -234,15 +238,11 @@ class DecodeBatch:
         page = self.block_table.gather(1, (position // page_size).long().unsqueeze(1)).squeeze(1)
         slot = page.long() * page_size + position % page_size
         self.lengths += active
-        step = Step(
-            config=engine.decoder.config,
-            cache=engine.cache,
-            cos=engine.cos,
-            sin=engine.sin,
+        hidden = engine.hidden_states(
             token_ids=self.token_ids,
             rope_rows=position + self.rope_offsets,
             slot_mapping=torch.where(active, slot, -1),
             block_table=self.block_table,
             seq_lens=self.lengths,
         )
-        return self.draw(engine.decoder.logits(engine.decoder.hidden_states(step, engine.dtype)))
+        return self.draw(engine.decoder.logits(hidden))

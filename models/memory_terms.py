@@ -15,7 +15,8 @@ from rooflama.kernels import LAYOUTS
 from rooflama.kernels.attention_decode import SPLITS
 from rooflama.kernels.quantized_matmul import REGIMES, WORKSPACE_BYTES
 from rooflama.kernels.reference.attention import ROWS
-from rooflama.kernels.sampling import CHUNK, LEVELS
+from rooflama.kernels.sampling import CHUNK
+from rooflama.kernels.sampling_filters import LEVELS
 
 from .config import ModelConfig
 from .decoder import LOGITS_ROWS

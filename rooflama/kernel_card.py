@@ -10,21 +10,24 @@ import ast
 import csv
 import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown
 
+from rooflama import kernels
 from rooflama.kernels import KernelInputError, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILE_MATRIX = ROOT / "docs" / "compile_matrix.csv"
 MEASUREMENTS = ROOT / "benchmarks" / "results" / "kernels.csv"
 
-# One card a file of kernels/: name -> its public functions.
+# One card a kernel: name -> its public functions. It stands in kernels/NAME.py and, where that is long, NAME_*.py.
 CARDS: dict[str, tuple[str, ...]] = {
     "attention_decode": ("attention_decode",),
     "attention_prefill": ("attention_prefill",),
@@ -41,16 +44,15 @@ CARDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class KernelCard:
-    """One file of ``rooflama.kernels``. Shows itself in a terminal and in Jupyter."""
+    """One kernel of ``rooflama.kernels``. Shows itself in a terminal and in Jupyter."""
 
     name: str
 
     def markdown(self) -> str:
         """The card as Markdown, which is also what ``docs/kernels/`` holds."""
-        module = importlib.import_module(f"rooflama.kernels.{self.name}")
-        parts = [f"# {self.name}", _docstring(module)]
+        parts = [f"# {self.name}", *map(_docstring, self._modules())]
         for function in CARDS[self.name]:
-            launcher = inspect.unwrap(getattr(module, function))
+            launcher = inspect.unwrap(getattr(kernels, function))
             signature = re.sub(r"'", "", str(inspect.signature(launcher)))
             parts += [f"## {function}", f"    {function}{signature}", _docstring(launcher)]
             parts += ["### Definition", f"```python\n{inspect.getsource(getattr(reference, function)).strip()}\n```"]
@@ -58,6 +60,11 @@ class KernelCard:
         parts += ["## What it compiles to", _table(self._compiled()) or "Not in the compile matrix."]
         parts += ["## Measured", _table(self._measured()) or "No committed measurement."]
         return "\n\n".join(parts) + "\n"
+
+    def _modules(self) -> list[ModuleType]:
+        names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
+        own = [name for name in names if name == self.name or name.startswith(f"{self.name}_")]
+        return [importlib.import_module(f"rooflama.kernels.{name}") for name in own]
 
     def _laws(self) -> list[str]:
         """Each test's name in words, with the first line of its docstring."""
@@ -72,12 +79,12 @@ class KernelCard:
         return ["\n".join(lines)]
 
     def _compiled(self) -> Iterator[dict[str, str]]:
-        """For each kernel of the file and target: the most registers, spills and shared memory over all shapes."""
-        source = (ROOT / "kernels" / f"{self.name}.py").read_text() if COMPILE_MATRIX.exists() else ""
-        kernels = set(re.findall(r"^def (_\w+_kernel)\(", source, flags=re.MULTILINE))
+        """For each kernel of these files and target: the most registers, spills and shared memory over all shapes."""
+        sources = "\n".join(map(inspect.getsource, self._modules()))
+        launched = set(re.findall(r"^def (_\w+_kernel)\(", sources, flags=re.MULTILINE))
         groups: dict[tuple[str, str], list[dict[str, str]]] = {}
         for row in _rows(COMPILE_MATRIX):
-            if row["kernel"].split(".")[-1] in kernels:
+            if row["kernel"].split(".")[-1] in launched:
                 groups.setdefault((row["kernel"].split(".")[-1], row["target"]), []).append(row)
         for (kernel, target), rows in groups.items():
             most = {key: max(int(row[key] or 0) for row in rows) for key in ("registers", "spills", "shared_bytes")}
@@ -113,7 +120,7 @@ class KernelCard:
 
 
 def kernel_card(name: str) -> KernelCard:
-    """The card of a file of ``rooflama.kernels``, or of a function in one. Raises KernelInputError if there is none."""
+    """The card of a kernel, or of the kernel that a public function is of. Raises KernelInputError if there is none."""
     for card, functions in CARDS.items():
         if name == card or name in functions:
             return KernelCard(card)

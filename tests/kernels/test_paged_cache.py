@@ -337,8 +337,8 @@ SCALES = torch.zeros(4, 16, 3, device=DEVICE)
         ((ZEROS, ZEROS, PAGES, torch.zeros(4, 2, 16, 3, 16, device=DEVICE)[:, 0], SLOTS), "must be laid out alike"),
         ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS), "int8 and float8 pages come with scales"),
         ((ZEROS, ZEROS, PAGES, PAGES, SLOTS, SCALES, SCALES), "float pages without"),
-        ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS, SCALES, SCALES.half()), "scale of v_pages is torch.float16"),
-        ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS, SCALES[:3], SCALES), "scale of k_pages must have shape"),
+        ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS, SCALES, SCALES.half()), "v_scale is torch.float16"),
+        ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS, SCALES[:3], SCALES), "k_scale must have shape"),
     ],
 )
 def test_bad_write_is_refused_before_a_launch(arguments, message):
@@ -357,6 +357,12 @@ def test_bad_write_is_refused_before_a_launch(arguments, message):
 def test_bad_gather_is_refused_before_a_launch(table, lengths, message):
     with pytest.raises(KernelInputError, match=message):
         gather_kv(PAGES.to(DEVICE), table.to(DEVICE), lengths.to(DEVICE), num_keys=1)
+
+
+def test_codes_without_scales_are_not_gathered():
+    table, one = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(KernelInputError, match=r"^scale is None with torch\.int8 pages"):
+        gather_kv(PAGES.char(), table, one, num_keys=1)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU's indices are not read back for a check")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from assertions import assert_bit_equal
 from rooflama.kernels import KernelInputError, reference, sample, sampling, use_backend
 from rooflama.kernels.reference.sampling import allowed_tokens, philox_4x32, relative, uniforms
+from rooflama.kernels.sampling_filters import raise_floor
 from strategies import DEVICE, beyond_int32, dtypes, exact, normal, seeds
 
 # A search takes some twenty launches of each chunk, at milliseconds each under the interpreter.
@@ -149,9 +150,7 @@ def kernel_floor(logits, top_k, top_p, temperature):
     floor = torch.zeros(num_seqs, dtype=torch.int32, device=DEVICE)
     sizes = {"CHUNK": sampling.CHUNK, "BLOCK_CHUNKS": triton.next_power_of_2(num_chunks)}
     for limit, weighted in ((top_k, False), (top_p, True)):
-        sampling._search(
-            limit, weighted, (logits, None, None), maxima, temperature, floor, (vocab, 0, vocab), False, sizes
-        )
+        raise_floor(limit, weighted, (logits, None, None), maxima, temperature, floor, (vocab, 0, vocab), False, sizes)
     return floor.cpu().numpy().view(np.uint32)
 
 
