@@ -46,7 +46,7 @@ from rooflama.models import (
     SamplingParams,
     adapter_for,
 )
-from rooflama.models.memory_weights import DryRunSource, config_tensors, shapes_only
+from rooflama.models.memory_weights import DryRunSource, config_tensors
 from rooflama.planning import plan_for_device
 
 ALLOWED = 0.02
@@ -148,8 +148,7 @@ def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: 
     reader = CheckpointReader(ShapesOnly(config))
     plan = plan_for_device(reader, config, device, context=context, dtype="auto", kv_dtype=kv_dtype)
     source = RandomSource(reader, device)
-    with shapes_only():
-        decoder = Decoder.load(source, config, adapter_for("llama"))
+    decoder = Decoder.load(source, config, adapter_for("llama"))
     cache = PagedKVCache(
         config,
         num_pages=plan.num_pages,

@@ -213,6 +213,9 @@ def gemv_block_rows(rows: int, num_tokens: int, itemsize: int) -> int:
 
 
 def _launch_gemv(common: dict[str, Any], weight: QuantizedTensor, norm_weight: Tensor | None, eps: float) -> None:
+    """BLOCK_K gives each lane 16 bytes of codes, and never fewer than eight columns: a sum across lanes would round
+    differently in each, since every lane contracts its own product into a fused multiply-add.
+    """
     rows, columns = weight.shape
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
     block_n = gemv_block_rows(rows, common["num_tokens"], common["x_ptr"].element_size())
@@ -221,7 +224,7 @@ def _launch_gemv(common: dict[str, Any], weight: QuantizedTensor, norm_weight: T
         eps=eps,
         BLOCK_M=triton.next_power_of_2(common["num_tokens"]),
         BLOCK_N=block_n,
-        BLOCK_K=min(max(32, triton.next_power_of_2(columns)), 4096 // bits, 1024),  # 16 bytes a lane, at most
+        BLOCK_K=min(max(256, triton.next_power_of_2(columns)), max(256, 4096 // bits), 1024),
         num_warps=4,
         **common,
     )

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("dev", max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate], **_common)
-settings.register_profile("smoke", max_examples=3, derandomize=True, **_common)  # under a sanitizer
+settings.register_profile("smoke", max_examples=1, derandomize=True, **_common)  # under a sanitizer
 settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_common)
-settings.register_profile("deep", max_examples=50, print_blob=True, **_common)
+settings.register_profile("deep", max_examples=20, print_blob=True, **_common)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 settings.load_profile(PROFILE)
 CASES_A_FILE = 500  # of the deep profile, at least, over all properties of a kernel's file
