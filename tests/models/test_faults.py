@@ -1,7 +1,12 @@
 """Every allocation and every copy fails once, in turn: a typed error, nothing held, and the next load works."""
 
 import gc
+import os
+import sys
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import median_low
 
 import pytest
 import torch
@@ -96,17 +101,49 @@ def test_passes_fail_clean_at_every_step(load, work):
         assert run(model) == expected
 
 
-def test_loading_often_leaks_nothing(load):
-    def live_bytes():
-        gc.collect()
-        return sum(t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor)
+LOADS, ROUNDS = 100, 4  # a leak grows in every round; a cache that fills, or a table that Python makes anew, in one
+BLOCKS = 50  # of Python's heap, a round of 25 loads: two a load
+RESIDENT_BYTES = 256 << 10  # a round, counted by the system in pages: 10 KB a load, of which the model takes 350 KB
 
-    with load() as model:
-        model.generate(PROMPT, max_new_tokens=2)
-    before = live_bytes()
-    for _ in range(20):
-        with load() as model:
-            pass
-        assert model.device.held_bytes == 0
-    del model
-    assert live_bytes() <= before
+
+def held_on_the_host():
+    """(bytes of live tensors, open files, objects that can hold others, blocks of Python's heap, resident bytes)."""
+    gc.collect()
+    objects = gc.get_objects()
+    tensors = sum(t.untyped_storage().nbytes() for t in objects if type(t) is torch.Tensor)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return tensors, len(os.listdir("/proc/self/fd")), len(objects), sys.getallocatedblocks(), resident
+
+
+def load_often(load, on_device=lambda: 0):
+    """Load ``LOADS`` times and compare what is held; ``on_device`` counts the bytes of a device's allocator."""
+    for _ in range(10):
+        load().close()
+    before = on_device()
+    host = [held_on_the_host()]
+    for _ in range(ROUNDS):
+        for _ in range(LOADS // ROUNDS):
+            with load() as model:
+                assert model.device.held_bytes > 0
+            assert model.device.held_bytes == 0
+            assert model.device.held() == ()
+            assert on_device() == before
+        del model
+        host.append(held_on_the_host())
+    tensors, files, objects, blocks, resident = zip(*host, strict=True)
+    assert set(tensors) == {tensors[0]}
+    assert set(files) == {files[0]}
+    for held, bound in ((objects, 0), (blocks, BLOCKS), (resident, RESIDENT_BYTES)):
+        assert median_low(after - before for before, after in pairwise(held)) <= bound, held
+
+
+def test_loading_a_hundred_times_leaks_nothing(load):
+    load_often(load)
+
+
+@pytest.mark.gpu
+def test_loading_a_hundred_times_on_a_gpu_leaks_nothing(path):
+    load_often(
+        lambda: rooflama.load(path, device="cuda", max_context=64, progress=False),
+        on_device=torch.cuda.memory_allocated,
+    )
