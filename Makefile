@@ -41,8 +41,9 @@ format: $(VENV)/.ready  ## apply ruff's formatting
 wheel: $(VENV)/.ready  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
-gpu-test: $(VENV)/.checkpoint  ## the suite on a GPU: bfloat16, 500 cases a property
-	HYPOTHESIS_PROFILE=deep $(BIN)/pytest tests/kernels tests/models/test_demo_checkpoint_gpu.py
+gpu-test: $(VENV)/.checkpoint  ## on a GPU: the kernels' laws, bfloat16, 500 cases a property; then models
+	HYPOTHESIS_PROFILE=deep $(BIN)/pytest tests/kernels
+	$(BIN)/pytest -m gpu tests/models
 
 compile-matrix: $(VENV)/.ready  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, with no GPU
 	$(BIN)/python benchmarks/compile_matrix.py
