@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint format wheel gpu-test compile-matrix mutants kernel-cards clean
+.PHONY: help demo test lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -41,9 +41,18 @@ format: $(VENV)/.ready  ## apply ruff's formatting
 wheel: $(VENV)/.ready  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
-gpu-test: $(VENV)/.checkpoint  ## on a GPU: the kernels' laws, bfloat16, 500 cases a property; then models
-	HYPOTHESIS_PROFILE=deep $(BIN)/pytest tests/kernels
-	$(BIN)/pytest -m gpu tests/models
+GPU_MODEL_TESTS := $(addprefix tests/models/test_,parity_gpu.py batch_invariance.py demo_checkpoint_gpu.py faults.py)
+
+gpu-test: $(VENV)/.checkpoint  ## kernels, whole models and the boundary on a GPU: bfloat16, 500 cases a kernel
+	HYPOTHESIS_PROFILE=deep $(BIN)/pytest -n auto --dist worksteal tests/kernels $(GPU_MODEL_TESTS) tests/loaders/test_device.py
+
+# torch's own kernels (at::native) are left out; its caching would hide what lies beside a buffer.
+sanitize: $(VENV)/.ready  ## the kernel suite on a GPU under compute-sanitizer: memory errors, then races
+	for tool in memcheck racecheck; do \
+	  HYPOTHESIS_PROFILE=smoke PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all \
+	    --kernel-regex-exclude kns=native --error-exitcode 9 \
+	    $(BIN)/pytest -n auto --dist worksteal tests/kernels || exit 1; \
+	done
 
 compile-matrix: $(VENV)/.ready  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, with no GPU
 	$(BIN)/python benchmarks/compile_matrix.py

@@ -186,28 +186,31 @@ def weight_types(model: Model) -> tuple[str, str]:
 
 def matmul_calls(model: Model, everything: bool) -> Iterator[Call]:
     hidden, attended = model.hidden_size, model.num_heads * model.head_dim
-    matrices = {  # rows, columns, whether the residual stream joins
-        "qkv": (model.qkv_rows, hidden, False),
-        "attn_output": (hidden, attended, True),
-        "gate_up": (2 * model.intermediate_size, hidden, False),
-        "ffn_down": (hidden, model.intermediate_size, True),
+    matrices = {  # rows, columns, what joins
+        "qkv": (model.qkv_rows, hidden, "norm"),
+        "attn_output": (hidden, attended, "residual"),
+        "gate_up": (2 * model.intermediate_size, hidden, "norm and swiglu"),
+        "ffn_down": (hidden, model.intermediate_size, "residual"),
     }
     for tokens in (1, 8, 64, CHUNK):
-        for name, (rows, columns, joins) in matrices.items():
-            residual = empty(tokens, rows) if joins else None
+        for name, (rows, columns, joined) in matrices.items():
+            options = {"residual": empty(tokens, rows) if joined == "residual" else None}
+            if joined != "residual":
+                options |= {"norm_weight": empty(columns, dtype=F32), "eps": 1e-5, "swiglu": "swiglu" in joined}
             types = tuple(LAYOUTS) if everything and name == "attn_output" else weight_types(model)
             for ggml_type in types:
                 if columns % LAYOUTS[ggml_type].block:
                     continue
                 made = weight(ggml_type, rows, columns)
                 note = f"{name} {ggml_type} {tokens} tokens"
-                yield Call("quantized_matmul", note, (empty(tokens, columns), made), {"residual": residual})
+                yield Call("quantized_matmul", note, (empty(tokens, columns), made), options)
                 if everything and tokens == 1:
-                    invariant = {"residual": residual, "batch_invariant": True}
+                    invariant = {**options, "batch_invariant": True}
                     yield Call("quantized_matmul", f"{note} invariant", (empty(tokens, columns), made), invariant)
     for tokens in BATCHES:
         made = weight(weight_types(model)[-1], model.vocab_size, hidden)
-        yield Call("quantized_matmul", f"output {tokens} tokens", (empty(tokens, hidden, dtype=F32), made))
+        normed = {"norm_weight": empty(hidden, dtype=F32), "eps": 1e-5}
+        yield Call("quantized_matmul", f"output {tokens} tokens", (empty(tokens, hidden, dtype=F32), made), normed)
 
 
 def sampling_calls(model: Model, everything: bool) -> Iterator[Call]:

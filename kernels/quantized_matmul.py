@@ -1,15 +1,22 @@
 """Matrix product with quantised weights: out = x @ dequantize(weight).T (+ bias) (+ residual).
 
+What stands before and after it in a block can join: x is first normed (``norm_weight``), or the result's halves, gate
+and up, become silu(gate) * up (``swiglu``).
+
 Layouts: x [num_tokens, columns], weight [rows, columns] in planes (``reference/quant_layouts.py``),
-out [num_tokens, rows].
+out [num_tokens, rows], or [num_tokens, rows / 2] with swiglu.
 
 Three regimes, chosen by the number of tokens (``REGIMES``):
 
     gemv    each program owns BLOCK_N rows of the weight and all tokens, and walks along the columns. Weights are read
-            once. Float32 products; the scale is applied to sums over eight columns, not to each weight.
+            once. Float32 products; the scale is applied to sums over eight columns, not to each weight. The norm's
+            root is not known before the last column, so it multiplies the sums.
     dot     each program owns BLOCK_M tokens x BLOCK_N rows; weights are dequantised in registers, rounded to the dtype
             of x, and multiplied on tensor cores (float32: in full precision), float32 sums.
     matmul  rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch.matmul.
+
+The norm is a pass of its own in ``dot``, where x times its weight could overflow float16, and in ``matmul``, as swiglu
+is there. Elsewhere a tile's rows alternate between gate and up, so that each pair meets in one program.
 
 ``batch_invariant`` takes ``dot`` with one tile size for every number of tokens, so that a token's result does not
 depend, in any bit, on the tokens beside it.
@@ -21,6 +28,8 @@ Moves, at few tokens: the planes once, for 2 x num_tokens x rows x columns flops
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -28,11 +37,22 @@ from torch import Tensor
 
 from . import reference
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .dequantize import dequantize_rows
+from .mlp import swiglu
+from .norm import rms_norm
 from .operators import operator
 from .quantized_tensor import QuantizedTensor, check_weight
-from .quantized_tiles import load_minima, load_scales, load_tile, load_values, plane_arguments
+from .quantized_tiles import (
+    each_vector,
+    load_minima,
+    load_scales,
+    load_tile,
+    load_values,
+    plane_arguments,
+    store_tile,
+    tile_rows,
+)
 
 WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
 
@@ -52,13 +72,16 @@ def _gemv_kernel(
     table_ptr,
     bias_ptr,  # [rows] or None
     residual_ptr,  # [num_tokens, rows] or None
-    out_ptr,  # [num_tokens, rows]
+    norm_ptr,  # [columns] or None
+    out_ptr,  # [num_tokens, rows], or [num_tokens, rows / 2] if SWIGLU
     x_stride,
     residual_stride,
     num_tokens,
     rows,
     columns,
     num_blocks,
+    eps,
+    SWIGLU: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
@@ -70,11 +93,11 @@ def _gemv_kernel(
     BLOCK_K: tl.constexpr,
 ):
     VECTORS: tl.constexpr = BLOCK_K // 8  # eight columns are summed before anything else happens to them
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < rows
+    offs_n, mask_n = tile_rows(tl.program_id(0), rows, BLOCK_N, SWIGLU)
     offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
     mask_m = offs_m < num_tokens
     acc = tl.zeros([BLOCK_M, BLOCK_N, VECTORS], tl.float32)
+    squares = tl.zeros([BLOCK_M, VECTORS], tl.float32)
     for step in range(tl.cdiv(columns, BLOCK_K)):
         values = load_values(
             low_ptr,
@@ -97,51 +120,24 @@ def _gemv_kernel(
             mask=mask_m[:, None] & (offs_k < columns)[None, :],
             other=0.0,
         ).to(tl.float32)
+        if norm_ptr is not None:
+            squares += tl.sum(tl.reshape(x * x, [BLOCK_M, VECTORS, 8]), axis=2)
+            x *= tl.load(norm_ptr + offs_k, mask=offs_k < columns, other=0.0).to(tl.float32)[None, :]
         x = tl.reshape(x, [BLOCK_M, 1, VECTORS, 8])
         sums = tl.sum(tl.reshape(values, [1, BLOCK_N, VECTORS, 8]) * x, axis=3)  # [BLOCK_M, BLOCK_N, VECTORS]
         if LOW_BITS > 0:
             scales = load_scales(
                 d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
             )
-            sums *= _each_vector(scales, GROUP)[None, :, :]
+            sums *= each_vector(scales, GROUP)[None, :, :]
             if m_ptr is not None:
                 minima = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
-                sums += _each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)
+                sums += each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)
         acc += sums
-    _store(tl.sum(acc, axis=2), bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n)
-
-
-@triton.jit
-def _each_vector(
-    groups,  # [BLOCK_N, num_groups]
-    GROUP: tl.constexpr,
-):
-    """The number of its group for each eight columns: [BLOCK_N, num_groups * GROUP / 8]."""
-    PER_GROUP: tl.constexpr = GROUP // 8
-    repeated = tl.broadcast_to(groups[:, :, None], [groups.shape[0], groups.shape[1], PER_GROUP])
-    return tl.reshape(repeated, [groups.shape[0], groups.shape[1] * PER_GROUP])
-
-
-@triton.jit
-def _store(
-    total,  # [BLOCK_M, BLOCK_N] float32
-    bias_ptr,  # [rows] or None
-    residual_ptr,  # [num_tokens, rows] or None
-    out_ptr,  # [num_tokens, rows]
-    residual_stride,
-    rows,
-    offs_m,  # [BLOCK_M] int64
-    mask_m,
-    offs_n,  # [BLOCK_N] int64
-    mask_n,
-):
-    mask = mask_m[:, None] & mask_n[None, :]
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if residual_ptr is not None:
-        offs = offs_m[:, None] * residual_stride + offs_n[None, :]
-        total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs_m[:, None] * rows + offs_n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+    total = tl.sum(acc, axis=2)
+    if norm_ptr is not None:
+        total *= (1.0 / tl.sqrt(tl.sum(squares, axis=1) / columns + eps))[:, None]
+    store_tile(total, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
@@ -156,13 +152,14 @@ def _dot_kernel(
     table_ptr,
     bias_ptr,  # [rows] or None
     residual_ptr,  # [num_tokens, rows] or None
-    out_ptr,  # [num_tokens, rows]
+    out_ptr,  # [num_tokens, rows], or [num_tokens, rows / 2] if SWIGLU
     x_stride,
     residual_stride,
     num_tokens,
     rows,
     columns,
     num_blocks,
+    SWIGLU: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
@@ -174,9 +171,8 @@ def _dot_kernel(
     BLOCK_K: tl.constexpr,
 ):
     num_blocks_m = tl.cdiv(num_tokens, BLOCK_M)  # neighbours share the rows of the weight, so L2 serves all but one
-    offs_n = (tl.program_id(0) // num_blocks_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n, mask_n = tile_rows(tl.program_id(0) // num_blocks_m, rows, BLOCK_N, SWIGLU)
     offs_m = (tl.program_id(0) % num_blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_n = offs_n < rows
     mask_m = offs_m < num_tokens
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(tl.cdiv(columns, BLOCK_K)):
@@ -208,70 +204,58 @@ def _dot_kernel(
             BLOCK_K,
         )
         acc = tl.dot(x, tl.trans(tile.to(x.dtype)), acc, input_precision="ieee")
-    _store(acc, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n)
+    store_tile(acc, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
 
 
-def gemv_block_rows(rows: int, num_tokens: int) -> int:
+def gemv_block_rows(rows: int, num_tokens: int, itemsize: int) -> int:
     """BLOCK_N of the gemv regime: enough programs to fill the chip, few enough registers."""
-    return 8 if rows > 2048 and num_tokens <= 2 else 4
+    return 8 if rows > 2048 and num_tokens <= 2 and itemsize == 2 else 4
 
 
-def _launch_gemv(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
-    num_tokens, rows = out.shape
+def _launch_gemv(common: dict[str, Any], weight: QuantizedTensor, norm_weight: Tensor | None, eps: float) -> None:
+    rows, columns = weight.shape
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
-    block_n = gemv_block_rows(rows, num_tokens)
+    block_n = gemv_block_rows(rows, common["num_tokens"], common["x_ptr"].element_size())
     _gemv_kernel[(triton.cdiv(rows, block_n),)](
-        x,
-        bias_ptr=bias,
-        residual_ptr=residual,
-        out_ptr=out,
-        x_stride=x.stride(0),
-        residual_stride=residual.stride(0) if residual is not None else 0,
-        num_tokens=num_tokens,
-        rows=rows,
-        BLOCK_M=triton.next_power_of_2(num_tokens),
+        norm_ptr=norm_weight,
+        eps=eps,
+        BLOCK_M=triton.next_power_of_2(common["num_tokens"]),
         BLOCK_N=block_n,
-        BLOCK_K=min(max(32, triton.next_power_of_2(x.shape[1])), 4096 // bits, 1024),  # 16 bytes a lane, at most
+        BLOCK_K=min(max(32, triton.next_power_of_2(columns)), 4096 // bits, 1024),  # 16 bytes a lane, at most
         num_warps=4,
-        **plane_arguments(weight),
+        **common,
     )
 
 
-def _launch_dot(
-    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor, block_m: int
-) -> None:
-    num_tokens, rows = out.shape
+def _launch_dot(common: dict[str, Any], x: Tensor, block_m: int) -> None:
     block_n = 32
-    _dot_kernel[(triton.cdiv(num_tokens, block_m) * triton.cdiv(rows, block_n),)](
-        x,
-        bias_ptr=bias,
-        residual_ptr=residual,
-        out_ptr=out,
-        x_stride=x.stride(0),
-        residual_stride=residual.stride(0) if residual is not None else 0,
-        num_tokens=num_tokens,
-        rows=rows,
+    _dot_kernel[(triton.cdiv(common["num_tokens"], block_m) * triton.cdiv(common["rows"], block_n),)](
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=128 if x.element_size() == 2 else 64,
         num_warps=4,
-        **plane_arguments(weight),
+        **common,
     )
 
 
-def _matmul(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+def _matmul(
+    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, swiglu_out: bool
+) -> Tensor:
     rows, columns = weight.shape
+    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     addend = residual if bias is None else bias.expand(out.shape) if residual is None else residual.float() + bias
     if weight.layout.is_float and weight.planes[0].dtype == x.dtype:
         _add_product(x, weight.planes[0], addend, out)
-        return
-    step = max(16, WORKSPACE_BYTES // (x.element_size() * max(1, columns)) // 16 * 16)
-    workspace = torch.empty((min(step, rows), columns), dtype=x.dtype, device=x.device)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        dequantize_rows(weight, start, stop, workspace)
-        part = None if addend is None else addend[:, start:stop]
-        _add_product(x, workspace[: stop - start], part, out[:, start:stop])
+    else:
+        step = max(16, WORKSPACE_BYTES // (x.element_size() * max(1, columns)) // 16 * 16)
+        workspace = torch.empty((min(step, rows), columns), dtype=x.dtype, device=x.device)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            dequantize_rows(weight, start, stop, workspace)
+            part = None if addend is None else addend[:, start:stop]
+            _add_product(x, workspace[: stop - start], part, out[:, start:stop])
+        del workspace
+    return swiglu(*out.chunk(2, dim=1)) if swiglu_out else out
 
 
 def _add_product(x: Tensor, rows: Tensor, addend: Tensor | None, out: Tensor) -> None:
@@ -290,9 +274,12 @@ def _quantized_matmul_fake(
     columns: int,
     bias: Tensor | None,
     residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    swiglu: bool,
     batch_invariant: bool,
 ) -> Tensor:
-    return torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    return torch.empty((x.shape[0], rows // 2 if swiglu else rows), dtype=x.dtype, device=x.device)
 
 
 @operator(_quantized_matmul_fake)
@@ -304,6 +291,9 @@ def quantized_matmul_planes(
     columns: int,
     bias: Tensor | None,
     residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    swiglu: bool,
     batch_invariant: bool,
 ) -> Tensor:
     """``quantized_matmul`` with the weight taken apart: torch operators take lists of tensors, not named tuples."""
@@ -311,31 +301,57 @@ def quantized_matmul_planes(
     layout = check_weight("weight", weight)
     check_shape("x", x, (None, columns))
     check_dtype("x", x, FLOATS)
-    if bias is not None:
-        check_shape("bias", bias, (rows,))
-        check_dtype("bias", bias, FLOATS)
+    for name, vector, size in (("bias", bias, rows), ("norm_weight", norm_weight, columns)):
+        if vector is not None:
+            check_shape(name, vector, (size,))
+            check_dtype(name, vector, FLOATS)
     if residual is not None:
         check_shape("residual", residual, (x.shape[0], rows))
         check_dtype("residual", residual, FLOATS)
-    check_same_device(x=x, weight=planes[0], bias=bias, residual=residual)
-    check_last_dim_contiguous(x=x, bias=bias, residual=residual)
-    if runs_numpy(x, bias, residual):
-        bias_array, residual_array = (None if t is None else as_array(t) for t in (bias, residual))
-        product = reference.quantized_matmul(as_array(x), weight.numpy(), bias_array, residual=residual_array)
+    if swiglu:
+        check(rows % 2 == 0, f"weight has {rows} rows", "with swiglu, half are gate and half are up", "Stack both")
+        check(residual is None, "swiglu with a residual", "the residual joins a later product", "Leave one out")
+    check_same_device(x=x, weight=planes[0], bias=bias, residual=residual, norm_weight=norm_weight)
+    check_last_dim_contiguous(x=x, bias=bias, residual=residual, norm_weight=norm_weight)
+    if runs_numpy(x, bias, residual, norm_weight):
+        arrays = (None if t is None else as_array(t) for t in (bias, residual, norm_weight))
+        bias_array, residual_array, norm_array = arrays
+        product = reference.quantized_matmul(
+            as_array(x),
+            weight.numpy(),
+            bias_array,
+            residual=residual_array,
+            norm_weight=norm_array,
+            eps=eps,
+            swiglu=swiglu,
+        )
         return as_tensor(product, like=x)
     num_tokens = x.shape[0]
-    out = torch.empty((num_tokens, rows), dtype=x.dtype, device=x.device)
+    limits = REGIMES["float" if layout.is_float else "quantised"]
+    gemv = num_tokens <= limits["gemv"] and not batch_invariant
+    if norm_weight is not None and not gemv:
+        x, norm_weight = rms_norm(x, norm_weight, eps), None
+    if not (batch_invariant or num_tokens <= limits["dot"]):
+        return _matmul(x, weight, bias, residual, swiglu)
+    out = torch.empty((num_tokens, rows // 2 if swiglu else rows), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    limits = REGIMES["float" if layout.is_float else "quantised"]
-    if batch_invariant:
-        _launch_dot(x, weight, bias, residual, out, block_m=16)
-    elif num_tokens <= limits["gemv"]:
-        _launch_gemv(x, weight, bias, residual, out)
-    elif num_tokens <= limits["dot"]:
-        _launch_dot(x, weight, bias, residual, out, block_m=max(16, triton.next_power_of_2(num_tokens)))
+    common = {
+        "x_ptr": x,
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "out_ptr": out,
+        "x_stride": x.stride(0),
+        "residual_stride": residual.stride(0) if residual is not None else 0,
+        "num_tokens": num_tokens,
+        "rows": rows,
+        "SWIGLU": swiglu,
+        **plane_arguments(weight),
+    }
+    if gemv:
+        _launch_gemv(common, weight, norm_weight, eps)
     else:
-        _matmul(x, weight, bias, residual, out)
+        _launch_dot(common, x, 16 if batch_invariant else max(16, triton.next_power_of_2(num_tokens)))
     return out
 
 
@@ -345,24 +361,40 @@ def quantized_matmul(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """out = x @ dequantize(weight).T (+ bias) (+ residual).
+    """out = x @ dequantize(weight).T (+ bias) (+ residual), of rms_norm(x) if there is a norm_weight.
 
     Args:
         x: [num_tokens, columns], float32, float16 or bfloat16; rows may be strided.
         weight: [rows, columns], any type of ``LAYOUTS``.
         bias: [rows].
         residual: [num_tokens, rows], added last; rows may be strided.
+        norm_weight: [columns]; x is then normed first, as by ``rms_norm``.
+        eps: added to the norm's mean square.
+        swiglu: rows are gate's, then as many of up's; the result is silu(gate) * up.
         batch_invariant: one regime for every number of tokens, so that a token's bits do not depend on its neighbours;
             slower both for one token and for thousands.
 
     Returns:
-        [num_tokens, rows], dtype of ``x``.
+        [num_tokens, rows], with swiglu [num_tokens, rows / 2], dtype of ``x``. What is fused is not rounded in between.
 
     Raises:
-        KernelInputError: an unknown type, planes that do not fit it, or shapes, dtypes or devices that do not fit.
+        KernelInputError: an unknown type, planes that do not fit it, shapes, dtypes or devices that do not fit, or
+            swiglu with an odd number of rows or a residual.
     """
     return quantized_matmul_planes(
-        x, list(weight.planes), weight.ggml_type, *weight.shape, bias, residual, batch_invariant
+        x,
+        list(weight.planes),
+        weight.ggml_type,
+        *weight.shape,
+        bias,
+        residual,
+        norm_weight,
+        eps,
+        swiglu,
+        batch_invariant,
     )

@@ -1,4 +1,4 @@
-"""Reading a quantised weight inside a Triton kernel: jit helpers that turn planes into tiles of numbers.
+"""Reading a quantised weight inside a Triton kernel, and writing a product: jit helpers.
 
 Every kernel that reads a ``QuantizedTensor`` takes the planes as the same pointers (``plane_arguments`` makes them,
 None where the type has no such plane) and the layout as constexpr numbers. The codes of a tile arrive in loads of 16
@@ -177,6 +177,64 @@ def load_minima(
     SHIFT: tl.constexpr = 4 if PACKED else 0
     minima = load_scales(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, MASK, SHIFT, GROUP, BLOCK, BLOCK_K)
     return -minima if mins_ptr is not None else minima
+
+
+@triton.jit
+def tile_rows(
+    tile,  # its number
+    rows,
+    BLOCK_N: tl.constexpr,
+    SWIGLU: tl.constexpr,
+):
+    """Rows of the weight that a tile owns, int64 [BLOCK_N], and which there are; if SWIGLU gate, up, gate, ..."""
+    lane = tl.arange(0, BLOCK_N)
+    if SWIGLU:
+        column = tile.to(tl.int64) * (BLOCK_N // 2) + lane // 2
+        return column + (lane % 2) * (rows // 2), column < rows // 2
+    else:
+        offs_n = tile.to(tl.int64) * BLOCK_N + lane
+        return offs_n, offs_n < rows
+
+
+@triton.jit
+def each_vector(
+    groups,  # [BLOCK_N, num_groups]
+    GROUP: tl.constexpr,
+):
+    """The number of its group for each eight columns: [BLOCK_N, num_groups * GROUP / 8]."""
+    PER_GROUP: tl.constexpr = GROUP // 8
+    repeated = tl.broadcast_to(groups[:, :, None], [groups.shape[0], groups.shape[1], PER_GROUP])
+    return tl.reshape(repeated, [groups.shape[0], groups.shape[1] * PER_GROUP])
+
+
+@triton.jit
+def store_tile(
+    total,  # [BLOCK_M, BLOCK_N] float32
+    bias_ptr,  # [rows] or None
+    residual_ptr,  # [num_tokens, rows] or None
+    out_ptr,  # [num_tokens, rows], or [num_tokens, rows / 2] if SWIGLU
+    residual_stride,
+    rows,
+    offs_m,  # [BLOCK_M] int64
+    mask_m,
+    offs_n,  # [BLOCK_N] int64, from _tile_rows
+    mask_n,
+    SWIGLU: tl.constexpr,
+):
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if SWIGLU:
+        PAIRS: tl.constexpr = total.shape[1] // 2
+        gate, up = tl.split(tl.reshape(total, [total.shape[0], PAIRS, 2]))
+        total = gate / (1.0 + tl.exp(-gate)) * up
+        rows = rows // 2
+        offs_n, _ = tl.split(tl.reshape(offs_n, [PAIRS, 2]))
+        mask_n = offs_n < rows
+    mask = mask_m[:, None] & mask_n[None, :]
+    if residual_ptr is not None:
+        offs = offs_m[:, None] * residual_stride + offs_n[None, :]
+        total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs_m[:, None] * rows + offs_n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def plane_arguments(weight: QuantizedTensor) -> dict[str, object]:

@@ -21,17 +21,22 @@ OWN_ROUND = 2 * MIB
 
 
 class Segments:
-    """Allocations that stay: what was asked for, and what the driver gave.
+    """Allocations that stay: what was asked for, what was handed out, and what the driver gave.
 
     Attributes:
         asked: bytes of all requests.
+        taken: bytes of the blocks handed out, which ``torch.cuda.memory_allocated`` counts.
         reserved: bytes of all segments.
     """
 
     def __init__(self, sizes: Iterable[int] = ()):
         self.asked = 0
+        self.taken = 0
         self.reserved = 0
         self._free: dict[bool, list[int]] = {True: [], False: []}
+        self.take_all(sizes)
+
+    def take_all(self, sizes: Iterable[int]) -> None:
         for size in sizes:
             self.take(size)
 
@@ -52,10 +57,13 @@ class Segments:
         rest = block - size
         if rest >= (ROUND_BYTES if small else SMALL_BYTES + 1):
             insort(free, rest)
+            self.taken += size
+        else:
+            self.taken += block
 
     def copy(self) -> Segments:
         twin = Segments()
-        twin.asked, twin.reserved = self.asked, self.reserved
+        twin.asked, twin.taken, twin.reserved = self.asked, self.taken, self.reserved
         twin._free = {small: list(free) for small, free in self._free.items()}
         return twin
 

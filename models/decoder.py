@@ -14,7 +14,6 @@ from rooflama.kernels import (
     attention_prefill,
     embedding,
     quantized_matmul,
-    rms_norm,
     rope_and_cache_write,
 )
 
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from .config import ModelConfig
     from .kv_cache import PagedKVCache
     from .weights import TensorSource
+
+LOGITS_ROWS = 8  # tokens whose logits are made at a time where all are asked for: float32 rows of a whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Decoder:
     layers: list[Any]
     output_norm: Tensor  # [hidden_size]
     output: QuantizedTensor  # [vocab_size, hidden_size], the embedding itself where tied
+    batch_invariant: bool  # whether its products are, see quantized_matmul
 
     @classmethod
     def load(cls, source: TensorSource, config: ModelConfig, adapter: Adapter) -> Decoder:
@@ -109,7 +111,7 @@ class Decoder:
         output_norm = source.vector("output_norm.weight", config.hidden_size)
         output = token_embedding if config.tied_embeddings else source.matrix("output.weight", *shape)
         source.refuse_untaken()
-        return cls(config, adapter, token_embedding, layers, output_norm, output)
+        return cls(config, adapter, token_embedding, layers, output_norm, output, source.batch_invariant)
 
     def hidden_states(
         self, step: Step, dtype: torch.dtype, observe: Callable[[int, Tensor], None] | None = None
@@ -127,5 +129,10 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
-        normed = rms_norm(hidden, self.output_norm, self.config.rms_norm_eps)
-        return quantized_matmul(normed.float(), self.output)
+        return quantized_matmul(
+            hidden.float(),
+            self.output,
+            norm_weight=self.output_norm,
+            eps=self.config.rms_norm_eps,
+            batch_invariant=self.batch_invariant,
+        )

@@ -139,6 +139,7 @@ class Generation:
             for span in chunk:
                 end += span.num_tokens
                 last_hidden[span.index] = hidden[end - 1].clone()  # a view would keep the whole chunk
+            del hidden  # else the next chunk would be computed beside it
         limits = [request.planned_tokens for request in requests]
         batch = DecodeBatch(engine, sequence_ids, limits, offsets, [request.params for request in requests])
         tokens = batch.draw(engine.decoder.logits(torch.stack(last_hidden)))

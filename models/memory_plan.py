@@ -25,7 +25,7 @@ from .allocator import Segments
 from .config import ModelConfig
 from .kv_cache import is_scaled
 from .memory_terms import FORMULAS, Moment, pages_a_sequence
-from .memory_weights import Backend, WeightBytes, form_on_device
+from .memory_weights import Backend, Matrix, WeightBytes, form_on_device
 from .metadata import ConfigError
 
 MIB = 2**20
@@ -82,6 +82,7 @@ class MemoryPlan:
         page_size, prefill_chunk: tokens of a page, and of a prefill pass at most.
         dtype, kv_dtype: of activations, and of stored keys and values.
         target: the device.
+        batch_invariant: whether products are: such products dequantise in registers only.
         limit: bytes that ``total_bytes`` must not pass, or None.
         free_bytes: what the device has free now, its context already made; None if there is no device to ask.
     """
@@ -95,6 +96,7 @@ class MemoryPlan:
     dtype: torch.dtype
     kv_dtype: torch.dtype
     target: Target
+    batch_invariant: bool = False
     limit: int | None = None
     free_bytes: int | None = None
 
@@ -158,6 +160,11 @@ class MemoryPlan:
         """Tokens of the largest prefill pass."""
         return min(self.prefill_chunk, self.sequences * self.context)
 
+    @property
+    def _library_matrices(self) -> tuple[Matrix, ...]:
+        """Those that the vendor's library may multiply with, dequantised first."""
+        return () if self.batch_invariant else self.weights.matrices
+
     @cached_property
     def _prefill(self) -> Moment:
         """The widest moment of a prefill pass."""
@@ -165,10 +172,10 @@ class MemoryPlan:
         if self.target.backend == "numpy":
             moments = memory_terms.definition_moments(self.config, tokens, self.context, sequences, self.dtype.itemsize)
         else:
-            moments = memory_terms.prefill_moments(self.config, self.weights.matrices, tokens, sequences, self.dtype)
+            moments = memory_terms.prefill_moments(self.config, self._library_matrices, tokens, sequences, self.dtype)
         sums = [sum(moment.values()) for moment in moments]
         widest = dict(moments[sums.index(max(sums))])
-        if self.target.kind != "cpu":
+        if self.target.kind != "cpu" and self._library_matrices:
             widest["matmul library"] = self.target.matmul_library_bytes
         return widest
 
@@ -176,7 +183,7 @@ class MemoryPlan:
     def _graph(self) -> Moment:
         """What the captured decode step keeps."""
         step: dict[str, int] = {**memory_terms.decode_moment(self.config, self.context, self.sequences, self.dtype)}
-        rows = memory_terms.dequantised_bytes(self.weights.matrices, self.sequences, self.dtype)
+        rows = memory_terms.dequantised_bytes(self._library_matrices, self.sequences, self.dtype)
         if rows:
             step |= {"dequantised rows": rows, "matmul library": self.target.matmul_library_bytes}
         return step
@@ -190,13 +197,19 @@ class MemoryPlan:
     def _weight_segments(self) -> Segments:
         return Segments(self.weights.allocations)
 
-    def _segments(self) -> tuple[Segments, Segments]:
-        """torch's general pool and the graph's own, after loading, a prefill pass and a captured decode step."""
-        general = self._weight_segments.copy()
+    @cached_property
+    def _lasting_segments(self) -> Segments:
+        """torch's general pool once a model is loaded: weights, pages, tables."""
+        lasting = self._weight_segments.copy()
         tables, blocks = self._table_bytes()
         pools = memory_terms.kv_allocations(self.config, self.kv_dtype, self.num_pages, self.page_size)
-        for nbytes in [*pools, tables // 2, tables // 2, blocks // 2, blocks // 2, *self._prefill.values()]:
-            general.take(nbytes)
+        lasting.take_all([*pools, tables // 2, tables // 2, blocks // 2, blocks // 2])
+        return lasting
+
+    def _segments(self) -> tuple[Segments, Segments]:
+        """torch's general pool and the graph's own, after loading, a prefill pass and a captured decode step."""
+        general = self._lasting_segments.copy()
+        general.take_all(self._prefill.values())
         return general, Segments(self._graph.values())
 
     def bytes_of(self, *groups: Group) -> int:
@@ -209,10 +222,9 @@ class MemoryPlan:
     @property
     def allocated_bytes(self) -> int:
         """What torch's allocator hands out at its peak: a prefill pass and a decode step do not run at once."""
-        lasting = self.bytes_of("weights", "keys and values", "tables")
-        library = self._prefill.get("matmul library", 0)
-        decoding = sum(self._graph.values()) if self.target.kind != "cpu" else 0
-        return lasting + library + max(sum(self._prefill.values()) - library, decoding)
+        prefilling, graph = self._segments()
+        decoding = self._lasting_segments.taken + self._prefill.get("matmul library", 0) + graph.taken
+        return max(prefilling.taken, decoding if self.target.kind != "cpu" else 0)
 
     # What fits.
 
@@ -309,6 +321,7 @@ class MemoryPlan:
             "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
             "device": self.target.kind,
             "backend": self.target.backend,
+            "batch_invariant": self.batch_invariant,
             "weights_stored_bytes": self.weights.stored,
             "weights_resident_bytes": self.weights.resident,
             "kv_bytes_per_token": memory_terms.kv_token_bytes(self.config, self.kv_dtype),

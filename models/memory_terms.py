@@ -19,6 +19,7 @@ from rooflama.kernels.sampling import CHUNK
 from rooflama.kernels.sampling_filters import LEVELS
 
 from .config import ModelConfig
+from .decoder import LOGITS_ROWS
 from .kv_cache import is_scaled, ring_pages
 from .memory_weights import Matrix
 
@@ -27,11 +28,11 @@ DIGIT_BITS = 32 // LEVELS
 Moment = Mapping[str, int]  # name of a term -> bytes alive at one moment
 
 FORMULAS = {
-    "prefill activations": "n b (3 E + 2 (Hq + Hkv) D + 3 F)",
+    "prefill activations": "n b (3 E + 2 (Hq + Hkv) D + 2 F)",
     "dequantised rows": f"b rows columns, {WORKSPACE_BYTES >> 20} MiB at most",
     "gathered keys and values": "2 x 4 T Hkv D",
     "attention scores": f"3 x 4 Hq min(n, {ROWS}) T",
-    "logits and sampling": "4 S (1.125 V + E)",
+    "logits and sampling": f"4 max(S, min(n, {LOGITS_ROWS})) (1.125 V + E)",
     "split-KV partials": "4 S Hq splits (D + 1)",
     "decode activations": "S b (3 E + 2 (Hq + Hkv) D + 3 F)",
     "matmul library": "cuBLAS's workspace, allocated through torch",
@@ -110,10 +111,11 @@ def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtyp
 def prefill_moments(
     config: ModelConfig, matrices: Iterable[Matrix], tokens: int, sequences: int, dtype: torch.dtype
 ) -> list[Moment]:
-    """What is alive at the two widest moments of a prefill pass of n tokens, on Triton kernels:
+    """What is alive at the widest moments of a prefill pass of n tokens, on Triton kernels:
 
     gate and up  carried + n b (E + 2 F) + dequantised rows
-    down         carried + n b (E + 3 F) + dequantised rows
+    SwiGLU       carried + n b (E + 3 F)
+    down         carried + n b (E + F) + dequantised rows
     """
     layer = [matrix for matrix in matrices if matrix.rows != config.vocab_size]
     carried, unit = carried_bytes(config, tokens, dtype.itemsize), tokens * dtype.itemsize
@@ -125,11 +127,12 @@ def prefill_moments(
             "prefill activations": carried + unit * (hidden + 2 * width),
             "dequantised rows": dequantised_bytes(narrow, tokens, dtype),
         },
+        {"prefill activations": carried + unit * (hidden + 3 * width)},
         {
-            "prefill activations": carried + unit * (hidden + 3 * width),
+            "prefill activations": carried + unit * (hidden + width),
             "dequantised rows": dequantised_bytes(wide, tokens, dtype),
         },
-        {"logits and sampling": logits_bytes(config, sequences)},
+        {"logits and sampling": logits_bytes(config, max(sequences, min(tokens, LOGITS_ROWS)))},
     ]
 
 
@@ -148,7 +151,7 @@ def definition_moments(config: ModelConfig, tokens: int, context: int, sequences
             "attention scores": 3 * 4 * config.num_heads * min(tokens, ROWS) * context,
         },
         {"prefill activations": carried + unit * (config.hidden_size + 5 * config.intermediate_size)},
-        {"logits and sampling": logits_bytes(config, sequences)},
+        {"logits and sampling": logits_bytes(config, max(sequences, min(tokens, LOGITS_ROWS)))},
     ]
 
 

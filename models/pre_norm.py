@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rooflama.kernels import rms_norm, swiglu
-
 from .config import ModelConfig
 from .decoder import Step
 from .weights import Projection, TensorSource
@@ -36,11 +34,11 @@ class PreNormLayer:
 def block(layer: PreNormLayer, hidden: Tensor, step: Step) -> Tensor:
     """One layer: the residual stream [num_tokens, hidden_size] in, the residual stream out."""
     eps = step.config.rms_norm_eps
-    qkv = layer.qkv(rms_norm(hidden, layer.attn_norm, eps))
+    qkv = layer.qkv(hidden, norm_weight=layer.attn_norm, eps=eps)
     attended = step.attention(layer.index, qkv, q_norm=layer.q_norm, k_norm=layer.k_norm)
     hidden = layer.attn_output(attended, residual=hidden)
-    gate, up = layer.gate_up(rms_norm(hidden, layer.ffn_norm, eps)).chunk(2, dim=-1)
-    return layer.ffn_down(swiglu(gate, up), residual=hidden)
+    gated = layer.gate_up(hidden, norm_weight=layer.ffn_norm, eps=eps, swiglu=True)
+    return layer.ffn_down(gated, residual=hidden)
 
 
 def load_layer(source: TensorSource, config: ModelConfig, index: int) -> PreNormLayer:

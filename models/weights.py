@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rooflama.kernels import QuantizedTensor, quantized_matmul, resident_form
+from rooflama.kernels import swiglu as gated
 from rooflama.loaders.quant_layout import repack
 
 from .metadata import ConfigError, Hyperparameters
@@ -25,17 +26,33 @@ class Projection:
     """y = x Wᵀ + bias, where W may be stacked from parts whose quantisations differ.
 
     Neighbouring parts of one ggml type were joined at load, so that most projections are one launch.
+    ``batch_invariant`` is that of ``quantized_matmul``.
     """
 
-    def __init__(self, parts: list[QuantizedTensor], bias: Tensor | None):
-        self.parts = parts
+    def __init__(self, parts: list[QuantizedTensor], bias: Tensor | None, *, batch_invariant: bool = False):
+        self.parts, self.batch_invariant = parts, batch_invariant
         self.biases = [None] * len(parts) if bias is None else bias.split([part.shape[0] for part in parts])
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """x [num_tokens, columns] -> [num_tokens, rows] (+ residual of that shape)."""
+    def __call__(
+        self,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        norm_weight: Tensor | None = None,
+        eps: float = 0.0,
+        swiglu: bool = False,
+    ) -> Tensor:
+        """x [num_tokens, columns] -> [num_tokens, rows], or with swiglu [num_tokens, rows / 2].
+
+        The arguments are those of ``quantized_matmul``.
+        """
+        norm: dict[str, Any] = {"norm_weight": norm_weight, "eps": eps, "batch_invariant": self.batch_invariant}
         if len(self.parts) == 1:
-            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual)
-        y = torch.cat([quantized_matmul(x, part, bias) for part, bias in zip(self.parts, self.biases, strict=True)], -1)
+            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=swiglu, **norm)
+        parts = zip(self.parts, self.biases, strict=True)
+        y = torch.cat([quantized_matmul(x, part, bias, **norm) for part, bias in parts], -1)
+        if swiglu:
+            y = gated(*y.chunk(2, dim=-1))
         return y if residual is None else y + residual
 
 
@@ -121,12 +138,23 @@ class CheckpointReader:
 class TensorSource(CheckpointReader):
     """Hands an adapter its weights on a device, repacked so that a kernel can load them 16 bytes at a time.
 
-    ``progress`` is called with the number of the file's bytes that each upload finished.
+    Args:
+        checkpoint: what to read.
+        device: where weights go.
+        progress: called with the number of the file's bytes that each upload finished.
+        batch_invariant: whether the model's products are to be.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: Device, progress: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: Device,
+        progress: Callable[[int], None] | None = None,
+        *,
+        batch_invariant: bool = False,
+    ):
         super().__init__(checkpoint)
-        self.device = device
+        self.device, self.batch_invariant = device, batch_invariant
         self._progress = progress or (lambda num_bytes: None)
 
     def _upload(self, weight: QuantizedTensor, label: str) -> QuantizedTensor:
@@ -189,7 +217,8 @@ class TensorSource(CheckpointReader):
         if bias_sizes:
             biases = torch.cat([self.host_vector(name, size) for name, size in bias_sizes.items()])
             stacked_bias = self._place(biases if row_order is None else biases[torch.from_numpy(row_order)], label)
-        projection = Projection([self._upload(part, label) for part in parts], stacked_bias)
+        uploaded = [self._upload(part, label) for part in parts]
+        projection = Projection(uploaded, stacked_bias, batch_invariant=self.batch_invariant)
         self._done(*weight_names, *bias_sizes)
         return projection
 

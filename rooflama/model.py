@@ -15,6 +15,7 @@ from rooflama.loaders.device import Device
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.models import ConfigError, Engine, MemoryPlan, ModelConfig, Request, SamplingParams, Timings
 from rooflama.models import Generation as TokenRun
+from rooflama.models.decoder import LOGITS_ROWS
 
 from .text_stream import TextStream
 
@@ -99,7 +100,8 @@ class Model:
             offset = self.engine.rope_offset(len(request.prompt))
             passes = self.engine.prefill([sequence_id], [request.prompt], [offset], observe)
             with self.device.guard("logits"):
-                return torch.cat([self.engine.decoder.logits(hidden).cpu() for _, hidden in passes])
+                rows = (part for _, hidden in passes for part in hidden.split(LOGITS_ROWS))
+                return torch.cat([self.engine.decoder.logits(part).cpu() for part in rows])
         finally:
             cache.free(sequence_id)
 

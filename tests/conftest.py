@@ -1,6 +1,7 @@
 """Set-up of the whole suite: where kernels run, hypothesis profiles, poisoned memory."""
 
 import os
+from collections import Counter
 
 import torch
 
@@ -8,14 +9,16 @@ if not torch.cuda.is_available():  # before rooflama.kernels is imported: Triton
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("dev", max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate], **_common)
 settings.register_profile("smoke", max_examples=3, derandomize=True, **_common)  # under a sanitizer
 settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_common)
-settings.register_profile("deep", max_examples=500, print_blob=True, **_common)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+settings.register_profile("deep", max_examples=50, print_blob=True, **_common)
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
+settings.load_profile(PROFILE)
+CASES_A_FILE = 500  # of the deep profile, at least, over all properties of a kernel's file
 
 # torch.empty now hands out NaN (or the largest integer), so a kernel that leaves an element unwritten is seen.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -24,10 +27,22 @@ torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pytest_collection_modifyitems(items):
+    if PROFILE == "deep":
+        _draw_enough(items)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or HIP device"))
+
+
+def _draw_enough(items):
+    """Share CASES_A_FILE drawn cases out among the properties of each file, where they have fewer."""
+    properties = [item for item in items if is_hypothesis_test(getattr(item, "function", None))]
+    count = Counter(item.path for item in properties)
+    for function, path in {(item.function, item.path) for item in properties}:
+        share = -(-CASES_A_FILE // count[path])
+        if share > settings.default.max_examples:
+            settings(max_examples=share)(function)
 
 
 @pytest.fixture

@@ -25,11 +25,12 @@ def running(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     longrope: str = "auto",
+    batch_invariant: bool = False,
 ) -> Iterator[Engine]:
     """The checkpoint's engine, with pages for ``num_seqs`` sequences of ``max_context`` tokens."""
     adapter = adapter_for(checkpoint.metadata["general.architecture"])
     with open_device(device) as owner:
-        source = TensorSource(checkpoint, owner)
+        source = TensorSource(checkpoint, owner, batch_invariant=batch_invariant)
         config = adapter.read_config(source)
         decoder = Decoder.load(source, config, adapter)
         num_pages = num_seqs * -(-max_context // PAGE_SIZE)

@@ -18,6 +18,7 @@ FIGURES = {
     "peak_reserved": 120 * 2**20,
     "planned_total": 610 * 2**20,
     "driver_used": 600 * 2**20,
+    "outside_torch": 480 * 2**20,
 }
 
 
@@ -32,10 +33,11 @@ def benchmark():
 
 def test_a_case_holds_what_was_planned(benchmark, monkeypatch):
     """Random weights are allocated as loading allocates them. Running them is the GPU's part."""
-    prompts = []
-    monkeypatch.setattr(benchmark, "Generation", lambda engine, requests, end_ids: prompts.append(requests) or [])
+    prompts, calls = [], []
+    monkeypatch.setattr(benchmark, "Generation", lambda engine, requests, end_ids: prompts.append(requests) or [(0, 1)])
     with use_backend("triton"), open_device("cpu") as device:
-        plan = benchmark.run_case("SmolLM2-135M", 1024, "int8", device)
+        plan = benchmark.run_case("SmolLM2-135M", 1024, "int8", device, lambda: calls.append(1))
+        assert len(calls) == 1
         tables = {line.name: line.nbytes for line in plan.lines}["rotary tables"]
         assert device.held_bytes == plan.bytes_of("weights", "keys and values") + tables
         assert [b.nbytes for b in device.held()][: len(plan.weights.allocations)] == list(plan.weights.allocations)

@@ -42,23 +42,34 @@ def magnitude(weight):
 
 
 def assert_matmul_close(got, x, weight, bias=None, residual=None, *, context):
-    """Within the rounding of float32 sums, of weights rounded to the dtype of x, and of the result.
+    """Within the rounding of float32 sums, of weights rounded to the dtype of x, and of the result."""
+    expected, bound = product_and_bound(exact(x), weight, bias, residual, x.dtype)
+    assert_within_bound(got, expected, bound, context)
 
-    A sum of K float32 products is off by about sqrt(K) half units in the last place of sum |x w|.
+
+def product_and_bound(x, weight, bias, residual, dtype, x_rounded=False):
+    """The definition's product of float64 ``x``, and how far a kernel in ``dtype`` may be from it.
+
+    A sum of K float32 products is off by about sqrt(K) half units in the last place of sum |x w|. ``x_rounded``: the
+    kernel may have rounded x to ``dtype`` on the way.
     """
 
     def as64(tensor):
         return None if tensor is None else exact(tensor)
 
-    expected = reference.quantized_matmul(exact(x), weight.numpy(), as64(bias), residual=as64(residual))
-    unit32, unit = 2.0**-24, torch.finfo(x.dtype).eps / 2
-    terms = np.abs(exact(x)) @ magnitude(weight).T
+    expected = reference.quantized_matmul(x, weight.numpy(), as64(bias), residual=as64(residual))
+    unit32, unit = 2.0**-24, torch.finfo(dtype).eps / 2
+    terms = np.abs(x) @ magnitude(weight).T
     added = sum(np.abs(as64(t)) for t in (bias, residual) if t is not None) + np.zeros_like(expected)
     bound = (4 + np.sqrt(x.shape[1])) * unit32 * (terms + added) + 2 * unit * (np.abs(expected) + added)
-    if x.dtype != torch.float32 and not (weight.layout.is_float and weight.planes[0].dtype == x.dtype):
-        bound += unit * np.abs(exact(x)) @ np.abs(reference.dequantize(weight.numpy())).T
+    weight_rounded = dtype != torch.float32 and not (weight.layout.is_float and weight.planes[0].dtype == dtype)
+    bound += (weight_rounded + x_rounded) * unit * np.abs(x) @ np.abs(reference.dequantize(weight.numpy())).T
+    return expected, bound + torch.finfo(dtype).smallest_normal
+
+
+def assert_within_bound(got, expected, bound, context):
     error = np.abs(exact(got) - expected)
-    bad = ~(error <= bound + torch.finfo(x.dtype).smallest_normal)
+    bad = ~(error <= bound)
     if bad.any():
         worst = np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(error / bound, nan=np.inf), 0)), bad.shape)
         raise AssertionError(
@@ -92,6 +103,44 @@ def test_quantized_matmul_equals_definition(
     assert_matmul_close(got, x, weight, bias, residual, context=context)
     for buffer in buffers:
         assert_guards_intact(buffer, context=context)
+
+
+@given(
+    ggml_type=st.sampled_from(TYPES),
+    num_tokens=tokens_of_any_regime,
+    half=st.integers(1, 20),
+    dtype=dtypes,
+    fused=st.sampled_from([(True, False), (False, True), (True, True)]),
+    has_bias=st.booleans(),
+    batch_invariant=st.booleans(),
+    data=st.data(),
+    seed=seeds,
+)
+def test_norm_in_and_swiglu_out_equal_definition(
+    ggml_type, num_tokens, half, dtype, fused, has_bias, batch_invariant, data, seed
+):
+    normed, swiglu = fused
+    columns = data.draw(st.sampled_from(some_columns(ggml_type)))
+    rng = np.random.default_rng(seed)
+    weight = random_weight(rng, ggml_type, 2 * half, columns)
+    weight = weight._replace(planes=tuple(guarded(plane)[0] for plane in weight.planes))
+    x, _ = guarded(normal(rng, num_tokens, columns, dtype=dtype))
+    bias = guarded(normal(rng, 2 * half))[0] if has_bias else None
+    norm_weight = guarded(normal(rng, columns))[0] if normed else None
+    got = quantized_matmul(
+        x, weight, bias, norm_weight=norm_weight, eps=1e-5, swiglu=swiglu, batch_invariant=batch_invariant
+    )
+    entering = reference.rms_norm(exact(x), exact(norm_weight), 1e-5) if normed else exact(x)
+    expected, bound = product_and_bound(entering, weight, bias, None, dtype, x_rounded=normed)
+    if swiglu:
+        (gate, up), (gate_bound, up_bound) = np.split(expected, 2, axis=1), np.split(bound, 2, axis=1)
+        expected = reference.swiglu(gate, up)
+        steepest = 1.1  # of silu
+        opened = np.abs(reference.swiglu(gate, np.ones_like(gate)))
+        bound = steepest * gate_bound * (np.abs(up) + up_bound) + opened * up_bound
+        bound += 2 * torch.finfo(dtype).eps * np.abs(expected) + torch.finfo(dtype).smallest_normal
+    context = f"{ggml_type} [{2 * half}, {columns}] num_tokens={num_tokens} {dtype} normed={normed} seed={seed}"
+    assert_within_bound(got, expected, bound, context)
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)
@@ -141,8 +190,9 @@ def test_batch_invariance(ggml_type, num_tokens, dtype, seed):
     rng = np.random.default_rng(seed)
     weight, x = random_weight(rng, ggml_type, 10, 256), normal(rng, num_tokens, 256, dtype=dtype)
     cut = int(rng.integers(1, num_tokens))
-    alone = [quantized_matmul(part, weight, batch_invariant=True) for part in (x[:1], x[1:cut], x[max(1, cut) :])]
-    assert_bit_equal(quantized_matmul(x, weight, batch_invariant=True), torch.cat(alone))
+    options = {"norm_weight": normal(rng, 256), "swiglu": bool(seed % 2), "batch_invariant": True}
+    alone = [quantized_matmul(part, weight, **options) for part in (x[:1], x[1:cut], x[max(1, cut) :])]
+    assert_bit_equal(quantized_matmul(x, weight, **options), torch.cat(alone))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 20, 70])
@@ -222,8 +272,11 @@ def test_opcheck():
     rng = np.random.default_rng(0)
     for ggml_type, num_tokens in (("Q4_K", 2), ("IQ4_XS", 20), ("F16", 70)):
         weight, x = random_weight(rng, ggml_type, 5, 256), normal(rng, num_tokens, 256)
-        arguments = (x, list(weight.planes), ggml_type, 5, 256, normal(rng, 5), normal(rng, num_tokens, 5), False)
-        torch.library.opcheck(torch.ops.rooflama.quantized_matmul_planes, arguments)
+        arguments = [x, list(weight.planes), ggml_type, 5, 256, normal(rng, 5), normal(rng, num_tokens, 5)]
+        torch.library.opcheck(torch.ops.rooflama.quantized_matmul_planes, (*arguments, None, 0.0, False, False))
+        weight = random_weight(rng, ggml_type, 6, 256)
+        arguments = [x, list(weight.planes), ggml_type, 6, 256, normal(rng, 6), None, normal(rng, 256)]
+        torch.library.opcheck(torch.ops.rooflama.quantized_matmul_planes, (*arguments, 1e-5, True, False))
 
 
 def test_torch_compile_traces_through():
@@ -231,7 +284,7 @@ def test_torch_compile_traces_through():
     weight, x = random_weight(rng, "Q4_1", 6, 64), normal(rng, 3, 64)
 
     def block(x, weight):
-        return torch.relu(quantized_matmul(x, weight, residual=x[:, :6]))
+        return torch.relu(quantized_matmul(x, weight, residual=x[:, :6], norm_weight=x[0], eps=1e-6))
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert_bit_equal(compiled(x, weight), block(x, weight))
@@ -247,14 +300,23 @@ def test_torch_compile_traces_through():
         ({"bias": torch.zeros(4)}, r"bias must have shape \[3\]"),
         ({"residual": torch.zeros(1, 3)}, r"residual must have shape \[2, 3\]"),
         ({"residual": torch.zeros(2, 3, dtype=torch.int32)}, "residual is torch.int32"),
+        ({"norm_weight": torch.zeros(32)}, r"norm_weight must have shape \[64\]"),
+        ({"norm_weight": torch.zeros(64, dtype=torch.int8)}, "norm_weight is torch.int8"),
+        ({"swiglu": True}, "weight has 3 rows"),
     ],
 )
 def test_bad_input_is_refused_before_a_launch(changes, message):
     weight = random_weight(np.random.default_rng(0), "Q4_1", 3, 64)
-    arguments = {"x": torch.zeros(2, 64), "bias": None, "residual": None, **changes}
-    x, bias, residual = (None if t is None else t.to(DEVICE) for t in arguments.values())
+    arguments = {"x": torch.zeros(2, 64), **changes}
+    arguments = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     with pytest.raises(KernelInputError, match=message):
-        quantized_matmul(x, weight, bias, residual=residual)
+        quantized_matmul(weight=weight, **arguments)
+
+
+def test_swiglu_with_a_residual_is_refused():
+    weight, x = random_weight(np.random.default_rng(0), "Q4_1", 4, 64), torch.zeros(2, 64, device=DEVICE)
+    with pytest.raises(KernelInputError, match="swiglu with a residual"):
+        quantized_matmul(x, weight, residual=torch.zeros(2, 4, device=DEVICE), swiglu=True)
 
 
 def test_rows_of_different_types_do_not_join():

@@ -51,7 +51,7 @@ def test_interpreted_kernels_agree_with_the_definitions(model, monkeypatch):
     """Every kernel of a full forward pass over quantised weights, under Triton's interpreter."""
     # The interpreter takes a millisecond a program: a few wide blocks of rows instead of thousands of narrow ones.
     matmul = importlib.import_module("rooflama.kernels.quantized_matmul")
-    monkeypatch.setattr(matmul, "gemv_block_rows", lambda rows, num_tokens: 512)
+    monkeypatch.setattr(matmul, "gemv_block_rows", lambda rows, num_tokens, itemsize: 512)
     ids = model.tokenizer.encode(PROMPTS[0])[:2]
     with use_backend("numpy"):
         expected = model.logits(ids)

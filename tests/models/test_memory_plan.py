@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
+from triton.runtime.interpreter import GridExecutor
 
 import rooflama
 from rooflama import ConfigError, demo_checkpoint, plan_memory
@@ -389,17 +390,22 @@ def test_prefill_workspace_is_what_the_kernels_allocate(small):
 def allocated_peak(call) -> int:
     """The most bytes that torch had allocated at once on the CPU during ``call``.
 
-    The interpreter's arguments live in reference cycles, which are collected as they arise.
+    The interpreter's arguments live in reference cycles, which are collected after each launch.
     """
-    thresholds = gc.get_threshold()
+    launch = GridExecutor.__call__
+
+    def launch_and_collect(self, *arguments, **options):
+        launch(self, *arguments, **options)
+        gc.collect()
+
     gc.collect()
     gc.freeze()
-    gc.set_threshold(300, 1, 1)
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            call()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GridExecutor, "__call__", launch_and_collect)
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+                call()
     finally:
-        gc.set_threshold(*thresholds)
         gc.unfreeze()
     changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(changes))

@@ -1,0 +1,50 @@
+"""A whole model's bits, with batch_invariant: the same alone, in a batch, and in chunks of any size."""
+
+import pytest
+import torch
+
+from rooflama.kernels import use_backend
+from rooflama.loaders.gguf import read_gguf
+from running_models import decode_logits, prefill_logits, running
+from small_checkpoint import write_small
+from strategies import DEVICE
+from tiny_checkpoints import random_tokens, write_case
+
+DTYPES = [torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]
+
+
+@pytest.fixture(scope="module", params=["small", "qwen3"])
+def path(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "small":  # several quantised types, projections in two parts
+        return write_small(folder / "small.gguf")
+    return write_case(request.param, folder, "gguf")
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def engine(path, request):
+    with (
+        use_backend("triton"),
+        read_gguf(path) as file,
+        running(file, num_seqs=3, device=DEVICE.type, dtype=request.param, batch_invariant=True) as engine,
+    ):
+        yield engine
+
+
+def bits(logits):
+    return [part.view(torch.int32) for part in logits]
+
+
+def test_prompts(engine):
+    sequences = [random_tokens(length, engine.decoder.config.vocab_size) for length in (2, 9, 5)]
+    whole = [prefill_logits(engine, [tokens], 64)[0] for tokens in sequences]
+    for chunk in (1, 4, 64):
+        together = prefill_logits(engine, sequences, chunk)
+        assert all(map(torch.equal, bits(together), bits(whole))), f"chunks of {chunk}"
+
+
+def test_decoding(engine):
+    sequences = [random_tokens(length, engine.decoder.config.vocab_size) for length in (6, 9, 4)]
+    prompts = [3, 5, 1]
+    alone = [decode_logits(engine, [tokens], [length])[0] for tokens, length in zip(sequences, prompts, strict=True)]
+    assert all(map(torch.equal, bits(decode_logits(engine, sequences, prompts)), bits(alone)))
