@@ -25,7 +25,7 @@ from .allocator import Segments
 from .config import ModelConfig
 from .kv_cache import is_scaled
 from .memory_terms import FORMULAS, Moment, pages_a_sequence
-from .memory_weights import Backend, Matrix, WeightBytes
+from .memory_weights import Backend, Matrix, WeightBytes, form_on_device
 from .metadata import ConfigError
 
 MIB = 2**20
@@ -128,9 +128,15 @@ class MemoryPlan:
             f"2 x {config.num_layers} x {config.num_kv_heads} x ({config.head_dim} x {self.kv_dtype.itemsize}{scales})"
         )
         tables, blocks = self._table_bytes()
+        stored, backend = self.weights.stored, self.target.backend
         lines = [
             *(
-                Line("weights", kind, nbytes, f"{self.weights.stored.get(kind, 0):,} bytes in the file, repacked")
+                Line(
+                    "weights",
+                    kind,
+                    nbytes,
+                    f"{stored.get(kind, 0):,} bytes in the file, {form_on_device(kind, backend)}",
+                )
                 for kind, nbytes in sorted(self.weights.resident.items(), key=lambda item: -item[1])
             ),
             Line("keys and values", "tokens", tokens * token, f"{tokens:,} tokens x {token:,} bytes = {heads}"),

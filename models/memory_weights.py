@@ -40,7 +40,7 @@ class WeightBytes:
 
     Attributes:
         stored: ggml type -> bytes in the file.
-        resident: ggml type of the file -> bytes on the device after repacking.
+        resident: ggml type of the file -> bytes on the device, in the form that the backend reads.
         allocations: bytes of each buffer.
         matrices: every matrix on the device.
     """
@@ -63,6 +63,13 @@ def plane_shapes(ggml_type: str, rows: int, columns: int) -> list[tuple[tuple[in
     """Shape and dtype of each plane of a matrix, from ``kernels.LAYOUTS``."""
     planes = LAYOUTS[ggml_type].planes
     return [((rows, columns // plane.elements), getattr(torch, plane.dtype)) for plane in planes]
+
+
+def form_on_device(ggml_type: str, backend: Backend) -> str:
+    """What becomes of tensors of this type when they are loaded, in words."""
+    if ggml_type == "F32" or (backend == "triton" and LAYOUTS[ggml_type].is_float):
+        return "as they are"
+    return "repacked" if backend == "triton" else "as float32"
 
 
 class DryRunSource(TensorSource):

@@ -2,7 +2,7 @@
 
 import gc
 import os
-import tracemalloc
+import sys
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -101,45 +101,40 @@ def test_passes_fail_clean_at_every_step(load, work):
         assert run(model) == expected
 
 
-# A leak grows in every round; a cache that fills, or a table of Python's own that is made anew, in one.
-LOADS, ROUNDS = 100, 4
-TRACED_BYTES = 8 << 10  # a round of 25 loads, by tracemalloc: 330 bytes a load
-RESIDENT_BYTES = 256 << 10  # by the system, in pages: 10 KB a load, of which the model takes 350 KB
+LOADS, ROUNDS = 100, 4  # a leak grows in every round; a cache that fills, or a table that Python makes anew, in one
+BLOCKS = 50  # of Python's heap, a round of 25 loads: two a load
+RESIDENT_BYTES = 256 << 10  # a round, counted by the system in pages: 10 KB a load, of which the model takes 350 KB
 
 
 def held_on_the_host():
-    """(bytes that Python traces, bytes of the process in memory, bytes of live tensors, open files)."""
+    """(bytes of live tensors, open files, objects that can hold others, blocks of Python's heap, resident bytes)."""
     gc.collect()
-    tensors = sum(t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor)
+    objects = gc.get_objects()
+    tensors = sum(t.untyped_storage().nbytes() for t in objects if type(t) is torch.Tensor)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return tracemalloc.get_traced_memory()[0], resident, tensors, len(os.listdir("/proc/self/fd"))
+    return tensors, len(os.listdir("/proc/self/fd")), len(objects), sys.getallocatedblocks(), resident
 
 
 def load_often(load, on_device=lambda: 0):
     """Load ``LOADS`` times and compare what is held; ``on_device`` counts the bytes of a device's allocator."""
-    for _ in range(5):
+    for _ in range(10):
         load().close()
-    tracemalloc.start()
-    try:
-        load().close()
-        before = on_device()
-        host = [held_on_the_host()]
-        for _ in range(ROUNDS):
-            for _ in range(LOADS // ROUNDS):
-                with load() as model:
-                    assert model.device.held_bytes > 0
-                assert model.device.held_bytes == 0
-                assert model.device.held() == ()
-                assert on_device() == before
-            del model
-            host.append(held_on_the_host())
-    finally:
-        tracemalloc.stop()
-    traced, resident, tensors, files = zip(*host, strict=True)
+    before = on_device()
+    host = [held_on_the_host()]
+    for _ in range(ROUNDS):
+        for _ in range(LOADS // ROUNDS):
+            with load() as model:
+                assert model.device.held_bytes > 0
+            assert model.device.held_bytes == 0
+            assert model.device.held() == ()
+            assert on_device() == before
+        del model
+        host.append(held_on_the_host())
+    tensors, files, objects, blocks, resident = zip(*host, strict=True)
     assert set(tensors) == {tensors[0]}
     assert set(files) == {files[0]}
-    assert median_low(b - a for a, b in pairwise(traced)) < TRACED_BYTES, traced
-    assert median_low(b - a for a, b in pairwise(resident)) < RESIDENT_BYTES, resident
+    for held, bound in ((objects, 0), (blocks, BLOCKS), (resident, RESIDENT_BYTES)):
+        assert median_low(after - before for before, after in pairwise(held)) <= bound, held
 
 
 def test_loading_a_hundred_times_leaks_nothing(load):

@@ -320,6 +320,27 @@ def test_lines_add_up_and_say_how():
     assert {"split-KV partials", "logits and sampling", "allocator rounding", "context and kernels"} <= names
 
 
+@pytest.mark.parametrize(
+    ("backend", "forms"),
+    [
+        ("triton", {"Q4_1": "repacked", "Q8_0": "repacked", "F16": "as they are", "F32": "as they are"}),
+        ("numpy", {"Q4_1": "as float32", "Q8_0": "as float32", "F16": "as float32", "F32": "as they are"}),
+    ],
+)
+def test_a_plan_says_in_what_form_weights_are_held(tmp_path, backend, forms):
+    """And its bytes bear that out: what stays as it is takes what it takes in the file, float32 four bytes a weight."""
+    with use_backend(backend):
+        plan = plan_memory(write_small(tmp_path / "small.gguf"), device="cpu", context=64)
+    lines = {line.name: line for line in plan.lines if line.group == "weights"}
+    for kind, form in forms.items():
+        stored, layout = plan.weights.stored[kind], LAYOUTS[kind]
+        assert lines[kind].formula == f"{stored:,} bytes in the file, {form}"
+        if form == "as they are":
+            assert lines[kind].nbytes == stored
+        if form == "as float32":
+            assert lines[kind].nbytes == 4 * stored // BLOCK_BYTES[kind] * layout.block
+
+
 def test_pictures():
     plan = plan_memory(config_of("Llama-3-8B"), context=8192, device="cuda", limit="16.5GiB")
     html = plan._repr_html_()
