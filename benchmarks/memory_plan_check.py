@@ -228,25 +228,26 @@ def main() -> None:
 
     from timing import provenance
 
-    rows = []
-    for name, contexts in CONTEXTS.items():
-        for context in contexts:
-            for kv_dtype in KV_DTYPES:
-                command = [sys.executable, __file__, "--case", name, str(context), kv_dtype]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{name} at {context} with {kv_dtype}:\n{done.stderr}")
-                rows.append(
-                    {**as_row(name, context, kv_dtype, json.loads(done.stdout.splitlines()[-1])), **provenance()}
-                )
-                shown = (f"{key} {value}" for key, value in list(rows[-1].items())[:13])
-                print("within  " if within(rows[-1]) else "OUTSIDE ", "  ".join(shown), flush=True)
     arguments.out.parent.mkdir(exist_ok=True)
+    all_within = True
+    cases = [(name, context, kv) for name, contexts in CONTEXTS.items() for context in contexts for kv in KV_DTYPES]
     with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    sys.exit(0 if all(map(within, rows)) else 1)
+        writer = None
+        for name, context, kv_dtype in cases:
+            command = [sys.executable, __file__, "--case", name, str(context), kv_dtype]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{name} at {context} with {kv_dtype}:\n{done.stderr}")
+            row = as_row(name, context, kv_dtype, json.loads(done.stdout.splitlines()[-1]))
+            print("within  " if within(row) else "OUTSIDE ", "  ".join(f"{key} {value}" for key, value in row.items()))
+            all_within &= within(row)
+            row |= provenance()
+            if writer is None:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+    sys.exit(0 if all_within else 1)
 
 
 if __name__ == "__main__":

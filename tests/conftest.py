@@ -36,12 +36,12 @@ def pytest_collection_modifyitems(items):
 
 
 def _draw_enough(items):
-    """Share CASES_A_FILE drawn cases out among the properties of each file, where they have fewer."""
+    """Share CASES_A_FILE drawn cases out among the properties of each file, but those that fix a number themselves."""
     properties = [item for item in items if is_hypothesis_test(getattr(item, "function", None))]
     count = Counter(item.path for item in properties)
     for function, path in {(item.function, item.path) for item in properties}:
         share = -(-CASES_A_FILE // count[path])
-        if share > settings.default.max_examples:
+        if share > settings.default.max_examples and not hasattr(function, "_hypothesis_internal_settings_applied"):
             settings(max_examples=share)(function)
 
 
