@@ -11,23 +11,22 @@ overlap. Opening checks all of that and reads no weights. What the names and num
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from .hf_config import HuggingFaceError, gguf_metadata, gguf_names
+from .hf_config import gguf_metadata, gguf_names
+from .hf_json import HuggingFaceError, parse_json, read_json, refuse
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
 ITEMSIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 ITEMSIZES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 GGML_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-DAMAGED = "The file is damaged: download it again"
 
 
 @dataclass(frozen=True)
@@ -99,20 +98,20 @@ def read_safetensors(path: str | Path) -> SafetensorsCheckpoint:
         HuggingFaceError: something is missing, damaged, or of a model type or dtype that rooflama does not know.
     """
     folder = Path(path)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     entries: dict[str, TensorInfo] = {}
     maps: dict[Path, np.ndarray] = {}
     for file in _weight_files(folder):
         maps[file], found = _read_file(file)
         for name in found.keys() & entries.keys():
-            _refuse(file, f"tensor {name!r} a second time", "a name occurs once in all files")
+            refuse(file, f"tensor {name!r} a second time", "a name occurs once in all files")
         entries |= found
     names = gguf_names(config, set(entries))
     tensors = {}
     for stored, name in names.items():
         info = entries[stored]
         if info.ggml_type not in GGML_TYPES:
-            _refuse(
+            refuse(
                 info.path,
                 f"tensor {stored!r} has dtype {info.ggml_type}",
                 f"weights are {', '.join(GGML_TYPES)}",
@@ -129,17 +128,17 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            _refuse(folder, "no safetensors file", "a folder holds model.safetensors", "Download the weights too")
+            refuse(folder, "no safetensors file", "a folder holds model.safetensors", "Download the weights too")
         return files
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        _refuse(index, "no weight_map", "an index names the file of each tensor")
+        refuse(index, "no weight_map", "an index names the file of each tensor")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            _refuse(index, f"file {name!r}", "the files lie beside the index", "Distrust this checkpoint")
+            refuse(index, f"file {name!r}", "the files lie beside the index", "Distrust this checkpoint")
         if not (folder / name).is_file():
-            _refuse(index, f"{name} is missing", "every file that the index names is there", "Download it too")
+            refuse(index, f"{name} is missing", "every file that the index names is there", "Download it too")
     return [folder / name for name in names]
 
 
@@ -147,23 +146,23 @@ def _read_file(path: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
     """Map one file and check its header; ``ggml_type`` of these infos is still safetensors' own dtype."""
     size = path.stat().st_size
     if size < 8:
-        _refuse(path, f"{size} bytes", "a safetensors file starts with the length of its header")
+        refuse(path, f"{size} bytes", "a safetensors file starts with the length of its header")
     with path.open("rb") as file:
         mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     header_nbytes = int.from_bytes(bytes(mapped[:8]), "little")
     if header_nbytes > min(LARGEST_HEADER, size - 8):
-        _refuse(path, f"a header of {header_nbytes} bytes in a file of {size}", "the header lies inside the file")
-    header = _parse(bytes(mapped[8 : 8 + header_nbytes]), path)
+        refuse(path, f"a header of {header_nbytes} bytes in a file of {size}", "the header lies inside the file")
+    header = parse_json(bytes(mapped[8 : 8 + header_nbytes]), path)
     header.pop("__metadata__", None)
     data_start = 8 + header_nbytes
     infos = {name: _tensor_info(name, entry, data_start, path) for name, entry in header.items()}
     end = data_start
     for info in sorted(infos.values(), key=lambda info: (info.start, info.nbytes)):
         if info.start != end:
-            _refuse(path, f"tensor {info.name!r} at byte {info.start}", f"tensors follow one another, here at {end}")
+            refuse(path, f"tensor {info.name!r} at byte {info.start}", f"tensors follow one another, here at {end}")
         end += info.nbytes
     if end != size:
-        _refuse(path, f"{size} bytes", f"the tensors end at byte {end}, and the file with them")
+        refuse(path, f"{size} bytes", f"the tensors end at byte {end}, and the file with them")
     return mapped, infos
 
 
@@ -173,42 +172,12 @@ def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZES:
-        _refuse(path, f"tensor {name!r} has dtype {dtype!r}", f"dtypes are {', '.join(ITEMSIZES)}")
+        refuse(path, f"tensor {name!r} has dtype {dtype!r}", f"dtypes are {', '.join(ITEMSIZES)}")
     for what, numbers, count in (("shape", shape, None), ("data_offsets", offsets, 2)):
         whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
         if not whole or count not in (None, len(numbers)):
-            _refuse(path, f"tensor {name!r} has {what} {numbers!r}", f"{what} is a list of whole numbers")
+            refuse(path, f"tensor {name!r} has {what} {numbers!r}", f"{what} is a list of whole numbers")
     nbytes = math.prod(shape) * ITEMSIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:
-        _refuse(path, f"tensor {name!r} has data_offsets {offsets}", f"{dtype} of shape {shape} takes {nbytes} bytes")
+        refuse(path, f"tensor {name!r} has data_offsets {offsets}", f"{dtype} of shape {shape} takes {nbytes} bytes")
     return TensorInfo(name, dtype, tuple(shape), nbytes, path, data_start + offsets[0])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        _refuse(
-            path, "no such file", "a Hugging Face folder holds it", "Check the path, and that the download finished"
-        )
-    return _parse(path.read_bytes(), path)
-
-
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object whose outer keys are all different."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return mapping
-
-    try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, f"JSON that cannot be read ({error})", "the text is one JSON object")
-    if not isinstance(parsed, dict):
-        _refuse(path, f"JSON of type {type(parsed).__name__}", "the text is one JSON object")
-    return parsed
-
-
-def _refuse(path: Path, found: str, rule: str, remedy: str = DAMAGED) -> NoReturn:
-    raise HuggingFaceError(f"{path}: {found}", rule=rule, remedy=remedy)
