@@ -16,12 +16,14 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from .hf_config import gguf_metadata, gguf_names
 from .hf_json import HuggingFaceError, parse_json, read_json, refuse
+from .tokenizer import Tokenizer
+from .tokenizer_folder import read_folder_tokenizer, tokenizer_file
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
 ITEMSIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
@@ -50,6 +52,8 @@ class SafetensorsCheckpoint:
 
     Attributes:
         folder: its path.
+        paths: of its safetensors files.
+        file_nbytes: bytes of them.
         metadata: the config under GGUF's keys.
         tensors: GGUF's name -> TensorInfo.
         interleaved_rope_rows: False: these files store rotary pairs half-split.
@@ -57,11 +61,28 @@ class SafetensorsCheckpoint:
 
     interleaved_rope_rows = False
 
+    format = "Hugging Face safetensors"
+
     def __init__(
         self, folder: Path, metadata: Mapping[str, Any], tensors: dict[str, TensorInfo], maps: dict[Path, np.ndarray]
     ):
         self.folder, self.metadata, self.tensors = folder, metadata, tensors
+        self.paths = tuple(maps)
+        self.file_nbytes = sum(mapped.nbytes for mapped in maps.values())
         self._maps: dict[Path, np.ndarray] | None = maps
+
+    @property
+    def name(self) -> str:
+        return self.metadata["general.name"]
+
+    @property
+    def tokenizer_kind(self) -> str:
+        file = tokenizer_file(self.folder)
+        return file.name if file else "no tokenizer"
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder. Raises TokenizerError and HuggingFaceError."""
+        return read_folder_tokenizer(self.folder)
 
     def data(self, name: str) -> np.ndarray:
         """The tensor's bytes, uint8 [rows, bytes of a row], read-only; [1, nbytes] for a vector.
@@ -91,24 +112,29 @@ class SafetensorsCheckpoint:
         self.close()
 
 
-def read_safetensors(path: str | Path) -> SafetensorsCheckpoint:
+def read_safetensors(path: str | Path, *, name: str | None = None) -> SafetensorsCheckpoint:
     """Open a folder that holds config.json and one or more safetensors files.
+
+    Args:
+        path: the folder.
+        name: what to call the model; None for the folder's own name.
 
     Raises:
         HuggingFaceError: something is missing, damaged, or of a model type or dtype that rooflama does not know.
     """
     folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        _refuse_without_weights(folder)
     config = read_json(folder / "config.json")
     entries: dict[str, TensorInfo] = {}
     maps: dict[Path, np.ndarray] = {}
     for file in _weight_files(folder):
         maps[file], found = _read_file(file)
-        for name in found.keys() & entries.keys():
-            refuse(file, f"tensor {name!r} a second time", "a name occurs once in all files")
+        for repeated in found.keys() & entries.keys():
+            refuse(file, f"tensor {repeated!r} a second time", "a name occurs once in all files")
         entries |= found
-    names = gguf_names(config, set(entries))
     tensors = {}
-    for stored, name in names.items():
+    for stored, canonical in gguf_names(config, set(entries)).items():
         info = entries[stored]
         if info.ggml_type not in GGML_TYPES:
             refuse(
@@ -117,19 +143,40 @@ def read_safetensors(path: str | Path) -> SafetensorsCheckpoint:
                 f"weights are {', '.join(GGML_TYPES)}",
                 "Use the unquantised checkpoint, or a GGUF file",
             )
-        tensors[name] = TensorInfo(name, GGML_TYPES[info.ggml_type], info.shape, info.nbytes, info.path, info.start)
-    metadata = gguf_metadata(config, tensors, name=folder.resolve().name)
+        tensors[canonical] = TensorInfo(
+            canonical, GGML_TYPES[info.ggml_type], info.shape, info.nbytes, info.path, info.start
+        )
+    metadata = gguf_metadata(config, tensors, name=name or folder.resolve().name)
     return SafetensorsCheckpoint(folder, metadata, tensors, maps)
+
+
+def _refuse_without_weights(folder: Path) -> NoReturn:
+    """Say what the folder holds instead."""
+    rule = "a folder holds config.json and model.safetensors"
+    names = sorted(file.name for file in folder.iterdir())
+    if not names:
+        refuse(folder, "an empty folder", rule, "Check the path, and that the download finished")
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        refuse(folder, f"a folder of GGUF files ({_some(gguf)})", rule, f"Name the file: {folder / gguf[0]}")
+    if pickled := [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]:
+        refuse(
+            folder,
+            f"no safetensors file, but {_some(pickled)}",
+            f"{rule}; pickled weights can run any code and are not read",
+            "Get the safetensors, or convert: transformers' save_pretrained writes them",
+        )
+    refuse(folder, "no safetensors file", rule, "Download the weights too")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that the index names, or without an index all there are."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            refuse(folder, "no safetensors file", "a folder holds model.safetensors", "Download the weights too")
-        return files
+        return sorted(folder.glob("*.safetensors"))
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         refuse(index, "no weight_map", "an index names the file of each tensor")
