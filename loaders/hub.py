@@ -104,6 +104,8 @@ def _split_set(file: str) -> list[str]:
 def _library(text: str) -> ModuleType:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
     except ImportError:
         _refuse(
             HubError,
@@ -140,12 +142,12 @@ def _asked(hub: ModuleType, text: str, reference: Reference, ask: Callable[[], s
         remedy = f"Its .gguf files are {_gguf_files(hub, reference)}"
     except errors.HFValidationError as error:
         _refuse(HubError, text, str(error).rstrip("."), FORM, "Check the name")
-    except OSError as error:
+    except Exception as error:  # its HTTP client, and so that one's errors, differ from version to version
         _refuse_unreachable(hub, text, error)
     _refuse(NotOnHubError, text, found, rule, remedy)
 
 
-def _refuse_unreachable(hub: ModuleType, text: str, error: OSError) -> NoReturn:
+def _refuse_unreachable(hub: ModuleType, text: str, error: Exception) -> NoReturn:
     if hub.constants.HF_HUB_OFFLINE:
         _refuse(
             HubUnreachableError,
@@ -178,7 +180,7 @@ def _refuse_without_weights(hub: ModuleType, text: str, reference: Reference) ->
 def _gguf_files(hub: ModuleType, reference: Reference) -> str:
     try:
         files = hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
-    except OSError:
+    except Exception:  # as above
         return "not known here, since the Hub cannot be asked"
     return ", ".join(file for file in files if file.endswith(".gguf")) or "none"
 
