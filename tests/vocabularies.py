@@ -114,7 +114,7 @@ def byte_level_json(*, words=LLAMA3_WORDS, nfc=False, bos=None, special=(), user
     return _with_special(made, bos, special, user_defined)
 
 
-def sentencepiece_json(scheme="legacy", *, bos="<s>", special=(), user_defined=()) -> Tokenizer:
+def sentencepiece_json(scheme="legacy", *, bos="<s>", user_defined=(), strip_after=()) -> Tokenizer:
     """A tokenizer.json of Llama 2's make: BPE over U+2581 with byte fallback, the trained vocabulary.
 
     ``scheme``: "legacy" puts the space in by a normaliser, "first" and "always" by a Metaspace pre-tokeniser.
@@ -131,11 +131,11 @@ def sentencepiece_json(scheme="legacy", *, bos="<s>", special=(), user_defined=(
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     strip = decoders.Strip(" ", 1, 0)
     made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
-    return _with_special(made, bos, ["<unk>", "<s>", "</s>", "<|end|>", *special], user_defined)
+    return _with_special(made, bos, ["<unk>", "<s>", "</s>", "<|end|>"], user_defined, strip_after)
 
 
-def _with_special(made, bos, special, user_defined):
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+def _with_special(made, bos, special, user_defined, strip_after=()):
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False, rstrip=t in strip_after) for t in special])
     made.add_tokens([AddedToken(text, special=False, normalized=False) for text in user_defined])
     if bos is not None:
         named = [(bos, made.token_to_id(bos))]
