@@ -28,7 +28,7 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
     try:
         fields = _Fields(path.read_bytes())
         pieces = [_Fields(piece) for piece in fields.all(1)]
-        trainer, normalizer = _Fields(fields.last(2, b"")), _Fields(fields.last(3, b""))
+        trainer, normalizer = (_Fields(b"".join(fields.all(number))) for number in (2, 3))
         tokens = [piece.last(1, b"").decode() for piece in pieces]
         scores = [struct.unpack("<f", piece.last(2, bytes(4)))[0] for piece in pieces]
         types = [piece.last(3, int(TokenType.NORMAL)) for piece in pieces]

@@ -356,3 +356,65 @@ def test_every_truncation_of_a_tokenizer_model_is_refused_or_read(tmp_path):
     for size in range(0, len(whole), 61):
         with pytest.raises(TokenizerError):
             read_folder_tokenizer(write_model(tmp_path, whole[:size]))
+
+
+def test_settings_of_the_model_file_decide_about_the_space_before_a_text(tmp_path):
+    no_prefix = trained_sentencepiece() + b"\x1a\x02" + number(3, 0)
+    ours = read_folder_tokenizer(write_model(tmp_path, no_prefix))
+    original = sentencepiece.SentencePieceProcessor(model_proto=no_prefix)
+    assert not ours.add_space_prefix
+    assert ours.encode("the roof", add_special=False) == original.encode("the roof")
+
+
+def test_phi3_special_tokens_of_a_model_file_swallow_the_whitespace_after_them(tmp_path):
+    added = {"430": {"content": "<|user|>", "special": True, "rstrip": True}}
+    write_model(tmp_path, config={"added_tokens_decoder": added})
+    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
+    ours = read_folder_tokenizer(tmp_path)
+    pieces = [ours.tokens[i] for i in ours.encode("<|user|>\n the", parse_special=True)]
+    assert pieces == ["<s>", "<|user|>", "\u2581the"]
+
+
+def test_truncation_and_padding_in_the_file_do_not_count(tmp_path):
+    made = byte_level_json()
+    made.enable_truncation(2)
+    made.enable_padding(length=64)
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = read_folder_tokenizer(tmp_path)
+    assert ours.decode(ours.encode("The llama walks over the roof")) == "The llama walks over the roof"
+
+
+def test_a_character_that_the_vocabulary_cannot_spell_is_refused(folder):
+    """The library would drop it."""
+
+    def without_a_byte(content):
+        spare = content["model"]["vocab"].pop("\u0104")  # byte 0x04 in GPT-2's alphabet
+        content["model"]["vocab"]["unheard-of"] = spare
+
+    stored(folder, without_a_byte)
+    ours = read_folder_tokenizer(folder)
+    assert ours.decode(ours.encode("ok"), skip_special=True) == "ok"
+    with pytest.raises(TokenizerError, match=r"'\\x04' \(U\+0004\), at 2 in a piece of the text"):
+        ours.encode("ok\x04")
+
+
+def test_without_unknown_token_and_byte_fallback_nothing_is_read(tmp_path):
+    MAKERS["llama2-legacy"](tmp_path)
+    stored(tmp_path, lambda c: c["model"].update(unk_token=None, byte_fallback=False))
+    with pytest.raises(TokenizerError, match="neither an unk_token nor byte_fallback"):
+        read_folder_tokenizer(tmp_path)
+
+
+def test_ids_without_a_token_are_unused(tmp_path):
+    byte_level_json().save(str(tmp_path / "tokenizer.json"))
+
+    def with_a_gap(content):
+        vocabulary = content["model"]["vocab"]
+        content["model"]["vocab"] = {token: index + (index > 300) for token, index in vocabulary.items()}
+
+    stored(tmp_path, with_a_gap)
+    ours = read_folder_tokenizer(tmp_path)
+    assert ours.tokens[301] == "<unused id 301>"
+    assert ours.decode([301], skip_special=True) == ""
+    assert ours.vocab_size == 401
+    assert ours.decode(ours.encode("The llama walks")) == "The llama walks"
