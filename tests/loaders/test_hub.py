@@ -20,7 +20,7 @@ EXTRAS = {
     "pytorch_model.bin": b"pickled",
     "consolidated.safetensors": b"another layout",
     "original/model.safetensors": b"another layout",
-    "onnx/model.onnx": b"",
+    "original/params.json": b"{}",
     "README.md": b"",
 }
 

@@ -358,6 +358,19 @@ def test_every_truncation_of_a_tokenizer_model_is_refused_or_read(tmp_path):
             read_folder_tokenizer(write_model(tmp_path, whole[:size]))
 
 
+def test_every_end_of_generation_config_counts_beside_a_model_file(tmp_path):
+    ours = read_folder_tokenizer(write_model(tmp_path, generation_config={"eos_token_id": [2, 7]}))
+    assert ours.eos_ids == {2, 7, ours.tokens.index("<|end|>")}
+
+
+def test_an_added_token_keeps_its_own_spaces(tmp_path):
+    save(tmp_path, sentencepiece_json("first", user_defined=["  "]), **LLAMA2)
+    ours = read_folder_tokenizer(tmp_path)
+    ids = ours.encode("  the", add_special=False)
+    assert ours.tokens[ids[0]] == "  "
+    assert ours.decode(ids) == "  the"
+
+
 def test_settings_of_the_model_file_decide_about_the_space_before_a_text(tmp_path):
     no_prefix = trained_sentencepiece() + b"\x1a\x02" + number(3, 0)
     ours = read_folder_tokenizer(write_model(tmp_path, no_prefix))
