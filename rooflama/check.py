@@ -189,7 +189,7 @@ def check(
     results: list[Result] = []
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # what an adapter warns of is in the line "config"
+        warnings.simplefilter("ignore")  # lines "config" and "tokenizer" say what was warned of
         subject = check_file.Subject(os.fspath(path), device, limit, stack)
         for item in CHECKS:
             result = _run(item, subject, {r.name: r.status for r in results})
@@ -206,7 +206,7 @@ def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) ->
     started = time.perf_counter()
     try:
         found = item.run(subject)
-        status, reason, details = found.status, found.reason, found.details
+        status, reason, details = found.status, subject.without_path(found.reason), found.details
     except RooflamaError as error:
         reason = subject.without_path(str(error))
         status, details = "FAIL", {"error": type(error).__name__}

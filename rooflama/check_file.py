@@ -175,9 +175,10 @@ def layout(subject: Subject) -> Finding:
         if not np.array_equal(ours, theirs.reshape(ours.shape), equal_nan=True):
             return Finding("FAIL", f"tensor {name} ({info.ggml_type}) does not survive repacking: please report it")
         checked[info.ggml_type] += len(rows)
-    return Finding(
-        "PASS", "bit-equal to gguf's dequantisation: " + ", ".join(f"{n} rows {k}" for k, n in checked.items())
-    )
+    plain = checked.keys() <= {"F32", "F16", "BF16"}
+    said = "no tensor is quantised; " if plain else ""
+    rows_of_types = ", ".join(f"{n} rows {kind}" for kind, n in checked.items())
+    return Finding("PASS", f"{said}bit-equal to gguf's dequantisation: {rows_of_types}")
 
 
 def weights(subject: Subject) -> Finding:
@@ -248,7 +249,9 @@ def rope(subject: Subject) -> Finding:
 
 def tokenizer(subject: Subject) -> Finding:
     """The vocabulary is sound, has a row for each token, and spells texts back."""
-    tokens = subject.tokenizer
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tokens = subject.tokenizer
     rows = subject.file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in subject.file.tensors else 0
     if rows and tokens.vocab_size > rows:
         return Finding("FAIL", f"{tokens.vocab_size} tokens but {rows} rows in token_embd.weight: they must be as many")
@@ -270,6 +273,8 @@ def tokenizer(subject: Subject) -> Finding:
     }
     if not tokens.eos_ids:
         return Finding("WARN", "no token ends a generation: the files name no EOS", details)
+    if said:
+        return Finding("WARN", "; ".join(str(warning.message) for warning in said), details)
     padding = f", {rows - tokens.vocab_size} rows of padding" if rows > tokens.vocab_size else ""
     ends = ", ".join(repr(tokens.tokens[i]) for i in sorted(tokens.eos_ids)[:4])
     return Finding("PASS", f"{tokens!r}{padding}, {len(ROUND_TRIPS)} texts come back, ends with {ends}", details)

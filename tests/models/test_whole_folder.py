@@ -86,6 +86,7 @@ def test_the_checklist_passes(name, folders):
     assert "near chance" in report.of("forward").reason
     assert set(status.values()) == {"PASS"}, report.to_markdown()
     assert report.of("structure").reason.startswith("Hugging Face safetensors, ")
+    assert report.of("layout").reason.startswith("no tensor is quantised; ")
     text = report.to_markdown()
     assert str(folders(name).parent) not in text
     assert f"- name: {name}" in text
@@ -106,6 +107,15 @@ def test_the_checklist_names_the_broken_file(damage, line, found, tmp_path):
     assert report.of(line).status in ("FAIL", "WARN")
     assert found in report.of(line).reason
     assert str(tmp_path) not in report.to_markdown()
+
+
+def test_the_checklist_says_what_the_tokenizer_warns_of(tmp_path):
+    folder = write_folder("llama3", tmp_path / "llama3")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
+    found = rooflama.check(folder, device="cpu").of("tokenizer")
+    assert found.status == "WARN"
+    assert found.reason.startswith("llama3/tokenizer.json: its post_processor adds BOS")
 
 
 def test_half_precision_weights_run(tmp_path):
