@@ -13,8 +13,7 @@ from hub_server import Repository, files_of, serving
 from rooflama.loaders.hub import HubError, HubUnreachableError, NotOnHubError, fetch
 from rooflama.loaders.opening import open_checkpoint
 from small_checkpoint import Parts
-from tiny_checkpoints import write_case
-from vocabularies import byte_level_json
+from whole_checkpoints import write_folder
 
 EXTRAS = {
     "pytorch_model.bin": b"pickled",
@@ -28,8 +27,7 @@ EXTRAS = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Of a folder, and of GGUF files: one, and a split set."""
-    folder = write_case("llama3", tmp_path_factory.mktemp("hub"), "safetensors")
-    byte_level_json().save(str(folder / "tokenizer.json"))
+    folder = write_folder("llama3", tmp_path_factory.mktemp("hub") / "folder")
     small = Parts().write(folder.parent / "small.gguf").read_bytes()
     return files_of(folder) | EXTRAS, {"small.gguf": small, "q8/other.gguf": b"GGUF", "config.json": b"{}"}
 
@@ -60,8 +58,9 @@ def offline(monkeypatch):
 def test_a_folder_comes_without_other_formats_and_opens_again_offline(hub, offline, files):
     with open_checkpoint("hf:owner/folder") as checkpoint:
         assert checkpoint.name == checkpoint.metadata["general.name"] == "folder"
-        assert checkpoint.read_tokenizer().vocab_size == 400
+        assert checkpoint.read_tokenizer().vocab_size == 403
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    wanted |= {"tokenizer_config.json", "chat_template.jinja"}
     assert hub.downloaded() == wanted
     (path, name) = fetch("hf:owner/folder")
     assert (name, {file.name for file in path.iterdir()}) == ("folder", wanted)
@@ -78,6 +77,27 @@ def test_an_answer_from_the_cache_is_not_downloaded_again(hub):
     hub.requests.clear()
     fetch("hf:owner/folder")
     assert not hub.downloaded()
+
+
+@pytest.mark.parametrize("reference", ["hf:owner/folder", "hf:owner/gguf@v1:small.gguf"])
+def test_a_model_runs_and_runs_again_offline(reference, hub, offline, numpy_backend):
+    said = []
+    for _ in range(2):
+        with rooflama.load(reference, device="cpu", progress=False) as model:
+            said.append(model.generate("the roof", max_new_tokens=4).token_ids)
+        offline()
+        hub.requests.clear()
+    assert said[0] == said[1]
+    assert not hub.requests
+    report = rooflama.check(reference, device="cpu")
+    assert {result.status for result in report.results} <= {"PASS", "WARN"}
+    assert "cache" not in report.to_markdown()
+
+
+def test_the_checklist_reports_what_cannot_be_fetched(hub):
+    report = rooflama.check("hf:owner/nothing", device="cpu")
+    assert report.of("structure").status == "FAIL"
+    assert "no repository 'owner/nothing'" in report.of("structure").reason
 
 
 def test_one_gguf_file_comes_alone_and_opens_again_offline(hub, offline):
@@ -101,7 +121,7 @@ def test_a_split_set_comes_whole(hub):
 
 
 def test_a_tokenizer_comes_without_the_weights(hub, offline):
-    assert rooflama.load_tokenizer("hf:owner/folder").vocab_size == 400
+    assert rooflama.load_tokenizer("hf:owner/folder").vocab_size == 403
     assert "model.safetensors" not in hub.downloaded()
     offline()
     with pytest.raises(HubUnreachableError, match="not in the cache, and HF_HUB_OFFLINE is set"):
@@ -113,15 +133,15 @@ def test_a_pinned_revision_stays_what_it_is(hub, files, offline):
     old = repository.names["v1"]
     changed = files[0] | {"generation_config.json": b'{"eos_token_id": 7}'}
     new = repository.commit(changed)
-    assert rooflama.load_tokenizer("hf:owner/folder").eos_ids == {7}
-    assert rooflama.load_tokenizer("hf:owner/folder@v1").eos_ids == set()
+    assert rooflama.load_tokenizer("hf:owner/folder").eos_ids == {7, 401}
+    assert rooflama.load_tokenizer("hf:owner/folder@v1").eos_ids == {401}
     hub.requests.clear()
-    assert rooflama.load_tokenizer(f"hf:owner/folder@{old}").eos_ids == set()
+    assert rooflama.load_tokenizer(f"hf:owner/folder@{old}").eos_ids == {401}
     assert not hub.requests  # a commit hash in the cache needs no question
     path, _ = fetch(f"hf:owner/folder@{new}")
     assert path.name == new
     offline()
-    assert rooflama.load_tokenizer("hf:owner/folder@v1").eos_ids == set()
+    assert rooflama.load_tokenizer("hf:owner/folder@v1").eos_ids == {401}
     assert fetch(f"hf:owner/folder@{new}")[0] == path
 
 
