@@ -14,15 +14,14 @@ from small_checkpoint import Parts
 from tiny_checkpoints import write_case
 
 
-def test_a_file_is_gguf_whatever_its_name(tmp_path):
-    file = Parts().write(tmp_path / "small.gguf")
-    for path in (file, str(file), file.rename(tmp_path / "blob-without-suffix")):
-        with (
-            open_checkpoint(path) if Path(path).exists() else open_checkpoint(tmp_path / "blob-without-suffix") as made
-        ):
-            assert isinstance(made, GGUFFile)
-    assert (made.name, made.format) == ("blob-without-suffix", "GGUF version 3, little-endian")
-    assert (made.paths, made.tokenizer_kind) == ((tmp_path / "blob-without-suffix",), "gpt2 (smollm)")
+@pytest.mark.parametrize("name", ["small.gguf", "blob-without-suffix"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_file_is_gguf_whatever_its_name(name, kind, tmp_path):
+    path = Parts().write(tmp_path / name)
+    with open_checkpoint(kind(path)) as made:
+        assert isinstance(made, GGUFFile)
+        assert (made.name, made.format, made.paths) == (name, "GGUF version 3, little-endian", (path,))
+        assert made.tokenizer_kind == "gpt2 (smollm)"
 
 
 def test_a_folder_is_safetensors(tmp_path, monkeypatch):
