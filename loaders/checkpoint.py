@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 
 class TensorInfo(Protocol):
@@ -19,6 +23,8 @@ class TensorInfo(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def n_elements(self) -> int: ...
 
 
 class Checkpoint(Protocol):
@@ -26,6 +32,26 @@ class Checkpoint(Protocol):
 
     A Hugging Face folder adds the key ``<architecture>.rope.huggingface``: its rotary parameters, whole.
     """
+
+    @property
+    def name(self) -> str:
+        """What displays and reports call it: the name of the file, folder or repository."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file that was opened."""
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of all of them."""
+
+    @property
+    def format(self) -> str:
+        """The kind and version of the files, in words."""
+
+    @property
+    def tokenizer_kind(self) -> str:
+        """What the vocabulary is stored as, in words."""
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...
@@ -39,4 +65,11 @@ class Checkpoint(Protocol):
     def data(self, name: str) -> np.ndarray:
         """The tensor's stored bytes, uint8 [rows, bytes_per_row], mapped and not copied."""
 
+    def read_tokenizer(self) -> Tokenizer:
+        """Raises TokenizerError if there is none, or none that can be used."""
+
     def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...

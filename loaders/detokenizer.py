@@ -11,7 +11,8 @@ class Piece(NamedTuple):
 
     data: bytes
     special: bool  # control, unknown or unused: left out by skip_special
-    boundary: bool  # a token that is matched whole in text: SentencePiece puts its space prefix after it
+    whole: bool  # matched whole in text, as special tokens are: no space prefix stands before it
+    space_follows: bool  # text after it is encoded with a space before it, as SentencePiece does
 
 
 class PieceTable(Protocol):
@@ -31,7 +32,7 @@ class StreamDecoder:
     def __init__(self, table: PieceTable, *, skip_special: bool, after: int | None = None):
         self._table = table
         self._skip_special = skip_special
-        self._at_boundary = table.add_space_prefix and (after is None or table.piece(after).boundary)
+        self._at_boundary = table.add_space_prefix if after is None else table.piece(after).space_follows
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
@@ -40,10 +41,10 @@ class StreamDecoder:
         Raises:
             TokenizerError: the id is not in the vocabulary.
         """
-        data, special, boundary = self._table.piece(token_id)
-        if self._at_boundary and not boundary:
+        data, special, whole, space_follows = self._table.piece(token_id)
+        if self._at_boundary and not whole:
             data = data.removeprefix(b" ")
-        self._at_boundary = boundary and self._table.add_space_prefix
+        self._at_boundary = space_follows
         if special and self._skip_special:
             return ""
         return self._decoder.decode(data)

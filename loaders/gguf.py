@@ -32,6 +32,7 @@ from .gguf_errors import GGUFError, MissingKeyError
 from .gguf_metadata import Metadata
 from .gguf_parse import DAMAGED, parse_header
 from .gguf_types import TYPE_SIZES, ByteOrder, Header, StringArray, TensorInfo
+from .tokenizer import Tokenizer
 
 __all__ = ["GGUFError", "GGUFFile", "Metadata", "MissingKeyError", "StringArray", "TensorInfo", "read_gguf"]
 
@@ -73,6 +74,23 @@ class GGUFFile:
     @property
     def path(self) -> Path:
         return self.paths[0]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def format(self) -> str:
+        return f"GGUF version {self.version}, {self.byte_order}-endian"
+
+    @property
+    def tokenizer_kind(self) -> str:
+        pre = self.metadata.get("tokenizer.ggml.pre")
+        return f"{self.metadata.get('tokenizer.ggml.model', 'no tokenizer')}" + (f" ({pre})" if pre else "")
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the metadata describes. Raises TokenizerError."""
+        return Tokenizer.from_metadata(self.metadata)
 
     @property
     def interleaved_rope_rows(self) -> bool:

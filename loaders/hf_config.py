@@ -12,12 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from rooflama.kernels import RooflamaError
-
-
-class HuggingFaceError(RooflamaError, ValueError):
-    """A Hugging Face folder that cannot be read, or whose model is not supported."""
-
+from .hf_json import HuggingFaceError
 
 TENSOR_NAMES = {
     "model.embed_tokens": "token_embd",

@@ -11,7 +11,6 @@ overlap. Opening checks all of that and reads no weights. What the names and num
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 from collections.abc import Mapping
@@ -21,13 +20,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from .hf_config import HuggingFaceError, gguf_metadata, gguf_names
+from .hf_config import gguf_metadata, gguf_names
+from .hf_json import HuggingFaceError, parse_json, read_json, refuse
+from .tokenizer import Tokenizer
+from .tokenizer_folder import read_folder_tokenizer, tokenizer_file
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
 ITEMSIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 ITEMSIZES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 GGML_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-DAMAGED = "The file is damaged: download it again"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class SafetensorsCheckpoint:
 
     Attributes:
         folder: its path.
+        paths: of its safetensors files.
+        file_nbytes: bytes of them.
         metadata: the config under GGUF's keys.
         tensors: GGUF's name -> TensorInfo.
         interleaved_rope_rows: False: these files store rotary pairs half-split.
@@ -58,11 +61,28 @@ class SafetensorsCheckpoint:
 
     interleaved_rope_rows = False
 
+    format = "Hugging Face safetensors"
+
     def __init__(
         self, folder: Path, metadata: Mapping[str, Any], tensors: dict[str, TensorInfo], maps: dict[Path, np.ndarray]
     ):
         self.folder, self.metadata, self.tensors = folder, metadata, tensors
+        self.paths = tuple(maps)
+        self.file_nbytes = sum(mapped.nbytes for mapped in maps.values())
         self._maps: dict[Path, np.ndarray] | None = maps
+
+    @property
+    def name(self) -> str:
+        return self.metadata["general.name"]
+
+    @property
+    def tokenizer_kind(self) -> str:
+        file = tokenizer_file(self.folder)
+        return file.name if file else "no tokenizer"
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder. Raises TokenizerError and HuggingFaceError."""
+        return read_folder_tokenizer(self.folder)
 
     def data(self, name: str) -> np.ndarray:
         """The tensor's bytes, uint8 [rows, bytes of a row], read-only; [1, nbytes] for a vector.
@@ -92,54 +112,80 @@ class SafetensorsCheckpoint:
         self.close()
 
 
-def read_safetensors(path: str | Path) -> SafetensorsCheckpoint:
+def read_safetensors(path: str | Path, *, name: str | None = None) -> SafetensorsCheckpoint:
     """Open a folder that holds config.json and one or more safetensors files.
+
+    Args:
+        path: the folder.
+        name: what to call the model; None for the folder's own name.
 
     Raises:
         HuggingFaceError: something is missing, damaged, or of a model type or dtype that rooflama does not know.
     """
     folder = Path(path)
-    config = _read_json(folder / "config.json")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        _refuse_without_weights(folder)
+    config = read_json(folder / "config.json")
     entries: dict[str, TensorInfo] = {}
     maps: dict[Path, np.ndarray] = {}
     for file in _weight_files(folder):
         maps[file], found = _read_file(file)
-        for name in found.keys() & entries.keys():
-            _refuse(file, f"tensor {name!r} a second time", "a name occurs once in all files")
+        for repeated in found.keys() & entries.keys():
+            refuse(file, f"tensor {repeated!r} a second time", "a name occurs once in all files")
         entries |= found
-    names = gguf_names(config, set(entries))
     tensors = {}
-    for stored, name in names.items():
+    for stored, canonical in gguf_names(config, set(entries)).items():
         info = entries[stored]
         if info.ggml_type not in GGML_TYPES:
-            _refuse(
+            refuse(
                 info.path,
                 f"tensor {stored!r} has dtype {info.ggml_type}",
                 f"weights are {', '.join(GGML_TYPES)}",
                 "Use the unquantised checkpoint, or a GGUF file",
             )
-        tensors[name] = TensorInfo(name, GGML_TYPES[info.ggml_type], info.shape, info.nbytes, info.path, info.start)
-    metadata = gguf_metadata(config, tensors, name=folder.resolve().name)
+        tensors[canonical] = TensorInfo(
+            canonical, GGML_TYPES[info.ggml_type], info.shape, info.nbytes, info.path, info.start
+        )
+    metadata = gguf_metadata(config, tensors, name=name or folder.resolve().name)
     return SafetensorsCheckpoint(folder, metadata, tensors, maps)
+
+
+def _refuse_without_weights(folder: Path) -> NoReturn:
+    """Say what the folder holds instead."""
+    rule = "a folder holds config.json and model.safetensors"
+    names = sorted(file.name for file in folder.iterdir())
+    if not names:
+        refuse(folder, "an empty folder", rule, "Check the path, and that the download finished")
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        refuse(folder, f"a folder of GGUF files ({_some(gguf)})", rule, f"Name the file: {folder / gguf[0]}")
+    if pickled := [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]:
+        refuse(
+            folder,
+            f"no safetensors file, but {_some(pickled)}",
+            f"{rule}; pickled weights can run any code and are not read",
+            "Get the safetensors, or convert: transformers' save_pretrained writes them",
+        )
+    refuse(folder, "no safetensors file", rule, "Download the weights too")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that the index names, or without an index all there are."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            _refuse(folder, "no safetensors file", "a folder holds model.safetensors", "Download the weights too")
-        return files
-    weight_map = _read_json(index).get("weight_map")
+        return sorted(folder.glob("*.safetensors"))
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        _refuse(index, "no weight_map", "an index names the file of each tensor")
+        refuse(index, "no weight_map", "an index names the file of each tensor")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            _refuse(index, f"file {name!r}", "the files lie beside the index", "Distrust this checkpoint")
+            refuse(index, f"file {name!r}", "the files lie beside the index", "Distrust this checkpoint")
         if not (folder / name).is_file():
-            _refuse(index, f"{name} is missing", "every file that the index names is there", "Download it too")
+            refuse(index, f"{name} is missing", "every file that the index names is there", "Download it too")
     return [folder / name for name in names]
 
 
@@ -147,23 +193,23 @@ def _read_file(path: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
     """Map one file and check its header; ``ggml_type`` of these infos is still safetensors' own dtype."""
     size = path.stat().st_size
     if size < 8:
-        _refuse(path, f"{size} bytes", "a safetensors file starts with the length of its header")
+        refuse(path, f"{size} bytes", "a safetensors file starts with the length of its header")
     with path.open("rb") as file:
         mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
     header_nbytes = int.from_bytes(bytes(mapped[:8]), "little")
     if header_nbytes > min(LARGEST_HEADER, size - 8):
-        _refuse(path, f"a header of {header_nbytes} bytes in a file of {size}", "the header lies inside the file")
-    header = _parse(bytes(mapped[8 : 8 + header_nbytes]), path)
+        refuse(path, f"a header of {header_nbytes} bytes in a file of {size}", "the header lies inside the file")
+    header = parse_json(bytes(mapped[8 : 8 + header_nbytes]), path)
     header.pop("__metadata__", None)
     data_start = 8 + header_nbytes
     infos = {name: _tensor_info(name, entry, data_start, path) for name, entry in header.items()}
     end = data_start
     for info in sorted(infos.values(), key=lambda info: (info.start, info.nbytes)):
         if info.start != end:
-            _refuse(path, f"tensor {info.name!r} at byte {info.start}", f"tensors follow one another, here at {end}")
+            refuse(path, f"tensor {info.name!r} at byte {info.start}", f"tensors follow one another, here at {end}")
         end += info.nbytes
     if end != size:
-        _refuse(path, f"{size} bytes", f"the tensors end at byte {end}, and the file with them")
+        refuse(path, f"{size} bytes", f"the tensors end at byte {end}, and the file with them")
     return mapped, infos
 
 
@@ -173,42 +219,12 @@ def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZES:
-        _refuse(path, f"tensor {name!r} has dtype {dtype!r}", f"dtypes are {', '.join(ITEMSIZES)}")
+        refuse(path, f"tensor {name!r} has dtype {dtype!r}", f"dtypes are {', '.join(ITEMSIZES)}")
     for what, numbers, count in (("shape", shape, None), ("data_offsets", offsets, 2)):
         whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
         if not whole or count not in (None, len(numbers)):
-            _refuse(path, f"tensor {name!r} has {what} {numbers!r}", f"{what} is a list of whole numbers")
+            refuse(path, f"tensor {name!r} has {what} {numbers!r}", f"{what} is a list of whole numbers")
     nbytes = math.prod(shape) * ITEMSIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:
-        _refuse(path, f"tensor {name!r} has data_offsets {offsets}", f"{dtype} of shape {shape} takes {nbytes} bytes")
+        refuse(path, f"tensor {name!r} has data_offsets {offsets}", f"{dtype} of shape {shape} takes {nbytes} bytes")
     return TensorInfo(name, dtype, tuple(shape), nbytes, path, data_start + offsets[0])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        _refuse(
-            path, "no such file", "a Hugging Face folder holds it", "Check the path, and that the download finished"
-        )
-    return _parse(path.read_bytes(), path)
-
-
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object whose outer keys are all different."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return mapping
-
-    try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, f"JSON that cannot be read ({error})", "the text is one JSON object")
-    if not isinstance(parsed, dict):
-        _refuse(path, f"JSON of type {type(parsed).__name__}", "the text is one JSON object")
-    return parsed
-
-
-def _refuse(path: Path, found: str, rule: str, remedy: str = DAMAGED) -> NoReturn:
-    raise HuggingFaceError(f"{path}: {found}", rule=rule, remedy=remedy)

@@ -1,44 +1,38 @@
-"""The model's own tokenizer, from the metadata of its GGUF file.
+"""The model's own tokenizer, from the metadata of its GGUF file or from a Hugging Face folder.
 
-`tokenizer.ggml.model` chooses what plain text goes through: byte-level BPE ("gpt2") or SentencePiece ("llama"). What
-the two share lives here: special tokens are cut out of the text first, BOS and EOS are added as the file says, ids
-become text again, and the chat template is rendered.
+How text is encoded differs (``tokenizer_gguf``, ``tokenizer_json``). What all share lives here: BOS and EOS are added
+as the file says, ids become text again, and the chat template is rendered.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from .chat_template import ChatTemplate, ChatTemplateError
 from .detokenizer import Piece, StreamDecoder
-from .special_tokens import SpecialTokens
-from .tokenizer_bpe import ByteLevelBPE
-from .tokenizer_spm import SentencePieceBPE
-from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_flag, read_string
+from .tokenizer_gguf import MODELS, GGUFText
+from .vocabulary import MATCHED_WHOLE, Metadata, TokenizerError, TokenType, Vocabulary, read_flag, read_string
 
 
 class TextModel(Protocol):
-    """Plain text to ids and ids to bytes; special tokens are cut out before.
+    """Text to ids and ids to bytes; BOS and EOS are added elsewhere.
 
     Attributes:
-        add_bos: whether BOS is added where the file does not say.
-        add_space_prefix: whether a text, and what follows a special token, is encoded with a space before it.
+        add_space_prefix: whether a text is encoded with a space before it.
     """
 
-    add_bos: bool
     add_space_prefix: bool
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str, *, parse_special: bool) -> list[int]: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
 
+    def space_follows(self, token_id: int) -> bool:
+        """Whether text that follows this token is encoded with a space before it."""
 
-# `tokenizer.ggml.model` -> what encodes plain text. What is not here raises.
-MODELS: dict[str, Callable[[Vocabulary, Metadata], TextModel]] = {"gpt2": ByteLevelBPE, "llama": SentencePieceBPE}
 
-_MATCHED_WHOLE = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 _SKIPPED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.UNUSED)
 
 
@@ -51,30 +45,31 @@ class Tokenizer:
         bos_id, eos_id, unk_id, pad_id: None where the file names none.
         eos_ids: every id that ends generation.
         add_bos, add_eos: what ``encode`` adds.
-        add_space_prefix: whether a text, and what follows a special token, is encoded with a space before it.
+        add_space_prefix: whether a text is encoded with a space before it.
     """
 
-    def __init__(self, metadata: Metadata):
-        self._vocabulary = vocabulary = Vocabulary.from_metadata(metadata, models=MODELS)
-        self._text_model = MODELS[vocabulary.model](vocabulary, metadata)
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        text_model: TextModel,
+        *,
+        add_bos: bool,
+        add_eos: bool,
+        chat_template: str | None,
+    ):
+        self._vocabulary = vocabulary
+        self._text_model = text_model
         self.tokens: Sequence[str] = vocabulary.tokens
         self.vocab_size = len(vocabulary.tokens)
         self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
         self.unk_id, self.pad_id = vocabulary.unk_id, vocabulary.pad_id
         self.eos_ids = vocabulary.eos_ids
-        self.add_space_prefix = self._text_model.add_space_prefix
-        self.add_bos = read_flag(metadata, "tokenizer.ggml.add_bos_token", self._text_model.add_bos)
-        self.add_eos = read_flag(metadata, "tokenizer.ggml.add_eos_token", False)
-        self._bos = _addition("bos", self.add_bos, self.bos_id)
-        self._eos = _addition("eos", self.add_eos, self.eos_id)
-        user_defined = self._texts(vocabulary.of_type(TokenType.USER_DEFINED))
-        everything = self._texts(vocabulary.of_type(*_MATCHED_WHOLE))
-        strip_after = _phi3_strips_after(vocabulary, everything)
-        self._user_defined = SpecialTokens(user_defined, strip_after)
-        self._everything = SpecialTokens(everything, strip_after)
+        self.add_space_prefix = text_model.add_space_prefix
+        self.add_bos, self.add_eos = add_bos, add_eos
+        self._bos = _addition("bos", add_bos, self.bos_id)
+        self._eos = _addition("eos", add_eos, self.eos_id)
         self._pieces: dict[int, Piece] = {}
-        source = read_string(metadata, "tokenizer.chat_template")
-        self._chat_template = None if source is None else ChatTemplate(source)
+        self._chat_template = None if chat_template is None else ChatTemplate(chat_template)
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> Tokenizer:
@@ -86,7 +81,15 @@ class Tokenizer:
         Raises:
             TokenizerError: the metadata contradicts itself or asks for something not known here.
         """
-        return cls(metadata)
+        vocabulary = Vocabulary.from_metadata(metadata, models=MODELS)
+        text_model = GGUFText(vocabulary, metadata)
+        return cls(
+            vocabulary,
+            text_model,
+            add_bos=read_flag(metadata, "tokenizer.ggml.add_bos_token", text_model.add_bos),
+            add_eos=read_flag(metadata, "tokenizer.ggml.add_eos_token", False),
+            chat_template=read_string(metadata, "tokenizer.chat_template"),
+        )
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Ids of a text.
@@ -101,14 +104,7 @@ class Tokenizer:
             TokenizerError: the text holds a lone surrogate, or a character that the vocabulary cannot spell.
         """
         _refuse_surrogates(text)
-        ids: list[int] = []
-        at_boundary = True
-        for part in (self._everything if parse_special else self._user_defined).split(text):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self._text_model.encode(" " + part if at_boundary and self.add_space_prefix else part)
-            at_boundary = isinstance(part, int)
+        ids = self._text_model.encode(text, parse_special=parse_special)
         if add_special:
             ids = self._begun(ids)
             ids += self._eos if ids[-1:] != self._eos else []
@@ -153,7 +149,12 @@ class Tokenizer:
                 )
             kind = self._vocabulary.types[index]
             data = self._text_model.token_bytes(index)
-            piece = self._pieces[index] = Piece(data, special=kind in _SKIPPED, boundary=kind in _MATCHED_WHOLE)
+            piece = self._pieces[index] = Piece(
+                data,
+                special=kind in _SKIPPED,
+                whole=kind in MATCHED_WHOLE,
+                space_follows=self._text_model.space_follows(index),
+            )
         return piece
 
     @property
@@ -205,10 +206,6 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer(model={self._vocabulary.model!r}, vocab_size={self.vocab_size})"
 
-    def _texts(self, token_ids: Iterable[int]) -> dict[str, int]:
-        """How special tokens look in text -> their ids."""
-        return {self._text_model.token_bytes(token_id).decode(): token_id for token_id in token_ids}
-
 
 def _addition(name: str, added: bool, token_id: int | None) -> list[int]:
     """The ids that ``encode`` adds: the one, or none."""
@@ -216,22 +213,11 @@ def _addition(name: str, added: bool, token_id: int | None) -> list[int]:
         return []
     if token_id is None:
         raise TokenizerError(
-            f"tokenizer.ggml.{name}_token_id is missing",
+            f"{name}_token_id is missing",
             rule=f"a tokenizer that adds {name.upper()} must name it",
-            remedy=f"Set it, or set tokenizer.ggml.add_{name}_token to false, with gguf_set_metadata.py",
+            remedy=f"Set it, or set add_{name}_token to false, in the file's tokenizer metadata",
         )
     return [token_id]
-
-
-def _phi3_strips_after(vocabulary: Vocabulary, special: Mapping[str, int]) -> set[int]:
-    """The special tokens that swallow the whitespace after them: Phi-3's and 3.5's, all but three.
-
-    Their Hugging Face tokenizers say so (`rstrip`), GGUF has no key for it; llama.cpp goes by "phi3" in the model's
-    name, here it is the architecture with a SentencePiece vocabulary.
-    """
-    if vocabulary.arch != "phi3" or vocabulary.model != "llama":
-        return set()
-    return {token_id for text, token_id in special.items() if text not in ("<unk>", "<s>", "<|endoftext|>")}
 
 
 def _refuse_surrogates(text: str) -> None:

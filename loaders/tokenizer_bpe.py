@@ -115,13 +115,7 @@ class ByteLevelBPE:
         Raises:
             TokenizerError: the vocabulary has no token for one of the text's bytes.
         """
-        if self._missing_bytes and (missing := self._missing_bytes.intersection(text.encode())):
-            index, character = next((i, c) for i, c in enumerate(text) if missing.intersection(c.encode()))
-            raise TokenizerError(
-                f"character {character!r} (U+{ord(character):04X}), at {index} in a piece of the text",
-                rule="this vocabulary has no token for one of its bytes",
-                remedy="Remove or replace the character",
-            )
+        refuse_missing_bytes(text, self._missing_bytes)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -129,10 +123,26 @@ class ByteLevelBPE:
         token = self._vocabulary.tokens[token_id]
         if self._vocabulary.types[token_id] != TokenType.NORMAL:
             return token.encode()
-        try:
-            return bytes([_BYTE_OF[ord(character)] for character in token])
-        except KeyError:  # spelled in plain text
-            return token.encode()
+        return bytes_of_spelling(token)
+
+
+def bytes_of_spelling(token: str) -> bytes:
+    """The bytes that a token of the byte alphabet spells; one that is spelled otherwise is plain text."""
+    try:
+        return bytes([_BYTE_OF[ord(character)] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def refuse_missing_bytes(text: str, missing_bytes: frozenset[int]) -> None:
+    """Raise if a character of ``text`` takes a byte that the vocabulary has no token for."""
+    if missing_bytes and (missing := missing_bytes.intersection(text.encode())):
+        index, character = next((i, c) for i, c in enumerate(text) if missing.intersection(c.encode()))
+        raise TokenizerError(
+            f"character {character!r} (U+{ord(character):04X}), at {index} in a piece of the text",
+            rule="this vocabulary has no token for one of its bytes",
+            remedy="Remove or replace the character",
+        )
 
 
 def _read_merges(vocabulary: Vocabulary, metadata: Metadata) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ import sentencepiece
 from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_flag
 
 SPACE = "\u2581"
+BYTE_TOKENS = {f"<0x{value:02X}>": value for value in range(256)}
 
 
 class SentencePieceBPE:
@@ -51,17 +52,16 @@ class SentencePieceBPE:
 
 def _read_byte_tokens(vocabulary: Vocabulary) -> dict[int, int]:
     """Id -> byte value of the byte tokens; there are none, or one for each byte."""
-    spelled = {f"<0x{value:02X}>": value for value in range(256)}
     values = {}
     for token_id in vocabulary.of_type(TokenType.BYTE):
         token = vocabulary.tokens[token_id]
-        if token not in spelled:
+        if token not in BYTE_TOKENS:
             raise TokenizerError(
                 f"tokenizer.ggml.tokens[{token_id}] = {token!r}, typed as a byte",
                 rule="byte tokens are spelled <0x00> to <0xFF>",
                 remedy="Convert the model again with a current convert_hf_to_gguf.py",
             )
-        values[token_id] = spelled[token]
+        values[token_id] = BYTE_TOKENS[token]
     if values and len(values) != 256:
         raise TokenizerError(
             f"the vocabulary has {len(values)} byte tokens",

@@ -33,6 +33,9 @@ class TokenType(IntEnum):
     BYTE = 6  # "<0x0A>": a byte that no other piece covers
 
 
+MATCHED_WHOLE = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
+"""Tokens that are cut out of a text before any merging."""
+
 # Tokens that end a turn or a text in the models at hand; each counts only where the vocabulary types it as control.
 END_OF_GENERATION = frozenset(
     [

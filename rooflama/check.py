@@ -68,7 +68,8 @@ class Result:
 class Report:
     """All lines for one checkpoint. Shows itself in a terminal and in Jupyter."""
 
-    path: Path
+    name: str
+    paths: tuple[Path, ...]
     results: tuple[Result, ...]
 
     @property
@@ -82,7 +83,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "file": file_facts(self.path),
+            "file": file_facts(self.name, self.paths),
             "exit_status": self.exit_status,
             "environment": dict(facts()),
             "checks": [
@@ -140,7 +141,7 @@ class Report:
     def verdict(self) -> str:
         counts = {status: sum(r.status == status for r in self.results) for status in STYLES}
         said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        return f"{self.path.name}: {said}, in {sum(r.seconds for r in self.results):.1f} s"
+        return f"{self.name}: {said}, in {sum(r.seconds for r in self.results):.1f} s"
 
 
 def as_line(result: Result) -> Table:
@@ -153,14 +154,19 @@ def as_line(result: Result) -> Table:
     return row
 
 
-def file_facts(path: Path) -> dict[str, Any]:
-    """Name, size, and the hash of the first mebibyte, which holds the metadata."""
+def file_facts(name: str, paths: tuple[Path, ...]) -> dict[str, Any]:
+    """Name, size, and the hash of the first mebibyte of each file, which holds the metadata."""
+    if not paths:
+        return {"name": name, "error": "not found"}
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256(file.read(2**20)).hexdigest()
-        return {"name": path.name, "bytes": path.stat().st_size, "sha256 of the first MiB": digest}
+        for path in paths:
+            with path.open("rb") as file:
+                digest.update(file.read(2**20))
+        size = sum(path.stat().st_size for path in paths)
     except OSError as error:
-        return {"name": path.name, "error": error.strerror}
+        return {"name": name, "error": error.strerror}
+    return {"name": name, "files": len(paths), "bytes": size, "sha256 of the first MiB": digest.hexdigest()}
 
 
 def check(
@@ -173,7 +179,7 @@ def check(
     """Run the checklist on a checkpoint.
 
     Args:
-        path: a ``.gguf`` file.
+        path: a checkpoint as for ``load``.
         device: where to run it, as for ``load``.
         limit: bytes it must fit into; None for what the device has free.
         on_result: called with each result as it comes.
@@ -183,14 +189,14 @@ def check(
     results: list[Result] = []
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # what an adapter warns of is in the line "config"
-        subject = check_file.Subject(Path(path), device, limit, stack)
+        warnings.simplefilter("ignore")  # lines "config" and "tokenizer" say what was warned of
+        subject = check_file.Subject(os.fspath(path), device, limit, stack)
         for item in CHECKS:
             result = _run(item, subject, {r.name: r.status for r in results})
             results.append(result)
             if on_result is not None:
                 on_result(result)
-    return Report(Path(path), tuple(results))
+    return Report(subject.name, subject.paths, tuple(results))
 
 
 def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) -> Result:
@@ -200,9 +206,9 @@ def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) ->
     started = time.perf_counter()
     try:
         found = item.run(subject)
-        status, reason, details = found.status, found.reason, found.details
+        status, reason, details = found.status, subject.without_path(found.reason), found.details
     except RooflamaError as error:
-        reason = str(error).replace(str(subject.path), subject.path.name)
+        reason = subject.without_path(str(error))
         status, details = "FAIL", {"error": type(error).__name__}
     except Exception as error:  # a checklist that dies names nothing
         status, reason = "FAIL", f"unexpected {type(error).__name__}: {error}; please report it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,8 @@ import gguf
 import numpy as np
 
 from rooflama.kernels import LAYOUTS, reference
-from rooflama.loaders.gguf import GGUFFile, read_gguf
+from rooflama.loaders.checkpoint import Checkpoint
+from rooflama.loaders.opening import Location, locate
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.models import Adapter, CheckpointReader, ModelConfig, checkpoint_weights, rope_tables
@@ -56,14 +58,36 @@ class Finding:
 class Subject:
     """The checkpoint under test. What a check establishes is made once, by whoever asks first."""
 
-    path: Path
+    source: str
     device: str
     limit: int | None
     stack: ExitStack
 
     @cached_property
-    def file(self) -> GGUFFile:
-        return self.stack.enter_context(read_gguf(self.path))
+    def location(self) -> Location:
+        return locate(self.source)
+
+    @property
+    def name(self) -> str:
+        """What it is called, found or not."""
+        found: Location | None = vars(self).get("location")
+        return found.name if found else Path(self.source).name
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Its files, as far as they were found."""
+        opened: Checkpoint | None = vars(self).get("file")
+        found: Location | None = vars(self).get("location")
+        return opened.paths if opened else (found.path,) if found and found.path.is_file() else ()
+
+    def without_path(self, text: str) -> str:
+        """``text`` with the name in place of the path."""
+        found: Location | None = vars(self).get("location")
+        return text.replace(str(found.path) if found else self.source, self.name)
+
+    @cached_property
+    def file(self) -> Checkpoint:
+        return self.stack.enter_context(self.location.open())
 
     @cached_property
     def reader(self) -> CheckpointReader:
@@ -79,34 +103,34 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_metadata(self.file.metadata)
+        return self.file.read_tokenizer()
 
     @cached_property
     def model(self) -> Model:
         """The model on the device, with a context that takes little."""
         context = min(CONTEXT, self.config.context_length)
-        model = load(self.path, device=self.device, max_context=context, memory_limit=self.limit, progress=False)
+        path = self.location.path
+        model = load(path, device=self.device, max_context=context, memory_limit=self.limit, progress=False)
         return self.stack.enter_context(model)
 
 
 def structure(subject: Subject) -> Finding:
-    """The file is GGUF, and every count, length, offset and type in its header holds."""
+    """Every count, length, offset and type in the headers of its files holds."""
     file = subject.file
     details = {"metadata": {name: _short(value) for name, value in file.metadata.items()}}
-    return Finding(
-        "PASS",
-        f"GGUF version {file.version}, {file.byte_order}-endian, {len(file.metadata)} keys, "
-        f"{len(file.tensors)} tensors, {size(file.file_nbytes)} in {len(file.paths)} file{'s' * (len(file.paths) > 1)}",
-        details,
-    )
+    number = f"{len(file.paths)} file{'s' * (len(file.paths) > 1)}"
+    said = f"{len(file.metadata)} keys, {len(file.tensors)} tensors, {size(file.file_nbytes)} in {number}"
+    return Finding("PASS", f"{file.format}, {said}", details)
 
 
 def _short(value: Any) -> Any:
     """A metadata value as a report shows it: long arrays and texts by their beginning."""
     if isinstance(value, str):
         return value if len(value) <= 200 else f"{value[:200]}... ({len(value)} characters)"
-    if isinstance(value, int | float):
+    if value is None or isinstance(value, int | float):
         return value
+    if isinstance(value, Mapping):
+        return {name: _short(inner) for name, inner in value.items()}
     shown = [item.item() if isinstance(item, np.generic) else item for item in value[:8]]
     return shown if len(value) <= 8 else f"{shown} and {len(value) - 8} more"
 
@@ -151,9 +175,10 @@ def layout(subject: Subject) -> Finding:
         if not np.array_equal(ours, theirs.reshape(ours.shape), equal_nan=True):
             return Finding("FAIL", f"tensor {name} ({info.ggml_type}) does not survive repacking: please report it")
         checked[info.ggml_type] += len(rows)
-    return Finding(
-        "PASS", "bit-equal to gguf's dequantisation: " + ", ".join(f"{n} rows {k}" for k, n in checked.items())
-    )
+    plain = checked.keys() <= {"F32", "F16", "BF16"}
+    said = "no tensor is quantised; " if plain else ""
+    rows_of_types = ", ".join(f"{n} rows {kind}" for kind, n in checked.items())
+    return Finding("PASS", f"{said}bit-equal to gguf's dequantisation: {rows_of_types}")
 
 
 def weights(subject: Subject) -> Finding:
@@ -224,7 +249,9 @@ def rope(subject: Subject) -> Finding:
 
 def tokenizer(subject: Subject) -> Finding:
     """The vocabulary is sound, has a row for each token, and spells texts back."""
-    tokens = subject.tokenizer
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tokens = subject.tokenizer
     rows = subject.file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in subject.file.tensors else 0
     if rows and tokens.vocab_size > rows:
         return Finding("FAIL", f"{tokens.vocab_size} tokens but {rows} rows in token_embd.weight: they must be as many")
@@ -245,7 +272,9 @@ def tokenizer(subject: Subject) -> Finding:
         "add_eos": tokens.add_eos,
     }
     if not tokens.eos_ids:
-        return Finding("WARN", "no token ends a generation: tokenizer.ggml.eos_token_id is missing", details)
+        return Finding("WARN", "no token ends a generation: the files name no EOS", details)
+    if said:
+        return Finding("WARN", "; ".join(str(warning.message) for warning in said), details)
     padding = f", {rows - tokens.vocab_size} rows of padding" if rows > tokens.vocab_size else ""
     ends = ", ".join(repr(tokens.tokens[i]) for i in sorted(tokens.eos_ids)[:4])
     return Finding("PASS", f"{tokens!r}{padding}, {len(ROUND_TRIPS)} texts come back, ends with {ends}", details)

@@ -25,7 +25,7 @@ NEW_TOKENS = 16
 
 def memory(subject: Subject) -> Finding:
     """The plan at the model's own context stays within the limit, or within what the device has free."""
-    plan = plan_memory(subject.path, device=subject.device, limit=subject.limit)
+    plan = plan_memory(subject.location.path, device=subject.device, limit=subject.limit)
     details = {"plan": plan.to_dict()}
     if plan.fits:
         return Finding("PASS", f"{size(plan.total_bytes)} at {plan.context:,} tokens, {_bound(plan)}", details)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,14 +14,13 @@ from rich.console import Console
 
 from rooflama.kernels import RooflamaError
 
-from .cli_support import register
+from .cli_support import ModelSource, register
 
 app = typer.Typer(
     help="Llama-family models on Triton kernels.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="a .gguf file")]
 MaxNewTokens = Annotated[int, typer.Option(help="at most so many new tokens")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token")]
 TopK = Annotated[int, typer.Option(help="draw from the k likeliest; 0 is off")]
@@ -45,12 +43,12 @@ def demo(
 
     path = rooflama.demo_checkpoint()
     errors.print(f"[bold]{path.name}[/bold], asked: {prompt}")
-    _answer(path, prompt, chat=True, max_new_tokens=max_new_tokens)
+    _answer(str(path), prompt, chat=True, max_new_tokens=max_new_tokens)
 
 
 @app.command()
 def run(
-    model: ModelPath,
+    model: ModelSource,
     prompt: Annotated[str, typer.Argument(help="text to continue")],
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -72,13 +70,13 @@ def run(
     )  # fmt: skip
 
 
-def _answer(path: Path, prompt: str, *, chat: bool, load_options: dict | None = None, **options: object) -> None:
+def _answer(source: str, prompt: str, *, chat: bool, load_options: dict | None = None, **options: object) -> None:
     import time
 
     import rooflama
 
     started = time.perf_counter()
-    with rooflama.load(path, **(load_options or {})) as model:
+    with rooflama.load(source, **(load_options or {})) as model:
         loaded = time.perf_counter()
         ids: str | list[int] = prompt
         if chat:
@@ -96,7 +94,7 @@ def _answer(path: Path, prompt: str, *, chat: bool, load_options: dict | None = 
 
 @app.command()
 def chat(
-    model: ModelPath,
+    model: ModelSource,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -129,7 +127,7 @@ def chat(
 
 
 @app.command()
-def inspect(model: ModelPath) -> None:
+def inspect(model: ModelSource) -> None:
     """Show what MODEL is, from its header alone."""
     import rooflama
 

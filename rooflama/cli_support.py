@@ -1,4 +1,4 @@
-"""The commands ``rooflama plan`` and ``rooflama check``."""
+"""The commands ``rooflama plan`` and ``rooflama check``, and what a MODEL is in all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="a .gguf file")]
+ModelSource = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="a .gguf file, a Hugging Face folder, or hf:owner/repo[@revision][:file.gguf] of the Hub"
+    ),
+]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 Limit = Annotated[str | None, typer.Option(help="memory it must fit into, such as 24GiB")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -22,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    model: ModelPath,
+    model: ModelSource,
     context: Annotated[int | None, typer.Option(help="tokens a sequence may reach; the model's own by default")] = None,
     sequences: Annotated[int, typer.Option(help="sequences held at once")] = 1,
     kv_dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16, fp8, int8")] = "auto",
@@ -45,7 +50,7 @@ def plan(
 
 
 def check(
-    model: ModelPath,
+    model: ModelSource,
     device: DeviceName = "auto",
     limit: Limit = None,
     as_json: Json = False,

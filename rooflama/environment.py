@@ -10,7 +10,18 @@ from rich.table import Table
 
 from rooflama.kernels import INTERPRETED
 
-PACKAGES = ("rooflama", "torch", "triton", "numpy", "gguf", "tokenizers", "sentencepiece", "jinja2", "transformers")
+PACKAGES = (
+    "rooflama",
+    "torch",
+    "triton",
+    "numpy",
+    "gguf",
+    "tokenizers",
+    "sentencepiece",
+    "jinja2",
+    "huggingface_hub",
+    "transformers",
+)
 
 
 def facts() -> list[tuple[str, str]]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, open_device
-from rooflama.loaders.gguf import GGUFFile, read_gguf
+from rooflama.loaders.opening import locate, open_checkpoint
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
 from rooflama.models.memory_display import size
@@ -34,7 +35,9 @@ def load(
     """Load a checkpoint onto a device.
 
     Args:
-        path: a ``.gguf`` file, or the first of a split set.
+        path: a ``.gguf`` file, or the first of a split set; a Hugging Face folder (config.json, safetensors, a
+            tokenizer); ``hf:owner/repo``, ``hf:owner/repo@revision`` or ``hf:owner/repo:file.gguf``, which is
+            downloaded into the cache of huggingface_hub first.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: of activations: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``float32``, ``float16``, ``bfloat16``.
         kv_dtype: of the key/value pages: ``auto`` (that of the activations), one of those, ``fp8`` or ``int8``.
@@ -48,24 +51,25 @@ def load(
         progress: show a bar on standard error.
 
     Raises:
-        GGUFError, ConfigError, TokenizerError: the file is damaged, or of a model that rooflama cannot run right.
+        UnknownCheckpointError: the path is no checkpoint of a kind known here.
+        HubError: the download failed.
+        GGUFError, HuggingFaceError, ConfigError, TokenizerError: the files are damaged, contradict each other, or are
+            of a model that rooflama cannot run right.
         DeviceError: the device is missing, or its memory does not suffice.
     """
-    path = Path(path)
-    with read_gguf(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         adapter_of(checkpoint)  # an unknown architecture is named before anything it lacks
-        tokenizer = Tokenizer.from_metadata(checkpoint.metadata)
+        tokenizer = checkpoint.read_tokenizer()
         owner = open_device(device, memory_limit=memory_limit)
         try:
-            return _load(path, checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, longrope, progress)
+            return _load(checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, longrope, progress)
         except BaseException:
             owner.close()
             raise
 
 
 def _load(
-    path: Path,
-    checkpoint: GGUFFile,
+    checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     device: Device,
     dtype: str,
@@ -77,9 +81,10 @@ def _load(
     adapter = adapter_of(checkpoint)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     with _bar(progress) as bar:
-        task = bar.add_task(path.name, total=total)
+        task = bar.add_task(checkpoint.name, total=total)
         source = TensorSource(checkpoint, device, lambda num_bytes: bar.advance(task, num_bytes))
         config = adapter.read_config(source)
+        _check_vocabulary(tokenizer, config)
         plan = _plan(source, config, device, max_context, dtype, kv_dtype)
         decoder = Decoder.load(source, config, adapter)
     weight_bytes = device.held_bytes
@@ -99,7 +104,18 @@ def _load(
         prefill_chunk=plan.prefill_chunk,
         longrope=longrope,
     )
-    return Model(path=path, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan)
+    return Model(
+        name=checkpoint.name, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan
+    )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{tokenizer.vocab_size} tokens, with {config.vocab_size} embedding rows",
+            rule="there is a row for every token; more are padding",
+            remedy="The tokenizer is another model's, or has tokens that the model was not trained with",
+        )
 
 
 def _plan(
@@ -128,9 +144,15 @@ def _bar(visible: bool) -> Progress:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a GGUF file, which may hold a vocabulary and no tensors."""
-    with read_gguf(path) as checkpoint:
-        return Tokenizer.from_metadata(checkpoint.metadata)
+    """The tokenizer of a checkpoint, which may hold no weights.
+
+    Args:
+        path: as for ``load``; of a repository on the Hub, the safetensors are not downloaded.
+
+    Raises:
+        UnknownCheckpointError, HubError, GGUFError, HuggingFaceError, TokenizerError: as for ``load``.
+    """
+    return locate(path, weights=False).read_tokenizer()
 
 
 def demo_checkpoint() -> Path:

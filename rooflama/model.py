@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -57,14 +56,14 @@ class Model:
     def __init__(
         self,
         *,
-        path: Path,
+        name: str,
         engine: Engine,
         tokenizer: Tokenizer,
         device: Device,
         weight_bytes: int,
         plan: MemoryPlan,
     ):
-        self.path = path
+        self.name = name
         self.engine = engine
         self.config: ModelConfig = engine.decoder.config
         self.tokenizer = tokenizer
@@ -208,7 +207,7 @@ class Model:
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError(
-                f"model {self.path.name} is closed", rule="a closed model holds no weights", remedy="Load it again"
+                f"model {self.name} is closed", rule="a closed model holds no weights", remedy="Load it again"
             )
 
     def __enter__(self) -> Self:

@@ -10,7 +10,7 @@ import torch
 from rooflama.kernels import backend_for
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, DeviceUnavailable, open_device
-from rooflama.loaders.gguf import read_gguf
+from rooflama.loaders.opening import open_checkpoint
 from rooflama.models import (
     CheckpointReader,
     ConfigError,
@@ -45,7 +45,7 @@ def plan_memory(
     """What a model would take, without loading it.
 
     Args:
-        path_or_config: a ``.gguf`` file, of which the header is read; or a config.
+        path_or_config: a checkpoint as for ``load``, of which the header is read; or a config.
         context: tokens each sequence may reach; None for the model's own context.
         sequences: sequences held at once.
         kv_dtype, dtype: as for ``load``.
@@ -55,7 +55,8 @@ def plan_memory(
         weight_types: for a config, the ggml type of its matrices, or a function of name and shape that gives it.
 
     Raises:
-        GGUFError, ConfigError: the file is damaged, of a model that rooflama cannot run, or an argument out of range.
+        UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: the checkpoint cannot be found or read.
+        ConfigError: it is of a model that rooflama cannot run, or an argument is out of range.
     """
     target, free_bytes = _target(device)
     if isinstance(path_or_config, ModelConfig):
@@ -63,7 +64,7 @@ def plan_memory(
         type_of = weight_types if callable(weight_types) else lambda name, shape: weight_types
         weights = config_weights(config, type_of, target.backend)
     else:
-        with read_gguf(path_or_config) as checkpoint:
+        with open_checkpoint(path_or_config) as checkpoint:
             adapter, reader = adapter_of(checkpoint), CheckpointReader(checkpoint)
             config = adapter.read_config(reader)
             weights = checkpoint_weights(reader, config, adapter, target.backend)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from rooflama.loaders.gguf import read_gguf
+from rooflama.loaders.opening import open_checkpoint
 from rooflama.models import CheckpointReader, ModelConfig
 
 from .planning import adapter_of
@@ -20,7 +19,7 @@ from .planning import adapter_of
 class Summary:
     """A checkpoint's configuration and the bytes of its tensors, by type; shows itself in a terminal and in Jupyter."""
 
-    path: Path
+    name: str
     config: ModelConfig
     tokenizer_model: str
     num_parameters: int
@@ -43,7 +42,7 @@ class Summary:
             f"{kind} {count} ({_size(self.tensor_bytes[kind])})" for kind, count in self.tensor_counts.items()
         )
         return [
-            ("file", f"{self.path.name}, {_size(sum(self.tensor_bytes.values()))} of tensors"),
+            ("file", f"{self.name}, {_size(sum(self.tensor_bytes.values()))} of tensors"),
             ("model", f"{c.name} ({family})"),
             ("parameters", f"{self.num_parameters:,}"),
             ("layers", f"{c.num_layers}, hidden {c.hidden_size}, feed-forward {c.intermediate_size}"),
@@ -82,11 +81,14 @@ def _size(num_bytes: int) -> str:
 def inspect(path: str | os.PathLike[str]) -> Summary:
     """Summarise a checkpoint without loading its weights.
 
+    Args:
+        path: as for ``load``: a ``.gguf`` file, a Hugging Face folder, or a reference ``hf:owner/repo``.
+
     Raises:
-        GGUFError: the file cannot be read.
+        UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: it cannot be found or read.
         ConfigError: its architecture or a parameter is unknown.
     """
-    with read_gguf(path) as checkpoint:
+    with open_checkpoint(path) as checkpoint:
         config = adapter_of(checkpoint).read_config(CheckpointReader(checkpoint))
         sizes: Counter[str] = Counter()
         counts: Counter[str] = Counter()
@@ -95,6 +97,4 @@ def inspect(path: str | os.PathLike[str]) -> Summary:
             sizes[info.ggml_type] += info.nbytes
             counts[info.ggml_type] += 1
             parameters += info.n_elements
-        pre = checkpoint.metadata.get("tokenizer.ggml.pre")
-        kind = f"{checkpoint.metadata.get('tokenizer.ggml.model', 'no tokenizer')}" + (f" ({pre})" if pre else "")
-        return Summary(Path(path), config, kind, parameters, dict(sizes), dict(counts))
+        return Summary(checkpoint.name, config, checkpoint.tokenizer_kind, parameters, dict(sizes), dict(counts))

@@ -8,7 +8,17 @@ import json
 
 import numpy as np
 import sentencepiece
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 TEXT = [
     "The llama walks over the roof, and the roof holds. It's 1234 steps, isn't it? We'll see!\n\n",
@@ -83,3 +93,51 @@ def spm_metadata(model: bytes, **keys):
         "tokenizer.ggml.unknown_token_id": processor.unk_id(),
     } | {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     return {key: value for key, value in values.items() if value is not None}
+
+
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level_json(*, words=LLAMA3_WORDS, nfc=False, bos=None, special=(), user_defined=()) -> Tokenizer:
+    """A tokenizer.json of Llama 3's or Qwen 2's make, with the trained vocabulary."""
+    tokens, merges = trained_bpe()
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    made = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=bos is not None))
+    made.normalizer = normalizers.NFC() if nfc else None
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), spell])
+    made.decoder = decoders.ByteLevel()
+    return _with_special(made, bos, special, user_defined)
+
+
+def sentencepiece_json(scheme="legacy", *, bos="<s>", user_defined=(), strip_after=()) -> Tokenizer:
+    """A tokenizer.json of Llama 2's make: BPE over U+2581 with byte fallback, the trained vocabulary.
+
+    ``scheme``: "legacy" puts the space in by a normaliser, "first" and "always" by a Metaspace pre-tokeniser.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_proto=trained_sentencepiece())
+    scores = {processor.id_to_piece(i): processor.get_score(i) for i in range(processor.vocab_size())}
+    vocabulary = {piece: index for index, piece in enumerate(scores)}
+    pairs = [(p[:i], p[i:]) for p in scores for i in range(1, len(p)) if p[:i] in scores and p[i:] in scores]
+    pairs.sort(key=lambda pair: -scores[pair[0] + pair[1]])
+    made = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if scheme == "legacy":
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    strip = decoders.Strip(" ", 1, 0)
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    return _with_special(made, bos, ["<unk>", "<s>", "</s>", "<|end|>"], user_defined, strip_after)
+
+
+def _with_special(made, bos, special, user_defined, strip_after=()):
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False, rstrip=t in strip_after) for t in special])
+    made.add_tokens([AddedToken(text, special=False, normalized=False) for text in user_defined])
+    if bos is not None:
+        named = [(bos, made.token_to_id(bos))]
+        made.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=named)
+    return made

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rooflama.loaders.hf_config import HuggingFaceError, gguf_metadata, gguf_names
+from rooflama.loaders.hf_config import gguf_metadata, gguf_names
+from rooflama.loaders.hf_json import HuggingFaceError
 from rooflama.loaders.safetensors import read_safetensors
 from rooflama.models import CheckpointReader, adapter_for
 from rooflama.models.rope import RopeSpec

@@ -1,0 +1,49 @@
+"""JSON files of a Hugging Face folder: one object each, its outer keys all different."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rooflama.kernels import RooflamaError
+
+DAMAGED = "The file is damaged: download it again"
+
+
+class HuggingFaceError(RooflamaError, ValueError):
+    """A Hugging Face folder that cannot be read, or whose model is not supported."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object. Raises HuggingFaceError if it is not there or no such object."""
+    if not path.is_file():
+        refuse(path, "no such file", "a Hugging Face folder holds it", "Check the path, and that the download finished")
+    return parse_json(path.read_bytes(), path)
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object whose outer keys are all different."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return mapping
+
+    try:
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        refuse(path, f"JSON that cannot be read ({error})", "the text is one JSON object")
+    if not isinstance(parsed, dict):
+        refuse(path, f"JSON of type {type(parsed).__name__}", "the text is one JSON object")
+    return parsed
+
+
+def refuse(path: Path, found: str, rule: str, remedy: str = DAMAGED) -> NoReturn:
+    raise HuggingFaceError(f"{path}: {found}", rule=rule, remedy=remedy)

@@ -1,0 +1,128 @@
+"""The one way in: from a path or a reference to an open checkpoint, whatever kind of files it is.
+
+| given | what is opened |
+|--|--|
+| a file | GGUF; of a split set the first file |
+| a folder | Hugging Face: config.json, safetensors files, a tokenizer |
+| hf:owner/repo, hf:owner/repo@revision | the same, of a repository on the Hugging Face Hub |
+| hf:owner/repo:file.gguf, hf:owner/repo@revision:file.gguf | one GGUF file of a repository |
+
+Nothing outside this file asks which kind it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from rooflama.kernels import RooflamaError
+
+from .checkpoint import Checkpoint
+from .gguf import read_gguf
+from .hub import PREFIX, fetch
+from .safetensors import read_safetensors
+from .tokenizer import Tokenizer
+from .tokenizer_folder import read_folder_tokenizer
+
+
+class UnknownCheckpointError(RooflamaError, ValueError):
+    """A path that is no checkpoint of a kind known here."""
+
+
+class Kind(NamedTuple):
+    """How one kind of checkpoint is read: with the name it goes by, and its tokenizer alone."""
+
+    open: Callable[[Path, str], Checkpoint]
+    read_tokenizer: Callable[[Path], Tokenizer]
+
+
+def _gguf_tokenizer(path: Path) -> Tokenizer:
+    with read_gguf(path) as file:
+        return file.read_tokenizer()
+
+
+GGUF = Kind(lambda path, name: read_gguf(path), _gguf_tokenizer)
+FOLDER = Kind(lambda path, name: read_safetensors(path, name=name), read_folder_tokenizer)
+NO_CHECKPOINTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".json", ".model", ".onnx", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A checkpoint that is on this machine, not opened yet.
+
+    Attributes:
+        path: of the file or the folder.
+        name: what it is called in displays and reports.
+    """
+
+    path: Path
+    name: str
+    kind: Kind
+
+    def open(self) -> Checkpoint:
+        """Raises as ``open_checkpoint``."""
+        return self.kind.open(self.path, self.name)
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer alone. Raises TokenizerError, and as ``open_checkpoint``."""
+        return self.kind.read_tokenizer(self.path)
+
+
+def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Location:
+    """Find a checkpoint; one of the Hub is downloaded first.
+
+    Args:
+        source: as the table above has it.
+        weights: whether they are wanted; without, a download leaves out the weights of a folder.
+
+    Raises:
+        UnknownCheckpointError: the path is no checkpoint of a kind known here.
+        HubError: the download failed.
+    """
+    text = os.fspath(source)
+    if text.startswith(PREFIX):
+        path, name = fetch(text, weights=weights)
+    else:
+        path = Path(text)
+        name = path.resolve().name if path.is_dir() else path.name
+    return Location(path, name, _kind_of(path))
+
+
+def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint; its header is read and checked, its weights are not.
+
+    Raises:
+        UnknownCheckpointError, HubError: as ``locate``.
+        GGUFError, HuggingFaceError: the file or folder is damaged or incomplete.
+    """
+    return locate(source).open()
+
+
+def _kind_of(path: Path) -> Kind:
+    if path.is_dir():
+        return FOLDER
+    suffix = path.suffix.lower()
+    if suffix in NO_CHECKPOINTS:
+        in_folder = "Name its folder" if suffix in (".safetensors", ".json", ".model") else "Use a safetensors folder"
+        _refuse(path, "one file of a checkpoint" if path.exists() else "no such file", f"{in_folder}, or a .gguf file")
+    if suffix != ".gguf" and path.is_file() and not _is_gguf(path):
+        _refuse(path, "neither GGUF nor a folder", "Name a .gguf file, or the folder with config.json")
+    if suffix != ".gguf" and not path.exists():
+        _refuse(path, "no such file or folder", f"Check the path; a repository of the Hub is {PREFIX}owner/repo")
+    return GGUF
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _refuse(path: Path, found: str, remedy: str) -> None:
+    raise UnknownCheckpointError(
+        f"{path}: {found}",
+        rule="a checkpoint is a .gguf file or a folder with config.json and safetensors",
+        remedy=remedy,
+    )

@@ -1,0 +1,54 @@
+"""The tokenizer of a Hugging Face folder: from tokenizer.json, or where there is none from tokenizer.model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from .sentencepiece_model import sentencepiece_metadata
+from .tokenizer import Tokenizer
+from .tokenizer_gguf import MODELS, GGUFText
+from .tokenizer_json import read_tokenizer_json
+from .tokenizer_settings import TokenizerSettings, refuse
+from .vocabulary import Vocabulary
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file that holds the vocabulary; None where there is none."""
+    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+
+
+def read_folder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, which may hold no weights.
+
+    Raises:
+        HuggingFaceError: a file is no JSON object.
+        TokenizerError: there is no tokenizer, it is of a kind not known here, or its files contradict each other.
+    """
+    path = tokenizer_file(folder)
+    if path is None:
+        refuse(
+            folder,
+            "no tokenizer.json and no tokenizer.model",
+            "a folder holds one of them",
+            "Download the tokenizer's files too, or save them with tokenizer.save_pretrained",
+        )
+    settings = TokenizerSettings.read(folder)
+    if path.name == "tokenizer.json":
+        return read_tokenizer_json(path, settings)
+    metadata = sentencepiece_metadata(path, settings)
+    vocabulary = Vocabulary.from_metadata(metadata, models=MODELS)
+    if outside := [i for i in settings.eos_ids if i >= len(vocabulary.tokens)]:
+        refuse(
+            path,
+            f"{len(vocabulary.tokens)} tokens, and id {outside[0]} in another file",
+            "special ids are ids of the vocabulary",
+        )
+    text_model = GGUFText(vocabulary, metadata)
+    return Tokenizer(
+        replace(vocabulary, eos_ids=vocabulary.eos_ids | settings.eos_ids),
+        text_model,
+        add_bos=text_model.add_bos if settings.add_bos is None else settings.add_bos,
+        add_eos=bool(settings.add_eos),
+        chat_template=settings.chat_template,
+    )

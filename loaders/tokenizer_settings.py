@@ -1,0 +1,200 @@
+"""What the small files of a Hugging Face folder say about its tokenizer.
+
+| file | what is taken from it |
+|--|--|
+| tokenizer_config.json | special tokens, tokens added to the vocabulary, add_bos_token, add_eos_token, chat template |
+| special_tokens_map.json | special tokens that tokenizer_config.json does not name |
+| added_tokens.json | tokens added to the vocabulary, where tokenizer_config.json has none |
+| chat_template.jinja | the chat template; goes before tokenizer_config.json's |
+| generation_config.json | every id that ends generation; config.json's where it names none |
+| config.json | BOS where no other file names it |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .hf_config import FAMILIES
+from .hf_json import read_json_if_there
+from .vocabulary import TokenizerError
+
+NAMED = ("bos", "eos", "unk", "pad")
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+REDOWNLOAD = "Download the tokenizer's files again, all of one revision"
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that was added to a trained vocabulary."""
+
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = True
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The facts of those files, checked for type and against each other.
+
+    Attributes:
+        named: "bos", "eos", "unk", "pad" -> the token's text, where a file names it.
+        further: texts of further special tokens.
+        added: id -> token.
+        add_bos, add_eos: None where tokenizer_config.json does not say.
+        bos_id: config.json's.
+        eos_ids: every id that ends generation.
+        chat_template: Jinja source.
+        arch: GGUF's name of the model's architecture; "" where it is unknown.
+    """
+
+    named: Mapping[str, str]
+    further: tuple[str, ...]
+    added: Mapping[int, AddedToken]
+    add_bos: bool | None
+    add_eos: bool | None
+    bos_id: int | None
+    eos_ids: frozenset[int]
+    chat_template: str | None
+    arch: str
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerSettings:
+        """Read them; each file may be missing.
+
+        Raises:
+            HuggingFaceError: a file is no JSON object.
+            TokenizerError: a value is of another type than it must be, or two files disagree.
+        """
+        path = folder / "tokenizer_config.json"
+        own, older = read_json_if_there(path), read_json_if_there(folder / "special_tokens_map.json")
+        model, generation = read_json_if_there(folder / "config.json"), folder / "generation_config.json"
+        ends = read_json_if_there(generation).get("eos_token_id")
+        named = _named(own, older, folder)
+        family = FAMILIES.get(str(model.get("model_type")))
+        bos = _ids(model.get("bos_token_id"), folder / "config.json", "bos_token_id")
+        return cls(
+            named=named,
+            further=_further(own, older, path),
+            added=_added(own, {*named.values(), *_further(own, older, path)}, folder),
+            add_bos=_flag(own, "add_bos_token", path),
+            add_eos=_flag(own, "add_eos_token", path),
+            bos_id=bos[0] if bos else None,
+            eos_ids=frozenset(
+                _ids(ends, generation, "eos_token_id")
+                or _ids(model.get("eos_token_id"), folder / "config.json", "eos_token_id")
+            ),
+            chat_template=_chat_template(own, folder),
+            arch=family.architecture if family else "",
+        )
+
+
+def _named(own: Mapping[str, Any], older: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The special tokens with a role. Both files name the same; padding, which decides nothing, may differ."""
+    named = {}
+    for name in NAMED:
+        key = f"{name}_token"
+        first = _text(own.get(key), folder / "tokenizer_config.json", key)
+        second = _text(older.get(key), folder / "special_tokens_map.json", key)
+        if first is not None and second is not None and first != second and name != "pad":
+            refuse(
+                folder / "tokenizer_config.json",
+                f"{key} is {first!r}, and {second!r} in special_tokens_map.json",
+                "the two files name the same token",
+            )
+        if (text := first if first is not None else second) is not None:
+            named[name] = text
+    return named
+
+
+def _further(own: Mapping[str, Any], older: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    found: list[str] = []
+    for file in (own, older):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            values = file.get(key) or []
+            texts = [_text(v, path, key) for v in (values.values() if isinstance(values, dict) else values)]
+            found += [text for text in texts if text is not None]
+    return tuple(dict.fromkeys(found))
+
+
+def _added(own: Mapping[str, Any], special: set[str], folder: Path) -> dict[int, AddedToken]:
+    path, key = folder / "tokenizer_config.json", "added_tokens_decoder"
+    entries = own.get(key)
+    if entries is None:
+        path = folder / "added_tokens.json"
+        added = {}
+        for text, token_id in read_json_if_there(path).items():
+            if type(token_id) is not int:
+                refuse(path, f"{text!r} has id {token_id!r}", "each token has a whole number")
+            added[token_id] = AddedToken(text, special=text in special, normalized=text not in special)
+        return added
+    if not isinstance(entries, dict):
+        refuse(path, f"{key} is a {type(entries).__name__}", "it maps ids to tokens")
+    added = {}
+    for index, fields in entries.items():
+        if not index.isdecimal() or not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+            refuse(path, f"{key}[{index!r}] = {fields!r}", "each entry is an id with a token's content and flags")
+        added[int(index)] = added_token(fields)
+    return added
+
+
+def added_token(fields: Mapping[str, Any]) -> AddedToken:
+    """A token from its JSON, in tokenizer_config.json's or tokenizer.json's spelling."""
+    return AddedToken(fields["content"], **{flag: bool(fields[flag]) for flag in FLAGS if flag in fields})
+
+
+def _text(value: Any, path: Path, key: str) -> str | None:
+    """A token's text, which stands there plain or as an object with flags."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and (not isinstance(value, str) or not value):
+        refuse(path, f"{key} = {value!r}", "it is a token's text")
+    return value
+
+
+def _flag(own: Mapping[str, Any], key: str, path: Path) -> bool | None:
+    value = own.get(key)
+    if value is not None and not isinstance(value, bool):
+        refuse(path, f"{key} = {value!r}", "it is true or false")
+    return value
+
+
+def _ids(value: Any, path: Path, key: str) -> list[int]:
+    """One id or a list of them; none for null."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(index) is int and index >= 0 for index in ids):
+        refuse(path, f"{key} = {value!r}", "it is an id, or a list of ids")
+    return ids
+
+
+def _chat_template(own: Mapping[str, Any], folder: Path) -> str | None:
+    """chat_template.jinja; else the string, or of a list of named ones the default."""
+    file, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            refuse(file, str(error), "it is text in UTF-8")
+    found = own.get("chat_template")
+    if found is None or isinstance(found, str):
+        return found
+    entries = found if isinstance(found, list) else []
+    templates = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+    if not isinstance(templates.get("default"), str):
+        names = ", ".join(map(repr, templates)) or "none"
+        refuse(
+            path,
+            f"chat_template has no 'default' (its names: {names})",
+            "it is a string, or a list of objects with name and template, one of them named default",
+            "Write the template to use into chat_template.jinja",
+        )
+    return templates["default"]
+
+
+def refuse(path: Path, found: str, rule: str, remedy: str = REDOWNLOAD) -> NoReturn:
+    raise TokenizerError(f"{path}: {found}", rule=rule, remedy=remedy)

@@ -1,0 +1,245 @@
+"""``hf:`` references against a Hub on this machine: what is downloaded, what the cache gives, and every way to fail."""
+
+import os
+import re
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+
+import rooflama
+from hub_server import Repository, files_of, serving
+from rooflama.loaders.hub import HubError, HubUnreachableError, NotOnHubError, fetch
+from rooflama.loaders.opening import open_checkpoint
+from small_checkpoint import Parts
+from whole_checkpoints import write_folder
+
+EXTRAS = {
+    "pytorch_model.bin": b"pickled",
+    "consolidated.safetensors": b"another layout",
+    "original/model.safetensors": b"another layout",
+    "original/params.json": b"{}",
+    "README.md": b"",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Of a folder, and of GGUF files: one, and a split set."""
+    folder = write_folder("llama3", tmp_path_factory.mktemp("hub") / "folder")
+    small = Parts().write(folder.parent / "small.gguf").read_bytes()
+    return files_of(folder) | EXTRAS, {"small.gguf": small, "q8/other.gguf": b"GGUF", "config.json": b"{}"}
+
+
+@pytest.fixture
+def hub(files, tmp_path, monkeypatch):
+    """The environment's variables are read when the library is imported; here it is imported already."""
+    with serving() as served:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name, content in zip(("owner/folder", "owner/gguf"), files, strict=True):
+            served.repositories[name] = Repository()
+            served.repositories[name].commit(content, "v1")
+        yield served
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    return lambda: monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_folder_comes_without_other_formats_and_opens_again_offline(hub, offline, files):
+    with open_checkpoint("hf:owner/folder") as checkpoint:
+        assert checkpoint.name == checkpoint.metadata["general.name"] == "folder"
+        assert checkpoint.read_tokenizer().vocab_size == 403
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    wanted |= {"tokenizer_config.json", "chat_template.jinja"}
+    assert hub.downloaded() == wanted
+    (path, name) = fetch("hf:owner/folder")
+    assert (name, {file.name for file in path.iterdir()}) == ("folder", wanted)
+    assert (path / "model.safetensors").read_bytes() == files[0]["model.safetensors"]
+    offline()
+    hub.requests.clear()
+    assert fetch("hf:owner/folder") == (path, "folder")
+    assert rooflama.inspect("hf:owner/folder").config.num_layers == 2
+    assert not hub.requests
+
+
+def test_an_answer_from_the_cache_is_not_downloaded_again(hub):
+    fetch("hf:owner/folder")
+    hub.requests.clear()
+    fetch("hf:owner/folder")
+    assert not hub.downloaded()
+
+
+@pytest.mark.parametrize("reference", ["hf:owner/folder", "hf:owner/gguf@v1:small.gguf"])
+def test_a_model_runs_and_runs_again_offline(reference, hub, offline, numpy_backend):
+    said = []
+    for _ in range(2):
+        with rooflama.load(reference, device="cpu", progress=False) as model:
+            said.append(model.generate("the roof", max_new_tokens=4).token_ids)
+        offline()
+        hub.requests.clear()
+    assert said[0] == said[1]
+    assert not hub.requests
+    report = rooflama.check(reference, device="cpu")
+    assert {result.status for result in report.results} <= {"PASS", "WARN"}
+    assert "cache" not in report.to_markdown()
+
+
+def test_the_checklist_reports_what_cannot_be_fetched(hub):
+    report = rooflama.check("hf:owner/nothing", device="cpu")
+    assert report.of("structure").status == "FAIL"
+    assert "no repository 'owner/nothing'" in report.of("structure").reason
+
+
+def test_one_gguf_file_comes_alone_and_opens_again_offline(hub, offline):
+    said = dict(rooflama.inspect("hf:owner/gguf:small.gguf").rows())
+    assert said["file"].startswith("small.gguf, ")
+    assert hub.downloaded() == {"small.gguf"}
+    offline()
+    assert dict(rooflama.inspect("hf:owner/gguf:small.gguf").rows()) == said
+
+
+def test_a_file_in_a_folder_of_the_repository(hub):
+    path, name = fetch("hf:owner/gguf:q8/other.gguf")
+    assert (path.read_bytes(), name) == (b"GGUF", "other.gguf")
+
+
+def test_a_split_set_comes_whole(hub):
+    names = [f"big-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+    hub.repositories["owner/gguf"].commit({name: name.encode() for name in names})
+    path, _ = fetch(f"hf:owner/gguf:{names[0]}")
+    assert sorted(file.name for file in path.parent.iterdir()) == names
+
+
+def test_a_tokenizer_comes_without_the_weights(hub, offline):
+    assert rooflama.load_tokenizer("hf:owner/folder").vocab_size == 403
+    assert "model.safetensors" not in hub.downloaded()
+    offline()
+    with pytest.raises(HubUnreachableError, match="not in the cache, and HF_HUB_OFFLINE is set"):
+        open_checkpoint("hf:owner/folder")
+
+
+def test_a_pinned_revision_stays_what_it_is(hub, files, offline):
+    repository = hub.repositories["owner/folder"]
+    old = repository.names["v1"]
+    changed = files[0] | {"generation_config.json": b'{"eos_token_id": 7}'}
+    new = repository.commit(changed)
+    assert rooflama.load_tokenizer("hf:owner/folder").eos_ids == {7, 401}
+    assert rooflama.load_tokenizer("hf:owner/folder@v1").eos_ids == {401}
+    hub.requests.clear()
+    assert rooflama.load_tokenizer(f"hf:owner/folder@{old}").eos_ids == {401}
+    assert not hub.requests  # a commit hash in the cache needs no question
+    path, _ = fetch(f"hf:owner/folder@{new}")
+    assert path.name == new
+    offline()
+    assert rooflama.load_tokenizer("hf:owner/folder@v1").eos_ids == {401}
+    assert fetch(f"hf:owner/folder@{new}")[0] == path
+
+
+def test_a_private_repository_opens_with_a_token(hub, monkeypatch):
+    hub.repositories["owner/folder"].token = "secret"
+    with pytest.raises(NotOnHubError, match="for a private one set HF_TOKEN"):
+        fetch("hf:owner/folder")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert fetch("hf:owner/folder")[1] == "folder"
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind", "message"),
+    [
+        ("hf:owner/nothing", NotOnHubError, "no repository 'owner/nothing': the repository exists and is public"),
+        ("hf:owner/nothing:small.gguf", NotOnHubError, "no repository 'owner/nothing'"),
+        ("hf:owner/folder@v9", NotOnHubError, "no revision 'v9': a revision is a branch, a tag or a commit"),
+        ("hf:owner/gguf@v9:small.gguf", NotOnHubError, "no revision 'v9'"),
+        (f"hf:owner/folder@{'0' * 40}", NotOnHubError, "no revision '000"),
+        ("hf:owner/gguf:big.gguf", NotOnHubError, "no file 'big.gguf': the file is in the repository at"),
+        ("hf:owner/gguf:big.gguf", NotOnHubError, "Its .gguf files are small.gguf, q8/other.gguf."),
+        ("hf:owner/folder:big.gguf", NotOnHubError, "Its .gguf files are none."),
+        ("hf:owner/gguf", NotOnHubError, "q8/other.gguf: name one, as in hf:owner/gguf:FILE"),
+        ("hf:owner", HubError, "no reference: a reference is hf:owner/repo, hf:owner/repo@revision or"),
+        ("hf:", HubError, "no reference"),
+        ("hf:a/b/c", HubError, "no reference"),
+        ("hf:owner/gguf:config.json", HubError, "Name a .gguf file, or none for the safetensors"),
+        ("hf:owner/gguf:../x.gguf", HubError, "file '../x.gguf'"),
+        ("hf:owner--x/gguf..", HubError, "Check the name"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_refused(hub, reference, kind, message):
+    with pytest.raises(HubError, match=re.escape(message)) as caught:
+        fetch(reference)
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith(reference)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_restricted_repository_is_refused(hub):
+    hub.repositories["owner/folder"].gated = True
+    with pytest.raises(NotOnHubError, match=r"access to the repository is restricted: .* Ask for it at https://"):
+        fetch("hf:owner/folder")
+
+
+def test_a_repository_of_other_formats_is_refused(hub):
+    hub.repositories["owner/folder"].commit({"config.json": b"{}", "pytorch_model.bin": b""})
+    with pytest.raises(NotOnHubError, match=r"no model\*\.safetensors in the repository: .* files are none\.$"):
+        fetch("hf:owner/folder")
+    hub.repositories["owner/folder"].commit({"README.md": b""})
+    with pytest.raises(NotOnHubError, match=r"no model\*\.safetensors in the repository"):
+        fetch("hf:owner/folder")
+
+
+@pytest.mark.parametrize("reference", ["hf:owner/folder", "hf:owner/gguf:small.gguf", f"hf:owner/folder@{'0' * 40}"])
+@pytest.mark.parametrize("way", ["offline", "no network", "server error"])
+def test_what_cannot_be_had_is_refused(way, reference, hub, offline, monkeypatch):
+    if way == "offline":
+        offline()
+    elif way == "server error":
+        hub.broken = True
+    else:
+        nowhere = "http://127.0.0.1:1"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nowhere)
+        template = nowhere + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    said = {
+        "offline": "HF_HUB_OFFLINE is set",
+        "no network": "127.0.0.1:1 does not",
+        "server error": "does not give it",
+    }
+    with pytest.raises(HubUnreachableError, match=said[way]) as caught:
+        fetch(reference)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(HubError, match=re.escape("Run: pip install 'rooflama[hub]'")):
+        rooflama.inspect("hf:owner/repo")
+
+
+def test_the_environment_counts_as_the_library_has_it(hub, tmp_path):
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, in a process of its own."""
+
+    def inspect(**variables):
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "COLUMNS": "200"}
+        command = [sys.executable, "-m", "rooflama.cli", "inspect", "hf:owner/gguf:small.gguf"]
+        for inherited in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            environment.pop(inherited, None)
+        return subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=120)
+
+    refused = inspect(HF_HUB_OFFLINE="1")
+    assert refused.returncode == 2
+    assert "HF_HUB_OFFLINE is set" in refused.stderr
+    assert not hub.requests
+    assert "GQA: 4 query heads" in inspect().stdout
+    assert list((tmp_path / "home/hub").glob("models--owner--gguf/snapshots/*/small.gguf"))
+    hub.requests.clear()
+    assert "GQA: 4 query heads" in inspect(HF_HUB_OFFLINE="1").stdout
+    assert not hub.requests
