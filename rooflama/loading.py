@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from rooflama.kernels import backend_for
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.opening import locate, open_checkpoint
@@ -30,6 +31,7 @@ def load(
     max_context: int | None = None,
     memory_limit: int | None = None,
     longrope: FactorSetPolicy = "auto",
+    batch_invariant: bool = False,
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint onto a device.
@@ -48,6 +50,10 @@ def load(
         longrope: for models with LongRoPE (Phi-3 128k): which of the two sets of frequencies a sequence gets, for life.
             ``auto`` gives ``long`` to a sequence whose prompt and new tokens together may exceed the original context
             (Phi-3: 4096), else ``short``.
+        batch_invariant: make each sequence's results equal, in every bit, whatever runs beside it and in whatever
+            chunks its prompt is read. Without it they agree up to rounding, since products of few and of many tokens
+            take different kernels. Costs most of the prompt's speed. A promise of the Triton kernels: refused where
+            the NumPy definitions run.
         progress: show a bar on standard error.
 
     Raises:
@@ -62,7 +68,15 @@ def load(
         tokenizer = checkpoint.read_tokenizer()
         owner = open_device(device, memory_limit=memory_limit)
         try:
-            return _load(checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, longrope, progress)
+            if batch_invariant and backend_for(owner.torch_device) == "numpy":
+                raise ConfigError(
+                    "batch_invariant=True on the NumPy definitions",
+                    rule="only the Triton kernels promise it; NumPy's products round differently with each shape",
+                    remedy="Load on a GPU, or without batch_invariant",
+                )
+            return _load(
+                checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, longrope, batch_invariant, progress
+            )
         except BaseException:
             owner.close()
             raise
@@ -76,13 +90,16 @@ def _load(
     kv_dtype: str,
     max_context: int | None,
     longrope: FactorSetPolicy,
+    batch_invariant: bool,
     progress: bool,
 ) -> Model:
     adapter = adapter_of(checkpoint)
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     with _bar(progress) as bar:
         task = bar.add_task(checkpoint.name, total=total)
-        source = TensorSource(checkpoint, device, lambda num_bytes: bar.advance(task, num_bytes))
+        source = TensorSource(
+            checkpoint, device, lambda nbytes: bar.advance(task, nbytes), batch_invariant=batch_invariant
+        )
         config = adapter.read_config(source)
         _check_vocabulary(tokenizer, config)
         plan = _plan(source, config, device, max_context, dtype, kv_dtype)
@@ -123,7 +140,15 @@ def _plan(
 ) -> MemoryPlan:
     """The plan for ``max_context`` tokens, or for as much of the model's context as fits. Raises if it does not fit."""
     context = config.context_length if max_context is None else max_context
-    plan = plan_for_device(source, config, device, context=context, dtype=dtype, kv_dtype=kv_dtype)
+    plan = plan_for_device(
+        source,
+        config,
+        device,
+        context=context,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        batch_invariant=source.batch_invariant,
+    )
     if max_context is None and not plan.fits and (fitting := plan.largest_context()):
         smaller = plan.but(context=fitting)
         warnings.warn(

@@ -40,6 +40,7 @@ def plan_memory(
     dtype: str = "auto",
     device: str = "auto",
     limit: int | str | None = None,
+    batch_invariant: bool = False,
     weight_types: str | Callable[[str, tuple[int, ...]], str] = "F16",
 ) -> MemoryPlan:
     """What a model would take, without loading it.
@@ -48,7 +49,7 @@ def plan_memory(
         path_or_config: a checkpoint as for ``load``, of which the header is read; or a config.
         context: tokens each sequence may reach; None for the model's own context.
         sequences: sequences held at once.
-        kv_dtype, dtype: as for ``load``.
+        kv_dtype, dtype, batch_invariant: as for ``load``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. A GPU that is not here can be planned for too.
         limit: bytes, or text such as ``24GiB``, that the whole process may take on the device; None for no limit but
             what the device has free, if it is here.
@@ -79,13 +80,21 @@ def plan_memory(
         dtype=activations,
         kv_dtype=pages,
         target=target,
+        batch_invariant=batch_invariant,
         limit=parse_bytes(limit) if isinstance(limit, str) else limit,
         free_bytes=free_bytes,
     )
 
 
 def plan_for_device(
-    reader: CheckpointReader, config: ModelConfig, device: Device, *, context: int, dtype: str, kv_dtype: str
+    reader: CheckpointReader,
+    config: ModelConfig,
+    device: Device,
+    *,
+    context: int,
+    dtype: str,
+    kv_dtype: str,
+    batch_invariant: bool = False,
 ) -> MemoryPlan:
     """The plan of one sequence of ``context`` tokens on an open device, within its limit and its free memory."""
     target = _device_target(device)
@@ -100,6 +109,7 @@ def plan_for_device(
         dtype=activations,
         kv_dtype=pages,
         target=target,
+        batch_invariant=batch_invariant,
         limit=device.memory_limit,
         free_bytes=device.free_bytes,
     )

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import rooflama
+from rooflama import ConfigError, plan_memory
 from rooflama.kernels import use_backend
 from rooflama.loaders.gguf import read_gguf
 from running_models import decode_logits, prefill_logits, running
@@ -48,3 +50,25 @@ def test_decoding(engine):
     prompts = [3, 5, 1]
     alone = [decode_logits(engine, [tokens], [length])[0] for tokens, length in zip(sequences, prompts, strict=True)]
     assert all(map(torch.equal, bits(decode_logits(engine, sequences, prompts)), bits(alone)))
+
+
+def test_loading_promises_it_on_kernels_only(tmp_path):
+    path = write_small(tmp_path / "small.gguf")
+    with use_backend("triton"), rooflama.load(path, batch_invariant=True, progress=False) as model:
+        assert model.engine.decoder.batch_invariant
+        assert all(
+            part.batch_invariant
+            for part in (model.engine.decoder.layers[0].qkv, model.engine.decoder.layers[1].ffn_down)
+        )
+        assert "dequantised rows" not in {line.name for line in model.plan.lines}
+    with use_backend("numpy"), pytest.raises(ConfigError, match="only the Triton kernels promise it"):
+        rooflama.load(path, device="cpu", batch_invariant=True, progress=False)
+
+
+def test_a_plan_without_dequantised_rows(tmp_path):
+    path = write_small(tmp_path / "small.gguf")
+    lines = {
+        flag: {line.name for line in plan_memory(path, device="cuda", batch_invariant=flag).lines}
+        for flag in (True, False)
+    }
+    assert lines[False] - lines[True] == {"dequantised rows", "matmul library"}
