@@ -4,7 +4,7 @@ from .adapter import ADAPTERS, Adapter, adapter_for
 from .config import ModelConfig
 from .decoder import Decoder, Step
 from .engine import DecodeBatch, Engine, SamplingParams
-from .generate import Generation, Request, Timings
+from .generate import Generation, NaNLogits, Request, Timings
 from .kv_cache import OutOfPages, PagedKVCache, PagePool
 from .memory_plan import MemoryPlan, Target
 from .memory_weights import checkpoint_weights, config_weights
@@ -23,6 +23,7 @@ __all__ = [
     "Generation",
     "MemoryPlan",
     "ModelConfig",
+    "NaNLogits",
     "OutOfPages",
     "PagePool",
     "PagedKVCache",

@@ -85,6 +85,7 @@ class Engine:
         dtype: of activations.
         prefill_chunk: tokens a prefill pass takes at most.
         longrope: which of LongRoPE's two sets a sequence gets: by its planned length, or always the same.
+        num_tokens: of the tokenizer; rows of the output from there on are padding and never drawn. None: no such rows.
     """
 
     def __init__(
@@ -96,10 +97,11 @@ class Engine:
         dtype: torch.dtype,
         prefill_chunk: int,
         longrope: FactorSetPolicy = "auto",
+        num_tokens: int | None = None,
     ):
         choose_factor_set(decoder.config.rope, 0, longrope)  # refuses an unknown policy
         self.longrope = longrope
-        self.decoder, self.cache = decoder, cache
+        self.decoder, self.cache, self.num_tokens = decoder, cache, num_tokens
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
         spec = decoder.config.rope
@@ -210,8 +212,11 @@ class DecodeBatch:
         self._stepped_eagerly = False
 
     def draw(self, logits: Tensor) -> Tensor:
-        """Sample each sequence's next token from logits [num_seqs, vocab_size]; it becomes the next step's input."""
-        self.token_ids.copy_(sample(logits, steps=self.steps, **self.sampling))
+        """Sample each sequence's next token from logits [num_seqs, vocab_size]; it becomes the next step's input.
+
+        A row with a NaN gives -1, whose embedding is NaN again: nothing out of bounds is read.
+        """
+        self.token_ids.copy_(sample(logits, steps=self.steps, vocab_size=self.engine.num_tokens, **self.sampling))
         self.steps += 1
         return self.token_ids
 

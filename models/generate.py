@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rooflama.kernels import RooflamaError
+
 from .engine import DecodeBatch, Engine, SamplingParams
 from .metadata import ConfigError
 
@@ -69,6 +71,10 @@ class Request:
             )
 
 
+class NaNLogits(RooflamaError, ArithmeticError):
+    """A model computed no numbers."""
+
+
 class Generation:
     """An iterator of (request number, token id), over all requests. ``finish`` ends one early.
 
@@ -81,7 +87,8 @@ class Generation:
 
     Raises:
         ConfigError: an empty prompt, an unknown token, or a plan beyond the context.
-        DeviceError: while iterating, when the device fails; no page is held afterwards.
+        NaNLogits: while iterating; as with every error, no page is held afterwards.
+        DeviceError: while iterating, when the device fails.
     """
 
     def __init__(self, engine: Engine, requests: list[Request], end_ids: Collection[int]):
@@ -157,6 +164,13 @@ class Generation:
             for row, number in enumerate(group):
                 if number not in self._open:
                     continue
+                if values[row] < 0:
+                    raise NaNLogits(
+                        f"a NaN among the logits of token {emitted[number] + 1} after a prompt of "
+                        f"{self.timings[number].prompt_tokens}, activations in {engine.dtype}",
+                        rule="logits are numbers",
+                        remedy="rooflama check finds weights that are none; float16 overflows where bfloat16 does not",
+                    )
                 self._account(number, seconds, first=emitted[number] == 0)
                 emitted[number] += 1
                 yield number, values[row]

@@ -120,6 +120,7 @@ def _load(
         dtype=plan.dtype,
         prefill_chunk=plan.prefill_chunk,
         longrope=longrope,
+        num_tokens=tokenizer.vocab_size,
     )
     return Model(
         name=checkpoint.name, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan

@@ -4,6 +4,7 @@ import pytest
 
 import rooflama
 from rooflama import ConfigError
+from rooflama.models import NaNLogits
 from small_checkpoint import write_small
 
 PROMPT = "ab ab"
@@ -58,6 +59,28 @@ def test_a_stop_string_ends_the_text_before_it(model):
 def test_max_new_tokens_ends_with_length(model):
     generation = model.generate(PROMPT, max_new_tokens=3)
     assert (len(generation.token_ids), generation.finish_reason) == (3, "length")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 50.0])
+def test_padding_rows_are_never_drawn(model, monkeypatch, temperature):
+    """Rows of the output beyond the tokenizer's tokens, as many models have them."""
+    assert model.engine.num_tokens == model.tokenizer.vocab_size
+    monkeypatch.setattr(model.engine, "num_tokens", 40)
+    generated = model.generate([7, 8, 9], max_new_tokens=40, temperature=temperature, seed=3)
+    assert max(generated.token_ids) < 40
+
+
+def test_logits_that_are_no_numbers_are_named(model, monkeypatch):
+    free = model.engine.cache.pool.num_free
+    norm = model.engine.decoder.output_norm
+    kept = norm.clone()
+    norm.fill_(float("nan"))
+    try:
+        with pytest.raises(NaNLogits, match=r"a NaN among the logits of token 1 after a prompt of 3, .*float32"):
+            model.generate([7, 8, 9], max_new_tokens=4)
+    finally:
+        norm.copy_(kept)
+    assert model.engine.cache.pool.num_free == free
 
 
 def test_an_abandoned_stream_gives_its_pages_back(model):
