@@ -316,6 +316,7 @@ def test_tensors_missing_misshapen_or_left_over_are_refused(name, tensors, witho
         ("llama3", {"rope.scaling.type": 2}, ConfigError, "must be a string"),
         ("llama3", {"rope.scaling.type": "longrope"}, ConfigError, "longrope needs both factor tensors"),
         ("phi3-128k", {"rope.scaling.type": "linear"}, ConfigError, "longrope needs both factor tensors"),
+        ("phi3-128k", {"rope.scaling.factor": 4.0}, ConfigError, "factor 4.0 with scaling type 'longrope'"),
         ("llama3", {"rope.scaling.attn_factor": 1.2}, ConfigError, "only yarn and longrope scale the attention"),
         ("llama3", {"rope.freq_base": 0.0}, ConfigError, "must be a finite number > 0"),
         ("llama3", {"rope.freq_base": float("inf")}, ConfigError, "must be a finite number > 0"),
