@@ -216,6 +216,8 @@ def _vocabulary(
     if not ids:
         refuse(path, "an empty vocabulary", "a vocabulary has tokens")
     size = max(ids.values()) + 1
+    if size > 2 * len(ids):
+        refuse(path, f"id {size - 1} among {len(ids)} tokens", "at most half of the ids may be without a token")
     texts = {token_id: text for text, token_id in ids.items()}
     if len(texts) != len(ids):
         text = next(text for text, token_id in ids.items() if texts[token_id] != text)
