@@ -45,7 +45,6 @@ REQUIRED = {
 }
 OPTIONAL = {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length"}
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 OTHERS_READ = ("model_type", "hidden_act", "tie_word_embeddings", "quantization_config", "attention_bias", "mlp_bias")
 NO_EFFECT = {
     "architectures", "attention_dropout", "bos_token_id", "dtype", "embd_pdrop", "eos_token_id", "initializer_range",
@@ -64,25 +63,28 @@ class HFFamily:
         architecture: GGUF's name.
         required: keys without which transformers assumes the numbers of one particular model.
         biases: config keys that say whether projections have biases -> the tensor that shows it.
-        windows: which layers a sliding window holds in: "none", "all", or "some" (``layer_types``).
+        window_keys: config keys that decide about sliding windows; any other is as unknown to this type.
         tensor_names: as ``TENSOR_NAMES``.
     """
 
     architecture: str
     required: tuple[str, ...] = ()
     biases: Mapping[str, str] = field(default_factory=dict)
-    windows: str = "none"
+    window_keys: tuple[str, ...] = ()
     tensor_names: Mapping[str, str] = field(default_factory=lambda: TENSOR_NAMES)
 
 
 QKV_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
+QWEN_WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 FAMILIES: dict[str, HFFamily] = {
     "llama": HFFamily("llama", biases={**QKV_BIAS, "mlp_bias": "blk.0.ffn_down.bias"}),
-    "mistral": HFFamily("llama", required=("num_key_value_heads", "sliding_window"), windows="all"),
-    "qwen2": HFFamily("qwen2", required=("num_key_value_heads",), windows="some"),
-    "qwen3": HFFamily("qwen3", required=("num_key_value_heads", "head_dim"), biases=QKV_BIAS, windows="some"),
-    "phi3": HFFamily("phi3", required=("original_max_position_embeddings",), windows="all"),
+    "mistral": HFFamily(
+        "llama", required=("num_key_value_heads", "sliding_window"), window_keys=("sliding_window", "layer_types")
+    ),
+    "qwen2": HFFamily("qwen2", required=("num_key_value_heads",), window_keys=QWEN_WINDOW),
+    "qwen3": HFFamily("qwen3", required=("num_key_value_heads", "head_dim"), biases=QKV_BIAS, window_keys=QWEN_WINDOW),
+    "phi3": HFFamily("phi3", required=("original_max_position_embeddings",), window_keys=("sliding_window",)),
 }
 """Every ``model_type`` that is read. What is not here raises."""
 
@@ -156,7 +158,7 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
                 "a bias that the config names is in the files, and no other",
                 "The config and the weights disagree; download both again",
             )
-    _warn_of_unread(config)
+    _warn_of_unread(config, family)
     keys = {gguf: config[key] for key, gguf in {**REQUIRED, **OPTIONAL}.items() if config.get(key) is not None}
     keys["rope.huggingface"] = _rope(config)
     keys |= _windows(config, family)
@@ -181,14 +183,14 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _windows(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
     """The sliding window, and where it holds in some layers only, in which."""
-    window = config.get("sliding_window")
-    if family.windows == "none" or not window or not config.get("use_sliding_window", family.windows == "all"):
+    said = {key: config.get(key) for key in family.window_keys}
+    window, types = said.get("sliding_window"), said.get("layer_types")
+    if not window or not said.get("use_sliding_window", True):
         return {}
-    if family.windows == "all":
+    if types is None and "max_window_layers" not in said:
         return {"attention.sliding_window": window}
-    types = config.get("layer_types")
     if types is None:
-        first = config.get("max_window_layers")
+        first = said["max_window_layers"]
         if first is None:
             _refuse(
                 "use_sliding_window without max_window_layers or layer_types",
@@ -203,10 +205,12 @@ def _windows(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
     return {"attention.sliding_window": window, "attention.sliding_window_pattern": slides}
 
 
-def _warn_of_unread(config: Mapping[str, Any]) -> None:
+def _warn_of_unread(config: Mapping[str, Any], family: HFFamily) -> None:
     """transformers ignores keys that its class for this type does not define; a model's own code may not."""
-    known = {*REQUIRED, *OPTIONAL, *ROPE, *WINDOW, *OTHERS_READ, *NO_EFFECT}
-    unread = sorted(key for key in config if key not in known and not key.startswith("_"))
+    known = {*REQUIRED, *OPTIONAL, *ROPE, *family.window_keys, *OTHERS_READ, *NO_EFFECT}
+    unread = sorted(
+        key for key, value in config.items() if value is not None and key not in known and not key.startswith("_")
+    )
     if unread:
         warnings.warn(
             f"config.json has keys that model_type {config['model_type']} does not define, and that are not read: "

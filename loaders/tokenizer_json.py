@@ -216,12 +216,17 @@ def _vocabulary(
     if not ids:
         refuse(path, "an empty vocabulary", "a vocabulary has tokens")
     size = max(ids.values()) + 1
+    if size > 2 * len(ids):
+        refuse(path, f"id {size - 1} among {len(ids)} tokens", "at most half of the ids may be without a token")
     texts = {token_id: text for text, token_id in ids.items()}
     if len(texts) != len(ids):
         text = next(text for text, token_id in ids.items() if texts[token_id] != text)
         refuse(path, f"{text!r} and {texts[ids[text]]!r} both have id {ids[text]}", "each id is one token")
-    tokens = [texts.get(i, f"<unused id {i}>") for i in range(size)]
-    types = np.array([TokenType.NORMAL if i in texts else TokenType.UNUSED for i in range(size)], dtype=np.int8)
+    gaps = sorted(set(range(size)) - texts.keys())
+    texts |= {i: f"<unused id {i}>" for i in gaps}
+    tokens = [texts[i] for i in range(size)]
+    types = np.full(size, TokenType.NORMAL, dtype=np.int8)
+    types[gaps] = TokenType.UNUSED
     for text in spelling.byte_tokens.keys() & ids.keys():
         types[ids[text]] = TokenType.BYTE
     for token_id, token in library.get_added_tokens_decoder().items():

@@ -10,6 +10,7 @@ from .rope import Yarn
 from .rope_metadata import read_rope
 from .weights import CheckpointReader
 
+MOST_LAYERS = 10_000  # so that a damaged header asks for no table of billions
 FACTOR_TENSORS = {
     "divisors": "rope_freqs.weight",
     "short_factors": "rope_factors_short.weight",
@@ -50,7 +51,7 @@ def read_decoder_config(
     config = ModelConfig(
         architecture=keys.architecture,
         name=str(reader.checkpoint.metadata.get("general.name", "unnamed")),
-        num_layers=(num_layers := keys.integer("block_count")),
+        num_layers=(num_layers := keys.integer("block_count", maximum=MOST_LAYERS)),
         hidden_size=hidden_size,
         intermediate_size=keys.integer("feed_forward_length"),
         num_heads=num_heads,

@@ -17,6 +17,7 @@ class ConfigError(RooflamaError, ValueError):
 
 
 _REQUIRED: Any = object()
+LARGEST_INTEGER = 2**31 - 1
 DAMAGED = "The file is damaged or was converted wrongly"
 
 
@@ -44,13 +45,15 @@ class Hyperparameters:
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.metadata
 
-    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1) -> int:
-        """A whole number >= ``minimum``. An array, one entry a layer, counts if all its entries are equal."""
+    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = LARGEST_INTEGER) -> int:
+        """A whole number from ``minimum`` to ``maximum``. An array, one entry a layer, counts if all are equal."""
         value = self._get(key, default)
         entries = list(value) if isinstance(value, np.ndarray | list | tuple) else [value]
         for entry in entries:
             if not _is_number(entry) or not math.isfinite(entry) or int(entry) != entry or entry < minimum:
                 self._refuse(key, value, f"must be a whole number >= {minimum}", DAMAGED)
+            if entry > maximum:
+                self._refuse(key, value, f"must be at most {maximum}", DAMAGED)
         if len({int(entry) for entry in entries}) != 1:
             self._refuse(key, value, "layers of different shapes are not supported", "Use a model with equal layers")
         return int(entries[0])

@@ -54,6 +54,12 @@ def read_rope(
             rule="longrope needs both factor tensors and no other, and nothing else reads them",
             remedy="Convert the checkpoint again",
         )
+    if kind == "longrope" and factor != 1.0:
+        raise ConfigError(
+            f"rope.scaling.factor {factor} with scaling type 'longrope'",
+            rule="longrope divides each pair by its own factor, and by no common one",
+            remedy="Convert the checkpoint again",
+        )
     if short_factors is not None and long_factors is not None:
         scaling = LongRope(
             factor=max(1.0, context_length / original_context),

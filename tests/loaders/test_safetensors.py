@@ -1,5 +1,6 @@
 """Hugging Face folders: the bytes that the safetensors library reads, and every rule of file and config."""
 
+import contextlib
 import copy
 import json
 import re
@@ -10,13 +11,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from rooflama.loaders.hf_config import gguf_metadata, gguf_names
 from rooflama.loaders.hf_json import HuggingFaceError
 from rooflama.loaders.safetensors import read_safetensors
 from rooflama.models import CheckpointReader, adapter_for
 from rooflama.models.rope import RopeSpec
-from tiny_checkpoints import cases, gguf_name, module, write_case
+from running_models import assert_parity, prefill_logits, running
+from tiny_checkpoints import cases, gguf_name, module, random_tokens, reference_logits, write_case
 
 
 @pytest.mark.parametrize(
@@ -210,6 +213,30 @@ def test_windows(name, changes, windows, tmp_path):
     with read_safetensors(folder) as checkpoint:
         config = adapter_for(checkpoint.metadata["general.architecture"]).read_config(CheckpointReader(checkpoint))
     assert config.sliding_windows == windows
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "unread"),
+    [
+        ("mistral-window", {"use_sliding_window": False}, "use_sliding_window"),
+        ("mistral-window", {"layer_types": ["full_attention", "sliding_attention"]}, None),
+        ("phi3-4k", {"use_sliding_window": False}, "use_sliding_window"),
+        ("phi3-4k", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("llama3", {"sliding_window": 9}, "sliding_window"),
+        ("qwen3", {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}, None),
+    ],
+)
+@pytest.mark.usefixtures("numpy_backend")
+def test_windows_of_odd_configs_are_those_of_transformers(name, changes, unread, tmp_path):
+    """A key that the model's type does not define changes nothing, and is said."""
+    folder = write_case(name, tmp_path, "safetensors")
+    (folder / "config.json").write_text(json.dumps(config_json(name, **{"sliding_window": 9, **changes})))
+    tokens = random_tokens(20)
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    said = pytest.warns(UserWarning, match=f"not read: {unread}$") if unread else contextlib.nullcontext()
+    with said, read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
+        (logits,) = prefill_logits(engine, [tokens], 1024)
+    assert_parity(logits, reference_logits(oracle.eval(), tokens), f"{name} with {changes}")
 
 
 def test_rotary_parameters_arrive_whole_in_old_and_new_spelling():

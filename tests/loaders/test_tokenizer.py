@@ -7,13 +7,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HubTokenizer
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from rooflama import demo_checkpoint
 from rooflama.loaders.gguf import read_gguf
+from rooflama.loaders.opening import locate
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.loaders.tokenizer_bpe import BYTE_ALPHABET
 from rooflama.loaders.vocabulary import TokenizerError
+from tiny_checkpoints import write_gguf
 from vocabularies import bpe_metadata, spm_metadata, trained_bpe, trained_sentencepiece
 
 SPECIAL = {"<|start|>": 3, "<|end|>": 3, "<|endoftext|>": 3, "<tool>": 4, "<tool>s": 4, "[PAD]": 5}
@@ -215,17 +217,26 @@ def test_bad_metadata_is_refused(metadata, message):
         Tokenizer.from_metadata(metadata)
 
 
-def test_a_vocabulary_of_150_thousand_loads_in_two_seconds():
-    """Qwen's size. Seconds of CPU, so that a busy machine passes too."""
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_a_vocabulary_of_150_thousand_loads_in_two_seconds(source, tmp_path):
+    """Qwen's size, from a GGUF file and from a folder. Seconds of CPU, so that a busy machine passes too."""
     tokens, merges, level = list(BYTE_ALPHABET), [], BYTE_ALPHABET[33:127]
     while len(merges) < 150_000:
         pairs = [(left, right) for left in level for right in BYTE_ALPHABET[97:123]][: 150_000 - len(merges)]
         merges += [f"{left} {right}" for left, right in pairs]
         level = [left + right for left, right in pairs]
         tokens += level
-    metadata = bpe_metadata(tokens, merges)
+    if source == "file":
+        metadata = bpe_metadata(tokens, merges) | {"tokenizer.ggml.token_type": [1] * len(tokens)}
+        path = write_gguf(tmp_path / "large.gguf", {"general.architecture": "qwen2"} | metadata, {})
+    else:
+        path = tmp_path
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        made = HubTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        made.save(str(tmp_path / "tokenizer.json"))
     start = time.process_time()
-    tokenizer = Tokenizer.from_metadata(metadata)
+    tokenizer = locate(path).read_tokenizer()
     tokenizer.encode("the first text")
     assert time.process_time() - start < 2.0
     assert tokenizer.vocab_size == 150_256

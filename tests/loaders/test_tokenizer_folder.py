@@ -418,6 +418,15 @@ def test_without_unknown_token_and_byte_fallback_nothing_is_read(tmp_path):
         read_folder_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("index", [802, 2**32 - 1])
+def test_ids_mostly_without_a_token_are_refused(index, tmp_path):
+    """Else a file of some bytes would ask for a table of 2^32 tokens."""
+    byte_level_json().save(str(tmp_path / "tokenizer.json"))
+    stored(tmp_path, lambda content: content["model"]["vocab"].update(far=index))
+    with pytest.raises(TokenizerError, match=f"id {index} among 401 tokens"):
+        read_folder_tokenizer(tmp_path)
+
+
 def test_ids_without_a_token_are_unused(tmp_path):
     byte_level_json().save(str(tmp_path / "tokenizer.json"))
 

@@ -25,14 +25,13 @@ def tokens_of(name, length):
     return random_tokens(length, cases()[name].config.vocab_size)
 
 
-def check_every_way(checkpoint, name, most_chunk_sizes=(1, 7, 64, 1024)):
+def check_every_way(checkpoint, name):
     """Prefill in passes of several sizes, then half prefill and half decode, at each of the case's lengths."""
-    lengths = cases()[name].lengths
     with running(checkpoint) as engine:
-        for length in lengths:
+        for length in cases()[name].lengths:
             tokens = tokens_of(name, length)
             expected = reference_logits(module(name), tokens)
-            for chunk in most_chunk_sizes if length == max(lengths) else (1024,):
+            for chunk in (1, 7, 64, 1024):
                 (logits,) = prefill_logits(engine, [tokens], chunk)
                 assert_parity(logits, expected, f"{name}, {length} tokens in passes of {chunk}")
             prompt = length // 2
@@ -49,7 +48,7 @@ def test_gguf_matches_transformers(name, folder):
 @pytest.mark.parametrize("name", [name for name, case in cases().items() if not case.fused_qkv])
 def test_safetensors_match_transformers(name, folder):
     with read_safetensors(write_case(name, folder, "safetensors")) as checkpoint:
-        check_every_way(checkpoint, name, most_chunk_sizes=(7, 1024))
+        check_every_way(checkpoint, name)
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "mistral-window", "phi3-128k", "qwen2-yarn", "qwen3"])
