@@ -166,8 +166,8 @@ def off_by(factor: float, layer: int):
     """``Projection.__call__``, but with the gate and up of one of two layers multiplied by ``factor``."""
     original, calls = Projection.__call__, itertools.count()
 
-    def call(self, x, *, residual=None):
-        y = original(self, x, residual=residual)
+    def call(self, x, **options):
+        y = original(self, x, **options)
         if sum(part.shape[0] for part in self.parts) == 2 * WIDTH and next(calls) % 2 == layer:
             return y * factor
         return y
