@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -39,6 +39,7 @@ _FILTERS = """
     reject rejectattr reverse safe select selectattr sort title truncate unique upper wordcount
 """
 _SPLITTING_FILTERS = frozenset({"groupby", "list", "sort", "title", "wordcount"})  # of a string: an item a character
+_LAZY_FILTERS = frozenset({"map", "reject", "rejectattr", "select", "selectattr", "unique"})
 _STRING_METHODS = """
     capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier islower
     isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind
@@ -326,15 +327,24 @@ def _small_power(base: Any, exponent: Any) -> bool:
 
 
 def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, its result paid for."""
+    """The filter, its result paid for; and what a lazy one takes, item by item, for its result is made elsewhere."""
+    value_at = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:
+        if name in _LAZY_FILTERS and args[value_at]:
+            args = (*args[:value_at], _ticking(args[value_at]), *args[value_at + 1 :])
         if name in _SPLITTING_FILTERS:
             current.get().spend(ITEM_COST * max((len(arg) for arg in args if isinstance(arg, str)), default=0))
         return current.get().pay(function(*args, **kwargs))
 
     return paid
+
+
+def _ticking(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        current.get().spend(ITEM_COST)
+        yield value
 
 
 @functools.cache

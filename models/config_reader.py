@@ -50,7 +50,7 @@ def read_decoder_config(
         context_length = max(context_length, int(rope.scaling.original_context * rope.scaling.factor))
     config = ModelConfig(
         architecture=keys.architecture,
-        name=str(reader.checkpoint.metadata.get("general.name", "unnamed")),
+        name=_printable(str(reader.checkpoint.metadata.get("general.name", "unnamed"))),
         num_layers=(num_layers := keys.integer("block_count", maximum=MOST_LAYERS)),
         hidden_size=hidden_size,
         intermediate_size=keys.integer("feed_forward_length"),
@@ -71,6 +71,11 @@ def read_decoder_config(
     )
     keys.refuse_unread(("rope.scaling.finetuned", *harmless))
     return config
+
+
+def _printable(text: str) -> str:
+    """``text`` with a terminal's control codes spelt out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _any(reader: CheckpointReader, *names: str) -> bool:

@@ -76,7 +76,7 @@ def rich_lines(plan: MemoryPlan) -> Iterator[Table | Text]:
     yield table
     summary = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in verdict(plan):
-        summary.add_row(Text(label, style="bold"), value)
+        summary.add_row(Text(label, style="bold"), Text(value))
     yield summary
 
 

@@ -102,14 +102,19 @@ class MemoryPlan:
     free_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.context <= self.config.context_length:
+        for name, value in (("context", self.context), ("sequences", self.sequences), ("limit", self.limit)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(
+                    f"{name} {value!r}",
+                    rule="tokens, sequences and bytes are whole numbers from 1 on",
+                    remedy="Ask for 1 or more",
+                )
+        if self.context > self.config.context_length:
             raise ConfigError(
                 f"a context of {self.context} tokens",
                 rule=f"this model was trained for 1 to {self.config.context_length}",
                 remedy="Ask for a context in that range",
             )
-        if self.sequences < 1:
-            raise ConfigError(f"{self.sequences} sequences", rule="there is at least one", remedy="Ask for 1 or more")
 
     # What is held.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +80,14 @@ class CheckpointReader:
         """Rows of the token embedding; the metadata's own number and the vocabulary, where given, must fit."""
         info = self.checkpoint.tensors.get("token_embd.weight")
         rows = info.shape[0] if info is not None else keys.integer("vocab_size")
-        num_tokens = len(self.checkpoint.metadata.get("tokenizer.ggml.tokens", ()))
+        tokens = self.checkpoint.metadata.get("tokenizer.ggml.tokens", ())
+        if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+            raise ConfigError(
+                f"tokenizer.ggml.tokens is {tokens!r}",
+                rule="it must be an array of strings, one for each token",
+                remedy="The file is damaged or was converted wrongly; convert it again",
+            )
+        num_tokens = len(tokens)
         if keys.integer("vocab_size", rows) != rows or num_tokens > rows:
             raise ConfigError(
                 f"vocab_size {keys.integer('vocab_size', rows)} and {num_tokens} tokens, with {rows} embedding rows",

@@ -211,6 +211,8 @@ def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) ->
         reason = subject.without_path(str(error))
         status, details = "FAIL", {"error": type(error).__name__}
     except Exception as error:  # a checklist that dies names nothing
-        status, reason = "FAIL", f"unexpected {type(error).__name__}: {error}; please report it"
-        details = {"traceback": traceback.format_exc()}
+        said = subject.without_path(str(error)).replace(str(Path.home()), "~")
+        status, reason = "FAIL", f"unexpected {type(error).__name__}: {said}; please report it"
+        frames = traceback.extract_tb(error.__traceback__)
+        details = {"traceback": [f"{Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in frames]}
     return Result(item.name, status, reason, time.perf_counter() - started, details)

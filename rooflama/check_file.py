@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -81,9 +82,11 @@ class Subject:
         return opened.paths if opened else (found.path,) if found and found.path.is_file() else ()
 
     def without_path(self, text: str) -> str:
-        """``text`` with the name in place of the path."""
+        """``text`` with the name in place of the path, and without the folder of files beside it."""
         found: Location | None = vars(self).get("location")
-        return text.replace(str(found.path) if found else self.source, self.name)
+        path = found.path if found else Path(self.source)
+        text = text.replace(self.source, self.name).replace(str(path), self.name)
+        return text if path.parent == Path() else text.replace(f"{path.parent}{os.sep}", "")
 
     @cached_property
     def file(self) -> Checkpoint:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from rooflama.kernels import RooflamaError
 
@@ -42,7 +43,7 @@ def demo(
     import rooflama
 
     path = rooflama.demo_checkpoint()
-    errors.print(f"[bold]{path.name}[/bold], asked: {prompt}")
+    errors.print(f"[bold]{path.name}[/bold], asked: {escape(prompt)}")
     _answer(str(path), prompt, chat=True, max_new_tokens=max_new_tokens)
 
 
@@ -157,11 +158,11 @@ register(app)
 
 def main() -> None:
     """Run a command. An error the user can mend is one line on standard error, and exit status 2."""
-    warnings.showwarning = lambda message, *_, **__: errors.print(f"[yellow]note:[/yellow] {message}")
+    warnings.showwarning = lambda message, *_, **__: errors.print("[yellow]note:[/yellow]", escape(str(message)))
     try:
         app()
     except RooflamaError as error:
-        errors.print(f"[red]error:[/red] {error}", markup=True)
+        errors.print("[red]error:[/red]", escape(str(error)))
         sys.exit(2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +62,8 @@ def check(
     from .check import check as run_checks
     from .planning import parse_bytes
 
+    if report is not None:
+        _require_writable(report, model)
     console = Console()
     result = run_checks(
         model,
@@ -75,3 +78,22 @@ def check(
     if report is not None:
         report.write_text(result.to_markdown(), encoding="utf-8")
     raise typer.Exit(result.exit_status)
+
+
+def _require_writable(report: Path, model: str) -> None:
+    """Raise ConfigError if the report has nowhere to go, or would replace a file of the checkpoint."""
+    from rooflama.models import ConfigError
+
+    if report.exists() and report.resolve().is_relative_to(Path(model).resolve()):
+        found = "a file of the checkpoint itself"
+    elif report.is_dir():
+        found = "a folder"
+    elif not os.access(report if report.exists() else report.parent, os.W_OK):
+        found = "not writable, or in no folder that is"
+    else:
+        return
+    raise ConfigError(
+        f"--report {report}: {found}",
+        rule="a report is written to a file of its own, after the last check",
+        remedy="Name a new file, such as report.md",
+    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from rooflama.loaders.opening import open_checkpoint
 from rooflama.models import CheckpointReader, ModelConfig
@@ -64,7 +65,7 @@ class Summary:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for label, value in self.rows():
-            table.add_row(f"[bold]{label}[/bold]", value)
+            table.add_row(Text(label, style="bold"), Text(value))
         yield table
 
     def _repr_html_(self) -> str:

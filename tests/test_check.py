@@ -3,12 +3,17 @@
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from gguf_files import STRING, U16, gguf_bytes, number, text
+from gguf_files import key as key_bytes
 from rooflama import ConfigError, cli, demo_checkpoint
 from rooflama.check import CHECKS, check
 from rooflama.models.weights import Projection
@@ -221,6 +226,39 @@ def test_report_has_what_a_bug_report_needs_and_no_path(sound, tmp_path, numpy_b
     for needed in ("torch", "backend", "sha256", "llama.block_count", "layer errors", "kv_bytes_per_token", "forward"):
         assert needed in text
     assert str(sound.parent) not in text
+
+
+@pytest.mark.parametrize("target", ["none/report.md", ".", "small.gguf"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(target, tmp_path, monkeypatch):
+    """No folder, a folder, and the checkpoint itself, which stays as it is."""
+    path = Parts().write(tmp_path / "small.gguf")
+    before = path.read_bytes()
+    monkeypatch.setattr(sys.modules["rooflama.check"], "check", lambda *_, **__: pytest.fail("the list ran"))
+    run = CliRunner().invoke(cli.app, ["check", str(path), "--report", str(tmp_path / target)])
+    assert isinstance(run.exception, ConfigError), run.output
+    assert path.read_bytes() == before
+
+
+def test_a_later_file_of_a_split_set_is_reported_without_its_folder(tmp_path, numpy_backend):
+    split = [("split.no", U16, number(U16, 0)), ("split.count", U16, number(U16, 2))]
+    keys = [key_bytes("general.architecture", STRING, text("llama")), *(key_bytes(*part) for part in split)]
+    (tmp_path / "m-00001-of-00002.gguf").write_bytes(gguf_bytes(keys, []))
+    report = check(tmp_path / "m-00001-of-00002.gguf", device="cpu")
+    assert report.of("structure").reason.startswith("m-00002-of-00002.gguf: no such file")
+    assert str(tmp_path) not in report.to_markdown()
+
+
+def test_an_unexpected_error_is_reported_without_paths(sound, monkeypatch, numpy_backend):
+    def fail(*_):
+        raise ValueError(f"{sound} and {Path.home()}/notes")
+
+    monkeypatch.setattr(gguf.quants, "dequantize", fail)
+    report = check(sound, device="cpu")
+    found = report.of("layout")
+    assert found.reason == "unexpected ValueError: small.gguf and ~/notes; please report it"
+    assert any(line.startswith("check_file.py:") for line in found.details["traceback"])
+    for folder in (sound.parent, Path(cli.__file__).parent, Path(gguf.__file__).parent):
+        assert str(folder) not in report.to_markdown()
 
 
 def test_commands_print_json(sound, numpy_backend):

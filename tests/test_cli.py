@@ -8,6 +8,7 @@ import gguf
 import pytest
 
 from demo_oracle import checkpoint_path
+from small_checkpoint import write_small
 
 
 def rooflama(*arguments: str) -> subprocess.CompletedProcess:
@@ -28,6 +29,21 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) 
 
 def test_missing_file(tmp_path):
     assert_one_line_error(rooflama("run", str(tmp_path / "missing.gguf"), "Hello"), "missing.gguf")
+
+
+@pytest.mark.parametrize("name", ["[/b]", "[red]", "[link=x]"])
+def test_brackets_in_a_name_are_text(tmp_path, name):
+    assert_one_line_error(rooflama("run", str(tmp_path / f"{name}.gguf"), "Hello"), f"{name}.gguf")
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_models_own_name_is_text(tmp_path, command):
+    """Neither markup nor a terminal's escape codes come through from a file."""
+    path = write_small(tmp_path / "small.gguf", {"general.name": "a[/b]\x1b[2J\x07c"})
+    result = rooflama(command, str(path))
+    assert result.returncode == 0, result.stderr
+    assert r"a[/b]\x1b[2J\x07c" in result.stdout
+    assert not {"\x1b", "\x07"} & set(result.stdout)
 
 
 @pytest.mark.demo_checkpoint

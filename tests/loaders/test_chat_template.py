@@ -193,6 +193,8 @@ BOMBS = {
         TOO_LONG,
     ),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "membership in a filter": ("{{ range(99999)|select('in', [1] * 999999)|list }}", TOO_LONG),
+    "numbers of one hash": ("{{ range(0, 99999 * (2**61 - 1), 2**61 - 1)|unique|list }}", TOO_LONG),
     "text in a set block": ("{% set x %}" + LOOPS + "x" * 50_000 + "{% endfor %}{% endset %}", TOO_MUCH),
     "string * number": ("{{ 'a' * 10**9 }}", TOO_MUCH),
     "list * number": ("{{ [1] * 10**9 }}", TOO_MUCH),

@@ -234,6 +234,14 @@ def test_a_vocabulary_may_be_smaller_than_the_embedding_and_not_larger():
         config_of(stored)
 
 
+@pytest.mark.parametrize("tokens", [5, "abc", 1.5, True])
+def test_a_vocabulary_that_is_no_list_is_refused(tokens):
+    stored = checkpoint("llama3")
+    stored.metadata["tokenizer.ggml.tokens"] = tokens
+    with pytest.raises(ConfigError, match=r"tokenizer\.ggml\.tokens is .*must be an array of strings"):
+        config_of(stored)
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rooflama
 from rooflama.loaders import device_raw
-from rooflama.loaders.device import DeviceOutOfMemory
+from rooflama.loaders.device import Device, DeviceOutOfMemory
 from small_checkpoint import write_small
 
 PROMPT = "ab ab ab"
@@ -63,10 +63,15 @@ def failing_boundary(monkeypatch, fail_at):
         yield counter
 
 
-def test_load_fails_clean_at_every_step(load, monkeypatch):
+@pytest.mark.parametrize(("copies", "least"), [(False, 8), (True, 40)], ids=["weights borrowed", "weights copied"])
+def test_load_fails_clean_at_every_step(load, monkeypatch, copies, least):
+    """As the CPU loads, and as a GPU does: there each weight is an allocation and a copy of its own."""
+    if copies:
+        upload = Device.upload
+        monkeypatch.setattr(Device, "upload", lambda *args, **options: upload(*args, **options | {"borrow": False}))
     with failing_boundary(monkeypatch, 0) as counter, load() as model:
         expected = model.generate(PROMPT, max_new_tokens=3).token_ids
-    assert counter["steps"] >= 8  # on a CPU weights are borrowed; a GPU counts each of them
+    assert counter["steps"] >= least
     opened = []
     original = rooflama.loading.open_device
     monkeypatch.setattr(rooflama.loading, "open_device", lambda *a, **k: opened.append(original(*a, **k)) or opened[-1])

@@ -454,6 +454,13 @@ def test_arguments_out_of_range(small):
             plan_memory(small, **wrong)
 
 
+@pytest.mark.parametrize("name", ["context", "sequences", "limit"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, float("nan")])
+def test_amounts_are_whole_and_positive(small, name, value):
+    with pytest.raises(ConfigError, match=name.removesuffix("s")):
+        plan_memory(small, **{name: value})
+
+
 @pytest.mark.demo_checkpoint
 def test_the_demo_checkpoint():
     try:
