@@ -56,8 +56,8 @@ def ceilings() -> tuple[float, float]:
 
 
 def provenance() -> dict[str, str]:
-    """Where and with what a figure was measured."""
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    """Where and with what a figure was measured; "-dirty" marks a tree with changes that no commit has."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
