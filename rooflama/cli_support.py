@@ -86,8 +86,8 @@ def _require_writable(report: Path, model: str) -> None:
 
     if report.exists() and report.resolve().is_relative_to(Path(model).resolve()):
         found = "a file of the checkpoint itself"
-    elif report.is_dir():
-        found = "a folder"
+    elif report.exists() and not report.is_file():
+        found = "there, and no file"
     elif not os.access(report if report.exists() else report.parent, os.W_OK):
         found = "not writable, or in no folder that is"
     else:
