@@ -33,14 +33,13 @@ from torch import Tensor
 from rooflama.kernels import LAYOUTS, QuantizedTensor
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.quant_layout import BLOCK_BYTES
+from rooflama.loading import start_engine
 from rooflama.models import (
     CheckpointReader,
     Decoder,
-    Engine,
     Generation,
     MemoryPlan,
     ModelConfig,
-    PagedKVCache,
     Request,
     RopeSpec,
     SamplingParams,
@@ -149,15 +148,7 @@ def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: 
     plan = plan_for_device(reader, config, device, context=context, dtype="auto", kv_dtype=kv_dtype)
     source = RandomSource(reader, device)
     decoder = Decoder.load(source, config, adapter_for("llama"))
-    cache = PagedKVCache(
-        config,
-        num_pages=plan.num_pages,
-        page_size=plan.page_size,
-        max_append=plan.prefill_chunk,
-        dtype=plan.kv_dtype,
-        device=device,
-    )
-    engine = Engine(decoder, cache, max_context=context, dtype=plan.dtype, prefill_chunk=plan.prefill_chunk)
+    engine = start_engine(decoder, plan, device)
     length = min(context - NEW_TOKENS, PROMPT_CHUNKS * plan.prefill_chunk)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
     tokens = iter(Generation(engine, [Request(prompt, NEW_TOKENS, SamplingParams())], end_ids=()))

@@ -7,14 +7,13 @@ reaches (the slower of bytes over copy bandwidth and operations over bf16 matrix
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 import torch
 
 from cases import CASES
-from timing import ceilings, measure, provenance
+from timing import ceilings, measure, provenance, write_rows
 
 
 def main() -> None:
@@ -54,11 +53,7 @@ def main() -> None:
                     f"{row['gb_per_s']:>6s} GB/s {row['tflop_per_s']:>6s} TFLOP/s {float(row['of_roofline']):6.1%}",
                     flush=True,
                 )
-    arguments.out.parent.mkdir(exist_ok=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import torch
 import triton
@@ -65,3 +67,12 @@ def provenance() -> dict[str, str]:
         "commit": git.stdout.strip() or "unknown",
         "date": date.today().isoformat(),
     }
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Measured rows, which all have the same columns, as CSV."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

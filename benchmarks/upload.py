@@ -9,7 +9,6 @@ mapped      a memory-mapped file that the page cache holds, by Device.upload: wh
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 import time
@@ -67,7 +66,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("measuring needs a CUDA GPU")
 
-    from timing import provenance
+    from timing import provenance, write_rows
 
     rows = []
     with tempfile.TemporaryDirectory() as folder, open_device("cuda") as device:
@@ -75,10 +74,7 @@ def main() -> None:
             speed = NUM_BYTES / seconds(work) / 1e9
             rows.append({"way": name, "gigabytes_per_s": f"{speed:.1f}", **provenance()})
             print(f"{name:10} {speed:6.1f} GB/s", flush=True)
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -105,25 +105,37 @@ def _load(
         plan = _plan(source, config, device, max_context, dtype, kv_dtype)
         decoder = Decoder.load(source, config, adapter)
     weight_bytes = device.held_bytes
+    engine = start_engine(decoder, plan, device, longrope=longrope, num_tokens=tokenizer.vocab_size)
+    return Model(
+        name=checkpoint.name, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan
+    )
+
+
+def start_engine(
+    decoder: Decoder,
+    plan: MemoryPlan,
+    device: Device,
+    *,
+    longrope: FactorSetPolicy = "auto",
+    num_tokens: int | None = None,
+) -> Engine:
+    """The engine that ``plan`` planned, with its pages and tables, for weights that are on ``device`` already."""
     cache = PagedKVCache(
-        config,
+        plan.config,
         num_pages=plan.num_pages,
         page_size=plan.page_size,
         max_append=plan.prefill_chunk,
         dtype=plan.kv_dtype,
         device=device,
     )
-    engine = Engine(
+    return Engine(
         decoder,
         cache,
         max_context=plan.context,
         dtype=plan.dtype,
         prefill_chunk=plan.prefill_chunk,
         longrope=longrope,
-        num_tokens=tokenizer.vocab_size,
-    )
-    return Model(
-        name=checkpoint.name, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan
+        num_tokens=num_tokens,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -134,7 +134,9 @@ class Model:
             ConfigError: an empty prompt, a parameter out of range, or more tokens than the context holds.
         """
         single = isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int)
-        prompts: list[Prompt] = [prompt] if single else list(prompt)  # type: ignore[list-item, arg-type]
+        prompts = cast(
+            "list[Prompt]", [prompt] if single else list(prompt)
+        )  # ``single`` says which, mypy cannot see it
         params = _sampling(temperature, top_k, top_p, min_p, seed)
         run, streams = self._start(prompts, max_new_tokens, params, stop)
         texts = ["" for _ in prompts]

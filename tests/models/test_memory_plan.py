@@ -1,8 +1,6 @@
 """The memory plan: worked examples whose numbers were found elsewhere, what a load really holds, and what fits."""
 
-import gc
 import io
-import itertools
 import re
 import tracemalloc
 
@@ -12,8 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from torch.profiler import ProfilerActivity, profile
-from triton.runtime.interpreter import GridExecutor
 
 import rooflama
 from rooflama import ConfigError, demo_checkpoint, plan_memory
@@ -31,7 +27,6 @@ from rooflama.models import (
     memory_plan,
     memory_terms,
 )
-from rooflama.models.allocator import Segments
 from rooflama.models.memory_weights import plane_shapes
 from rooflama.planning import parse_bytes
 from small_checkpoint import write_small
@@ -353,62 +348,6 @@ def test_pictures():
     text = console.file.getvalue()
     assert "Llama-3-8B: 1 sequence of 8,192 tokens" in text
     assert all(line.name in text for line in plan.lines)
-
-
-def test_segments_follow_the_caching_allocator():
-    assert Segments([1]).reserved == 2 * MIB
-    assert Segments([MIB] * 2).reserved == 2 * MIB
-    assert Segments([MIB + 1]).reserved == 20 * MIB
-    assert Segments([3 * MIB] * 6).reserved == 20 * MIB
-    assert Segments([3 * MIB] * 7).reserved == 40 * MIB
-    assert Segments([10 * MIB]).reserved == 10 * MIB
-    assert Segments([11 * MIB - 1]).reserved == 12 * MIB
-    assert Segments([250 * MIB, 8 * MIB, 8 * MIB, 512, 512]).reserved == 272 * MIB
-
-
-@pytest.mark.gpu
-def test_segments_are_torchs_own():
-    rng = np.random.default_rng(0)
-    sizes = [int(2 ** rng.uniform(6, 26)) for _ in range(200)]
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    held = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-    assert torch.cuda.memory_reserved() - before == Segments(sizes).reserved
-    del held
-
-
-def test_prefill_workspace_is_what_the_kernels_allocate(small):
-    """Bytes alive at the widest moment of a pass, as torch's profiler counts them."""
-    tokens = 128
-    with use_backend("triton"), rooflama.load(small, device="cpu", progress=False) as model:
-        sequence = model.engine.cache.add()
-        peak = allocated_peak(lambda: list(model.engine.prefill([sequence], [[5] * tokens], [0])))
-        planned = sum(model.plan.but(context=tokens)._prefill.values())
-    assert planned <= peak <= 1.05 * planned
-
-
-def allocated_peak(call) -> int:
-    """The most bytes that torch had allocated at once on the CPU during ``call``.
-
-    The interpreter's arguments live in reference cycles, which are collected after each launch.
-    """
-    launch = GridExecutor.__call__
-
-    def launch_and_collect(self, *arguments, **options):
-        launch(self, *arguments, **options)
-        gc.collect()
-
-    gc.collect()
-    gc.freeze()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(GridExecutor, "__call__", launch_and_collect)
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-                call()
-    finally:
-        gc.unfreeze()
-    changes = [event.nbytes() for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(changes))
 
 
 def test_scores_of_the_numpy_definition(small):
