@@ -60,6 +60,32 @@ def _norm_parts(
 
 
 @triton.jit
+def _load_rotated(
+    ptr,  # at one token
+    rows,  # [BLOCK_HEADS] offset of each head, int64
+    mask_rows,  # [BLOCK_HEADS]
+    cos,
+    sin,
+    norm_ptr,  # [HEAD_DIM], read if NORM
+    eps,
+    NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    """The parts of each head, as ``_load_parts`` has them, normed if NORM, then rotated."""
+    first, second, tail = _load_parts(ptr, rows, mask_rows, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL)
+    if NORM:
+        first, second, tail = _norm_parts(
+            first, second, tail, norm_ptr, eps, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL
+        )
+    first, second = _rotate(first, second, cos, sin)
+    return first, second, tail
+
+
+@triton.jit
 def _larger(a, b):
     """The maximum, NaN if either is: tl.maximum may pass over a NaN, but 0 * NaN is one."""
     return tl.maximum(a, b) + (a + b) * 0.0
@@ -113,15 +139,10 @@ def _rope_and_cache_write_kernel(
     if block < num_q_blocks:
         heads = (block * BLOCK_HEADS + offs_heads).to(tl.int64)
         mask_heads = heads < num_heads
-        first, second, tail = _load_parts(
-            q_ptr + token * q_token_stride, heads * q_head_stride, mask_heads,
+        first, second, tail = _load_rotated(
+            q_ptr + token * q_token_stride, heads * q_head_stride, mask_heads, cos, sin, q_norm_ptr, eps, Q_NORM,
             HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
         )  # fmt: skip
-        if Q_NORM:
-            first, second, tail = _norm_parts(
-                first, second, tail, q_norm_ptr, eps, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL
-            )
-        first, second = _rotate(first, second, cos, sin)
         _store_parts(
             out_ptr, (token * num_heads + heads) * HEAD_DIM, mask_heads, first, second, tail,
             HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
@@ -138,15 +159,10 @@ def _rope_and_cache_write_kernel(
                 v_ptr + token * v_token_stride, v_head_stride, v_pages_ptr + page_row, head_stride,
                 v_scale_ptr, scale_row, heads, num_kv_heads, LIMIT, HEAD_DIM, BLOCK_DIM,
             )  # fmt: skip
-            first, second, tail = _load_parts(
-                k_ptr + token * k_token_stride, heads * k_head_stride, mask_heads,
+            first, second, tail = _load_rotated(
+                k_ptr + token * k_token_stride, heads * k_head_stride, mask_heads, cos, sin, k_norm_ptr, eps, K_NORM,
                 HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
             )  # fmt: skip
-            if K_NORM:
-                first, second, tail = _norm_parts(
-                    first, second, tail, k_norm_ptr, eps, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL
-                )
-            first, second = _rotate(first, second, cos, sin)
             if LIMIT:
                 largest = _larger(largest_magnitude(first), largest_magnitude(second))
                 if BLOCK_TAIL:
