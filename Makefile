@@ -41,22 +41,13 @@ format: $(VENV)/.ready  ## apply ruff's formatting
 wheel: $(VENV)/.ready  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
-GPU_MODEL_TESTS := $(addprefix tests/models/test_,parity_gpu.py batch_invariance.py demo_checkpoint_gpu.py faults.py)
+GPU_MODEL_TESTS := $(addprefix tests/models/test_,parity_gpu.py batch_invariance.py quantised_pages.py demo_checkpoint_gpu.py faults.py)
 
 gpu-test: $(VENV)/.checkpoint  ## kernels, whole models and the boundary on a GPU: bfloat16, 500 cases a kernel
 	HYPOTHESIS_PROFILE=deep $(BIN)/pytest -n auto --dist worksteal tests/kernels $(GPU_MODEL_TESTS) tests/loaders/test_device.py
 
-# torch's own kernels (at::native) are left out. Its caching would hide what lies beside a buffer, but a CUDA graph cannot
-# be captured without it, and gigabytes are allocated by one test at a time: those run apart.
-SANITIZE := compute-sanitizer --target-processes all --kernel-name-exclude kns=native --error-exitcode 9
-APART := beyond_int32 or graph_is_replayed
-
-sanitize: $(VENV)/.ready  ## the kernel suite on a GPU under compute-sanitizer: memory errors, then races
-	for tool in memcheck racecheck; do \
-	  HYPOTHESIS_PROFILE=smoke PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool $$tool \
-	    $(BIN)/pytest -n 14 --dist worksteal tests/kernels -k "not ($(APART))" || exit 1; \
-	done
-	HYPOTHESIS_PROFILE=smoke $(SANITIZE) $(BIN)/pytest tests/kernels -k "$(APART)"
+sanitize: $(VENV)/.ready  ## the kernel suite on a GPU under compute-sanitizer: memory errors and races
+	$(BIN)/python benchmarks/sanitize.py
 
 compile-matrix: $(VENV)/.ready  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, with no GPU
 	$(BIN)/python benchmarks/compile_matrix.py

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rooflama import kernels
 from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.kernels.quantized_matmul import REGIMES
 
 CUDA = "cuda"
 BF16 = torch.bfloat16
@@ -79,6 +81,35 @@ def quantized_matmul_cases() -> Iterator[Case]:
         )
 
 
+def regime_cases() -> Iterator[Case]:
+    """Each regime of the quantised product wherever it can run: what ``REGIMES`` should say."""
+    unbounded = 1 << 30
+    limits = {"gemv": (16, unbounded, unbounded), "dot": (256, 0, unbounded), "matmul": (unbounded, 0, 0)}
+    rows, columns = 28672, 4096
+    for ggml_type in ("Q4_K", "Q8_0", "BF16"):
+        weight_bytes = random_weight(ggml_type, rows, columns).nbytes
+        weights = [random_weight(ggml_type, rows, columns) for _ in range(_copies(weight_bytes))]
+        for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            x = torch.randn(tokens, columns, device=CUDA, dtype=BF16)
+
+            def forced(weight, gemv, dot, x=x):
+                own = {"gemv": gemv, "dot": dot}
+                with mock.patch.dict(REGIMES, {"quantised": own, "float": own}):
+                    return kernels.quantized_matmul(x, weight)
+
+            yield Case(
+                "quantized_matmul",
+                f"{ggml_type} [{rows}, {columns}] tokens={tokens}, regimes",
+                weight_bytes + 2 * tokens * (rows + columns),
+                2 * tokens * rows * columns,
+                {
+                    name: [lambda w=w, g=gemv, d=dot, f=forced: f(w, g, d) for w in weights]
+                    for name, (most, gemv, dot) in limits.items()
+                    if tokens <= most
+                },
+            )
+
+
 def _paged(num_seqs: int, context: int, kv_heads: int, head_dim: int, page_size: int) -> tuple[list, Tensor, Tensor]:
     num_pages = num_seqs * context // page_size
     shape = (num_pages, page_size, kv_heads, head_dim)
@@ -128,7 +159,10 @@ def attention_prefill_cases() -> Iterator[Case]:
             starts = torch.tensor([0, tokens], device=CUDA, dtype=torch.int32)
             q = torch.randn(tokens, heads, head_dim, device=CUDA, dtype=BF16)
             dense = [
-                tuple(p.view(1, tokens, kv_heads, head_dim).transpose(1, 2).contiguous() for p in pool)
+                tuple(
+                    p[block_table[0].long()].view(1, tokens, kv_heads, head_dim).transpose(1, 2).contiguous()
+                    for p in pool
+                )
                 for pool in pools
             ]
 
@@ -151,22 +185,33 @@ def attention_prefill_cases() -> Iterator[Case]:
 
 
 def elementwise_cases() -> Iterator[Case]:
-    """Norm, SwiGLU, rotation with the cache write and sampling, at one token and at 4096."""
+    """Norms and SwiGLU, at one token and at 4096."""
     for tokens in (1, 4096):
         for hidden in (576, 4096):
             sets = _copies(4 * tokens * hidden)
             weight = torch.ones(hidden, device=CUDA)
-            xs = [torch.randn(tokens, hidden, device=CUDA, dtype=BF16) for _ in range(sets)]
+            xs, residuals = (
+                [torch.randn(tokens, hidden, device=CUDA, dtype=BF16) for _ in range(sets)] for _ in range(2)
+            )
             yield Case(
-                "norm", f"[{tokens}, {hidden}]", 4 * tokens * hidden, 0,
+                "norm", f"rms_norm [{tokens}, {hidden}]", 4 * tokens * hidden, 0,
                 {
                     "rooflama": [lambda x=x, w=weight: kernels.rms_norm(x, w, 1e-5) for x in xs],
                     "torch": [lambda x=x, w=weight.to(BF16): F.rms_norm(x, w.shape, w, 1e-5) for x in xs],
                 },
             )  # fmt: skip
+            yield Case(
+                "norm", f"add_rms_norm [{tokens}, {hidden}]", 8 * tokens * hidden, 0,
+                {
+                    "rooflama": [
+                        lambda x=x, r=r, w=weight: kernels.add_rms_norm(x, r, w, 1e-5)
+                        for x, r in zip(xs, residuals, strict=True)
+                    ]
+                },
+            )  # fmt: skip
         gates = [torch.randn(tokens, 2 * 14336, device=CUDA, dtype=BF16) for _ in range(_copies(6 * tokens * 14336))]
         yield Case(
-            "mlp", f"[{tokens}, 14336]", 6 * tokens * 14336, 0,
+            "mlp", f"swiglu [{tokens}, 14336]", 6 * tokens * 14336, 0,
             {
                 "rooflama": [lambda g=g: kernels.swiglu(*g.chunk(2, -1)) for g in gates],
                 "torch": [lambda g=g: F.silu(g[:, :14336]) * g[:, 14336:] for g in gates],
@@ -174,9 +219,99 @@ def elementwise_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def rotary_and_page_cases() -> Iterator[Case]:
+    """Rotation, the fused rotation and cache write, page writes and gathers, of 32 query and 8 kv heads of 128."""
+    heads, kv_heads, head_dim, page_size, num_pages = 32, 8, 128, 16, 4096
+    cos, sin = (torch.randn(num_pages * page_size, head_dim // 2, device=CUDA) for _ in range(2))
+    pages = [torch.randn(num_pages, page_size, kv_heads, head_dim, device=CUDA, dtype=BF16) for _ in range(2)]
+    for tokens in (1, 4096):
+        qkv_bytes = 2 * tokens * (heads + 2 * kv_heads) * head_dim
+        sets = [
+            torch.randn(tokens, heads + 2 * kv_heads, head_dim, device=CUDA, dtype=BF16).split(
+                [heads, kv_heads, kv_heads], dim=1
+            )
+            for _ in range(_copies(qkv_bytes))
+        ]
+        slots = [torch.randperm(num_pages * page_size, device=CUDA)[:tokens] for _ in sets]
+        positions = torch.arange(tokens, device=CUDA, dtype=torch.int32)
+
+        def rope(q, positions=positions):
+            return kernels.rope(q, cos, sin, positions)
+
+        def fused(q, k, v, slot, positions=positions):
+            return kernels.rope_and_cache_write(q, k, v, cos, sin, positions, slot, *pages)
+
+        yield Case(
+            "rope", f"rope tokens={tokens}", 4 * tokens * heads * head_dim, 0,
+            {"rooflama": [lambda q=q, f=rope: f(q) for q, _, _ in sets]},
+        )  # fmt: skip
+        yield Case(
+            "rope", f"rope_and_cache_write tokens={tokens}", 2 * qkv_bytes, 0,
+            {"rooflama": [lambda s=s, slot=slot, f=fused: f(*s, slot) for s, slot in zip(sets, slots, strict=True)]},
+        )  # fmt: skip
+        yield Case(
+            "paged_cache", f"write_kv tokens={tokens}", 8 * tokens * kv_heads * head_dim, 0,
+            {
+                "rooflama": [
+                    lambda s=s, slot=slot: kernels.write_kv(*s[1:], *pages, slot)
+                    for s, slot in zip(sets, slots, strict=True)
+                ]
+            },
+        )  # fmt: skip
+    pools, block_table, seq_lens = _paged(8, 4096, kv_heads, head_dim, page_size)
+    yield Case(
+        "paged_cache", "gather_kv 8x4096", 4 * 8 * 4096 * kv_heads * head_dim, 0,
+        {
+            "rooflama": [
+                lambda p=pool[0]: kernels.gather_kv(p, block_table, seq_lens, num_keys=8 * 4096) for pool in pools
+            ]
+        },
+    )  # fmt: skip
+
+
+def table_cases() -> Iterator[Case]:
+    """Rows of an embedding table, dequantised weights, and sampling from a vocabulary of 128,256."""
+    for ggml_type in ("Q4_K", "Q6_K", "Q8_0"):
+        table = random_weight(ggml_type, 128256, 4096)
+        for tokens in (1, 4096):
+            row_bytes = table.nbytes // 128256 + 2 * 4096
+            ids = [torch.randint(128256, (tokens,), device=CUDA) for _ in range(_copies(tokens * row_bytes))]
+            yield Case(
+                "embedding", f"{ggml_type} tokens={tokens}", tokens * row_bytes, 0,
+                {"rooflama": [lambda i=i, t=table: kernels.embedding(i, t, BF16) for i in ids]},
+            )  # fmt: skip
+        weights = [random_weight(ggml_type, 14336, 4096) for _ in range(2)]
+        yield Case(
+            "dequantize", f"{ggml_type} [14336, 4096]", weights[0].nbytes + 2 * 14336 * 4096, 0,
+            {"rooflama": [lambda w=w: kernels.dequantize(w, BF16) for w in weights]},
+        )  # fmt: skip
+    for num_seqs in (1, 64):
+        sets = [torch.randn(num_seqs, 128256, device=CUDA) for _ in range(_copies(4 * num_seqs * 128256))]
+        integers = {name: torch.zeros(num_seqs, dtype=torch.int64, device=CUDA) for name in ("seeds", "steps")}
+        floats = {
+            name: torch.full((num_seqs,), value, device=CUDA)
+            for name, value in (("temperature", 0.8), ("top_p", 0.95), ("min_p", 0.05))
+        }
+        filters = {**integers, **floats, "top_k": torch.full((num_seqs,), 40, dtype=torch.int32, device=CUDA)}
+        yield Case(
+            "sampling", f"greedy [{num_seqs}, 128256]", 4 * num_seqs * 128256, 0,
+            {
+                "rooflama": [lambda x=x: kernels.sample(x) for x in sets],
+                "torch": [lambda x=x: x.argmax(-1) for x in sets],
+            },
+        )  # fmt: skip
+        yield Case(
+            "sampling", f"temperature, top-k, top-p, min-p [{num_seqs}, 128256]", 4 * num_seqs * 128256, 0,
+            {"rooflama": [lambda x=x, f=filters: kernels.sample(x, **f) for x in sets]},
+        )  # fmt: skip
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "quantized_matmul": quantized_matmul_cases,
+    "regimes": regime_cases,
     "attention_decode": attention_decode_cases,
     "attention_prefill": attention_prefill_cases,
     "elementwise": elementwise_cases,
+    "rotary_and_pages": rotary_and_page_cases,
+    "tables": table_cases,
 }

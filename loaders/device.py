@@ -244,6 +244,16 @@ class Device:
                 )
             self._release(buffer)
 
+    def prepare_graphs(self) -> None:
+        """Have a GPU ready for CUDA graphs: captures that follow allocate nothing before they begin.
+
+        Raises:
+            UseAfterClose, DeviceOutOfMemory, DeviceLost: as ``allocate``.
+        """
+        with self.guard("preparing CUDA graphs"):
+            if self.kind != "cpu":
+                device_raw.keep_graph_state(self.torch_device)
+
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
         """Close every buffer made inside the block if the block raises."""

@@ -8,6 +8,7 @@ buffer is on its way, threads fill the other: one thread's memcpy is slower than
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -107,6 +108,25 @@ def copy_out(source: Tensor, label: str) -> Tensor:
         return source.to("cpu", copy=True)
     finally:
         del source
+
+
+@functools.cache
+def keep_graph_state(device: torch.device) -> torch.cuda.CUDAGraph:
+    """Capture one small graph and keep it for the life of the process.
+
+    Up to 2.12, torch allocates its random state for graphs when there is no graph yet and one is captured. If that
+    allocation fails, the half-made graph aborts the process when it is collected (a check in its destructor). As long
+    as this graph lives, the state exists.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        target, *state = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3))
+        del state  # freed into this stream's cache, where torch's two allocations find them
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        target.zero_()
+        graph.capture_end()
+    return graph
 
 
 def host_tensor(source: Tensor | np.ndarray, label: str) -> Tensor:

@@ -24,10 +24,11 @@ def running(
     prefill_chunk: int = 1024,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
     longrope: str = "auto",
     batch_invariant: bool = False,
 ) -> Iterator[Engine]:
-    """The checkpoint's engine, with pages for ``num_seqs`` sequences of ``max_context`` tokens."""
+    """The checkpoint's engine, with pages (of ``kv_dtype``) for ``num_seqs`` sequences of ``max_context`` tokens."""
     adapter = adapter_for(checkpoint.metadata["general.architecture"])
     with open_device(device) as owner:
         source = TensorSource(checkpoint, owner, batch_invariant=batch_invariant)
@@ -35,7 +36,12 @@ def running(
         decoder = Decoder.load(source, config, adapter)
         num_pages = num_seqs * -(-max_context // PAGE_SIZE)
         cache = PagedKVCache(
-            config, num_pages=num_pages, page_size=PAGE_SIZE, max_append=prefill_chunk, dtype=dtype, device=owner
+            config,
+            num_pages=num_pages,
+            page_size=PAGE_SIZE,
+            max_append=prefill_chunk,
+            dtype=kv_dtype or dtype,
+            device=owner,
         )
         yield Engine(
             decoder, cache, max_context=max_context, dtype=dtype, prefill_chunk=prefill_chunk, longrope=longrope

@@ -74,10 +74,20 @@ def test_run_to_run_and_graph_replay_are_bit_identical(model):
     assert torch.equal(model.logits(ids), model.logits(ids))
 
 
-def test_quantised_pages_stay_close():
-    reference = oracle(tuple(rooflama.load_tokenizer(checkpoint_path()).encode(PROMPTS[2])), torch.float32)
-    for kv_dtype, allowed in (("int8", 0.05), ("fp8", 0.15)):
-        with rooflama.load(checkpoint_path(), kv_dtype=kv_dtype, max_context=512, progress=False) as model:
-            logits = model.logits(model.tokenizer.encode(PROMPTS[2]))
-        error = (logits - reference).norm() / reference.norm()
-        assert error <= allowed, f"{kv_dtype}: relative error {error:.3f}"
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_quantised_pages_cost_what_the_definition_says(kv_dtype):
+    """Over all prompts, no further from float32 than twice what rounding to bfloat16 and the codes move together.
+
+    The codes' part is the definition's, in float32 on the CPU. Code by code the two need not agree: after thirty
+    layers, differences in the last bit have turned many codes.
+    """
+    load = functools.partial(rooflama.load, checkpoint_path(), kv_dtype=kv_dtype, max_context=512, progress=False)
+    error = allowed = 0.0
+    with load(device="cpu") as definition, load(dtype="bfloat16") as model:
+        for prompt in PROMPTS:
+            ids = tuple(model.tokenizer.encode(prompt, parse_special=True))
+            exact = oracle(ids, torch.float32)
+            error += float((model.logits(ids) - exact).square().sum())
+            for rounded in (oracle(ids, torch.bfloat16), definition.logits(ids)):
+                allowed += 4 * float((rounded - exact).square().sum())
+    assert error <= allowed, f"squared error {error:.3f}, allowed {allowed:.3f}"

@@ -1,0 +1,54 @@
+"""What ``benchmarks/sanitize.py`` reads out of a run under compute-sanitizer."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def sanitize():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        spec = importlib.util.spec_from_file_location("sanitize", FOLDER / "sanitize.py")
+        module = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "sanitize", module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        yield module
+
+
+PASSED = "=" * 9 + " COMPUTE-SANITIZER\n....s\n4 passed, 1 skipped in 3.14s\n" + "=" * 9
+
+
+def test_a_clean_run(sanitize):
+    for summary in (" ERROR SUMMARY: 0 errors\n", " RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"):
+        result = sanitize.read_output(PASSED + summary)
+        assert result == sanitize.Result(passed=4, skipped=1, failed=0, reported=0)
+        assert result.clean
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        PASSED + " ERROR SUMMARY: 1 error\n",
+        PASSED + " RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)\n",
+        PASSED + " Error: process didn't terminate successfully\n",  # no summary
+        "========= COMPUTE-SANITIZER\n...\n========= ERROR SUMMARY: 0 errors\n",  # pytest did not finish
+        PASSED.replace("4 passed", "1 failed, 3 passed") + " ERROR SUMMARY: 0 errors\n",
+        PASSED.replace("1 skipped", "1 error") + " ERROR SUMMARY: 0 errors\n",
+    ],
+)
+def test_anything_else_is_not_clean(sanitize, output):
+    assert not sanitize.read_output(output).clean
+
+
+def test_the_suite_is_collected_whole(sanitize):
+    ids = sanitize.collect()
+    assert len(ids) > 400
+    assert {Path(name.split("::")[0]) for name in ids} == {
+        path.relative_to(sanitize.ROOT) for path in (sanitize.ROOT / "tests" / "kernels").glob("test_*.py")
+    }
+    assert 10 < sum(bool(sanitize.APART.search(name)) for name in ids) < 40
