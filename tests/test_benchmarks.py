@@ -1,4 +1,4 @@
-"""The benchmark registry, as far as a CPU can run it: the first case of each group, and what the committed rows cover."""
+"""The benchmark registry, as far as a CPU can run it, and what the committed rows cover."""
 
 import csv
 import importlib
