@@ -42,9 +42,10 @@ wheel: $(VENV)/.ready  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
 GPU_MODEL_TESTS := $(addprefix tests/models/test_,parity_gpu.py batch_invariance.py quantised_pages.py demo_checkpoint_gpu.py faults.py)
+GPU_DEVICE_TESTS := $(addprefix tests/loaders/test_,device.py device_faults.py)
 
 gpu-test: $(VENV)/.checkpoint  ## kernels, whole models and the boundary on a GPU: bfloat16, 500 cases a kernel
-	HYPOTHESIS_PROFILE=deep $(BIN)/pytest -n auto --dist worksteal tests/kernels $(GPU_MODEL_TESTS) tests/loaders/test_device.py
+	HYPOTHESIS_PROFILE=deep $(BIN)/pytest -n auto --dist worksteal tests/kernels $(GPU_MODEL_TESTS) $(GPU_DEVICE_TESTS)
 
 sanitize: $(VENV)/.ready  ## the kernel suite on a GPU under compute-sanitizer: memory errors and races
 	$(BIN)/python benchmarks/sanitize.py

@@ -5,17 +5,17 @@ The file is a Protocol Buffers message. Read are the pieces, and the settings th
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from .tokenizer_settings import AddedToken, TokenizerSettings, refuse
 from .vocabulary import TokenType
 
-BPE = 2  # trainer_spec.model_type
 TAKE_JSON = "Get the model's tokenizer.json"
 
 
@@ -25,21 +25,18 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
     Raises:
         TokenizerError: the file is no SentencePiece model, of another kind than BPE, or contradicts the other files.
     """
-    try:
-        fields = _Fields(path.read_bytes())
-        pieces = [_Fields(piece) for piece in fields.all(1)]
-        trainer, normalizer = (_Fields(b"".join(fields.all(number))) for number in (2, 3))
-        tokens = [piece.last(1, b"").decode() for piece in pieces]
-        scores = [struct.unpack("<f", piece.last(2, bytes(4)))[0] for piece in pieces]
-        types = [piece.last(3, int(TokenType.NORMAL)) for piece in pieces]
-    except (ValueError, struct.error, TypeError, AttributeError) as error:
-        refuse(path, f"no SentencePiece model ({error})", "the file is one message of pieces and settings", TAKE_JSON)
-    if not tokens:
+    model = _read(path)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if not model.pieces:
         refuse(path, "no pieces", "a SentencePiece model has pieces (Llama 3's original file is none)", TAKE_JSON)
-    if (kind := trainer.last(3, 1)) != BPE:
-        refuse(path, f"model_type {kind}", f"the tokenizers of these families are BPE, which is {BPE}", TAKE_JSON)
-    if trainer.last(24, 0) or not normalizer.last(5, 1):
+    if (kind := trainer.model_type) != TrainerSpec.BPE:
+        rule = f"the tokenizers of these families are BPE, which is {TrainerSpec.BPE}"
+        refuse(path, f"model_type {kind}", rule, TAKE_JSON)
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         refuse(path, "treat_whitespace_as_suffix, or no escape_whitespaces", "spaces go before words", TAKE_JSON)
+    tokens = [piece.piece for piece in model.pieces]
+    scores = [piece.score for piece in model.pieces]
+    types = [piece.type for piece in model.pieces]
     _extend(tokens, scores, types, settings, path)
     ids = {token: index for index, token in enumerate(tokens)}
     if missing := [text for text in settings.named.values() if text not in ids]:
@@ -50,9 +47,9 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": np.array(scores, dtype=np.float32),
         "tokenizer.ggml.token_type": np.array(types, dtype=np.int32),
-        "tokenizer.ggml.add_space_prefix": bool(normalizer.last(3, 1)),
-        "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer.last(4, 1)),
-        "tokenizer.ggml.precompiled_charsmap": np.frombuffer(normalizer.last(2, b""), dtype=np.uint8),
+        "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+        "tokenizer.ggml.precompiled_charsmap": np.frombuffer(normalizer.precompiled_charsmap, np.uint8),
         "tokenizer.ggml.add_bos_token": settings.add_bos,
         "tokenizer.ggml.add_eos_token": settings.add_eos,
         "tokenizer.chat_template": settings.chat_template,
@@ -60,6 +57,31 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         metadata[f"tokenizer.ggml.{key}_token_id"] = ids[settings.named[name]] if name in settings.named else None
     return {key: value for key, value in metadata.items() if value is not None}
+
+
+def _read(path: Path) -> ModelProto:
+    """The message, whose pieces are text, and in which no value of a field that the format knows was set aside."""
+    rule = "the file is one message of pieces and settings, as sentencepiece_model.proto has them"
+    try:
+        model = ModelProto.FromString(path.read_bytes())
+    except (DecodeError, UnicodeDecodeError) as error:
+        refuse(path, f"no SentencePiece model ({error})", rule, TAKE_JSON)
+    for message in (model, model.trainer_spec, model.normalizer_spec, *model.pieces):
+        if found := _set_aside(message):
+            refuse(path, f"no SentencePiece model ({found})", rule, TAKE_JSON)
+    # Protocol Buffers gives text that is no UTF-8 as bytes.
+    if bad := [p.piece for p in model.pieces if not isinstance(p.piece, str)]:
+        refuse(path, f"no SentencePiece model (piece {bad[0]!r:.60})", "pieces are UTF-8", TAKE_JSON)
+    return model
+
+
+def _set_aside(message: Message) -> str | None:
+    """A value that Protocol Buffers passes over: of another wire type than its field, or none of its field's enum."""
+    fields = message.DESCRIPTOR.fields_by_number
+    for value in UnknownFieldSet(message):
+        if value.field_number in fields:
+            return f"{message.DESCRIPTOR.name}.{fields[value.field_number].name} = {value.data!r:.60}"
+    return None
 
 
 def _extend(tokens: list[str], scores: list[float], types: list[int], settings: TokenizerSettings, path: Path) -> None:
@@ -93,54 +115,3 @@ def _type(token: AddedToken, kind: int) -> int:
     if kind == TokenType.UNKNOWN:
         return kind
     return TokenType.CONTROL if token.special else TokenType.USER_DEFINED
-
-
-class _Fields:
-    """The fields of a Protocol Buffers message: number -> values in order (int, or bytes)."""
-
-    def __init__(self, data: bytes):
-        self._values: dict[int, list[Any]] = {}
-        for number, value in _parse(data):
-            self._values.setdefault(number, []).append(value)
-
-    def all(self, number: int) -> list[Any]:
-        return self._values.get(number, [])
-
-    def last(self, number: int, default: Any) -> Any:
-        """The value that counts of a field that occurs once; ``default`` gives its type too."""
-        value = self._values.get(number, [default])[-1]
-        if type(value) is not type(default):
-            raise ValueError(f"field {number} is a {type(value).__name__}")
-        return value
-
-
-def _parse(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value): an int for wire type 0, bytes for 1, 2 and 5."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = 0
-        for shift in range(0, 70, 7):
-            if at >= len(data):
-                raise ValueError(f"it ends inside a number at byte {at}")
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-        raise ValueError(f"a number of more than ten bytes before byte {at}")
-
-    while at < len(data):
-        key = varint()
-        number, wire = key >> 3, key & 7
-        if number == 0 or wire not in (0, 1, 2, 5):
-            raise ValueError(f"field {number} of wire type {wire} before byte {at}")
-        if wire == 0:
-            yield number, varint()
-            continue
-        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        if size > len(data) - at:
-            raise ValueError(f"a field of {size} bytes at byte {at}, of {len(data)}")
-        yield number, data[at : at + size]
-        at += size

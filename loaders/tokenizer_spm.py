@@ -7,10 +7,9 @@ a text with U+2581 in it comes back different (with spaces). The space before a 
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_flag
 
@@ -83,25 +82,6 @@ def _refuse_normalisation(metadata: Metadata) -> None:
         )
 
 
-# Protocol Buffers' wire format, as far as sentencepiece_model.proto needs it: a key (field << 3 | wire type), a value.
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _data(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value
-
-
 def _model_file(vocabulary: Vocabulary, scores: np.ndarray, *, byte_fallback: bool) -> bytes:
     """The SentencePiece model file with these pieces, BPE, normaliser "identity".
 
@@ -110,12 +90,16 @@ def _model_file(vocabulary: Vocabulary, scores: np.ndarray, *, byte_fallback: bo
     types = np.where(vocabulary.types == TokenType.USER_DEFINED, TokenType.CONTROL, vocabulary.types)
     if vocabulary.unk_id is not None:  # sentencepiece needs exactly one
         types[vocabulary.unk_id] = TokenType.UNKNOWN
-    pieces = b"".join(
-        _data(1, _data(1, token.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + _number(3, kind))
-        for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types.tolist(), strict=True)
-    )
-    trainer = _number(3, 2) + _number(4, len(vocabulary.tokens)) + _number(35, byte_fallback)
+    model = ModelProto()
+    for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types.tolist(), strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = TrainerSpec.BPE
+    trainer.vocab_size = len(vocabulary.tokens)
+    trainer.byte_fallback = byte_fallback
     if vocabulary.unk_id is not None:
-        trainer += _number(40, vocabulary.unk_id) + _data(45, vocabulary.tokens[vocabulary.unk_id].encode())
-    normalizer = _data(1, b"identity") + _number(3, 0) + _number(4, 0) + _number(5, 1)
-    return pieces + _data(2, trainer) + _data(3, normalizer)
+        trainer.unk_id, trainer.unk_piece = vocabulary.unk_id, vocabulary.tokens[vocabulary.unk_id]
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return model.SerializeToString()

@@ -18,6 +18,7 @@ PACKAGES = (
     "gguf",
     "tokenizers",
     "sentencepiece",
+    "protobuf",
     "jinja2",
     "huggingface_hub",
     "transformers",

@@ -1,7 +1,9 @@
 """Tokenizers of Hugging Face folders against transformers' own, and files that are missing or contradict each other."""
 
+import contextlib
 import functools
 import json
+import math
 import re
 import tempfile
 import unicodedata
@@ -12,6 +14,7 @@ import pytest
 import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from rooflama import RooflamaError
@@ -165,6 +168,7 @@ def of_model():
 
 @given(text=texts)
 @example(text=" a  roof \u2581 \U0010ffff\0")
+@example(text="text] tele")  # the scores decide which merge goes first
 def test_tokenizer_model_equals_sentencepiece(text):
     original = sentencepiece.SentencePieceProcessor(model_proto=trained_sentencepiece())
     assert of_model().encode(text, add_special=False) == original.encode(text)
@@ -323,8 +327,10 @@ def test_missing_and_contradictory_files_are_refused(damage, message, folder):
         read_folder_tokenizer(folder)
 
 
-def number(field, value):
-    return bytes([field << 3, value])
+def model_and(trainer=None, normalizer=None, pieces=()):
+    """The trained model file with more in it: of a setting that is there twice, the last counts."""
+    more = ModelProto(trainer_spec=trainer, normalizer_spec=normalizer, pieces=pieces)
+    return trained_sentencepiece() + more.SerializeToString()
 
 
 @pytest.mark.parametrize(
@@ -334,9 +340,20 @@ def number(field, value):
         ({"model": b"IQ== 0\nIg== 1\n"}, "no pieces"),  # Llama 3's original
         ({"model": trained_sentencepiece()[:-5]}, "no SentencePiece model"),
         ({"model": trained_sentencepiece()[:2000]}, "no SentencePiece model"),
-        ({"model": trained_sentencepiece() + b"\x12\x02" + number(3, 1)}, "model_type 1"),
-        ({"model": trained_sentencepiece() + b"\x1a\x02" + number(4, 1)}, "text is encoded here as it is"),
-        ({"model": trained_sentencepiece() + b"\x1a\x02" + number(5, 0)}, "no escape_whitespaces"),
+        ({"model": trained_sentencepiece() + b"\x0a\x03\x0a\x01\xff"}, "no SentencePiece model (piece b'\\xff')"),
+        ({"model": trained_sentencepiece() + b"\x0a\x05\x0a\x03\xed\xa0\x80"}, "no SentencePiece model (piece b'\\xed"),
+        ({"model": trained_sentencepiece() + b"\x0a\x05\x0a\x01x\x18\x07"}, "(SentencePiece.type = 7)"),
+        ({"model": trained_sentencepiece() + b"\x0a\x02\x08\x05"}, "(SentencePiece.piece = 5)"),
+        ({"model": trained_sentencepiece() + b"\x10\x05"}, "(ModelProto.trainer_spec = 5)"),
+        ({"model": trained_sentencepiece() + b"\x12\x02\x18\x09"}, "(TrainerSpec.model_type = 9)"),
+        ({"model": trained_sentencepiece() + b"\x1a\x03\x22\x01\x01"}, "(NormalizerSpec.remove_extra_whitespaces = b"),
+        ({"model": model_and(trainer={"model_type": "UNIGRAM"})}, "model_type 1"),
+        ({"model": model_and(trainer={"treat_whitespace_as_suffix": True})}, "treat_whitespace_as_suffix"),
+        ({"model": model_and(normalizer={"remove_extra_whitespaces": True})}, "text is encoded here as it is"),
+        ({"model": model_and(normalizer={"precompiled_charsmap": b"1234"})}, "text is encoded here as it is"),
+        ({"model": model_and(normalizer={"escape_whitespaces": False})}, "no escape_whitespaces"),
+        ({"model": model_and(pieces=[{"score": 1.0}])}, "tokens[430] = ''"),
+        ({"model": model_and(pieces=[{"piece": "x y", "score": math.nan}])}, "scores[430] = nan"),
         ({"config": {"bos_token": "<bos>"}}, "no token '<bos>'"),
         ({"config": {"added_tokens_decoder": {"1": {"content": "<bos>"}}}}, "'<s>' at id 1, where"),
         ({"config": {"added_tokens_decoder": {"440": {"content": "<x>"}}}}, "the end, 430 pieces at id 440"),
@@ -358,6 +375,17 @@ def test_every_truncation_of_a_tokenizer_model_is_refused_or_read(tmp_path):
             read_folder_tokenizer(write_model(tmp_path, whole[:size]))
 
 
+@given(data=st.data())
+def test_damaged_bytes_of_a_tokenizer_model_are_refused_or_read(data):
+    damaged = bytearray(trained_sentencepiece())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(damaged)))
+        damaged[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(TokenizerError):
+        tokenizer = read_folder_tokenizer(write_model(Path(folder), damaged))
+        assert all(isinstance(token, str) for token in tokenizer.tokens)
+
+
 def test_every_end_of_generation_config_counts_beside_a_model_file(tmp_path):
     ours = read_folder_tokenizer(write_model(tmp_path, generation_config={"eos_token_id": [2, 7]}))
     assert ours.eos_ids == {2, 7, ours.tokens.index("<|end|>")}
@@ -372,7 +400,7 @@ def test_an_added_token_keeps_its_own_spaces(tmp_path):
 
 
 def test_settings_of_the_model_file_decide_about_the_space_before_a_text(tmp_path):
-    no_prefix = trained_sentencepiece() + b"\x1a\x02" + number(3, 0)
+    no_prefix = model_and(normalizer={"add_dummy_prefix": False})
     ours = read_folder_tokenizer(write_model(tmp_path, no_prefix))
     original = sentencepiece.SentencePieceProcessor(model_proto=no_prefix)
     assert not ours.add_space_prefix
