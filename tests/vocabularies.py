@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import sentencepiece
+from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
     Regex,
@@ -25,6 +26,12 @@ TEXT = [
     "def encode(text):\n    return [ord(c) for c in text]  # größe, naïve, 漢字\n",
     "roofline model: attainable = min(peak, bandwidth * intensity)  WE'VE 2026-11-24\r\n\r\n",
 ] * 3
+
+# What drawn texts are made of: special tokens, words that pre-tokenisers treat apart, and every kind of space.
+SPECIAL = ["<|begin|>", "<|end|>", "<|eot|>"]
+WORDS = ["<s>", "</s>", "<think>", "the", "roof", "It's", "WE'LL", "2026", "é", "e\u0301", "漢字", "🙂", "½Ⅷ٣"]
+SPACES = [" ", "  ", "\n", "\r\n", "\t", "\u2581", "\0", "\u00a0"]
+texts = st.lists(st.sampled_from(SPECIAL + WORDS + SPACES) | st.text(max_size=4)).map("".join)
 
 
 def bpe_metadata(tokens, merges, *, pre="gpt-2", types=None, **keys):
