@@ -22,6 +22,7 @@ freed before its error leaves. ``memory_limit`` is checked before every allocati
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import weakref
@@ -62,6 +63,14 @@ __all__ = [
 ]
 
 Progress = Callable[[int], object]  # called with the bytes moved since the last call
+_numbers = itertools.count(1)  # tell devices of one name apart in leak reports
+
+
+class _Scopes(threading.local):
+    """What each open ``all_or_nothing`` block of this thread has made."""
+
+    def __init__(self) -> None:
+        self.open: list[list[DeviceBuffer]] = []
 
 
 def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None = None) -> Device:
@@ -73,12 +82,12 @@ def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None =
 
     Raises:
         DeviceUnavailable: unknown name, no such device, no driver, or a torch built without it.
-        DeviceError: ``memory_limit`` is not a positive number of bytes.
+        DeviceError: ``memory_limit`` is not a positive whole number of bytes.
     """
-    if memory_limit is not None and memory_limit <= 0:
+    if memory_limit is not None and (type(memory_limit) is not int or memory_limit <= 0):
         raise DeviceError(
-            f"memory_limit {memory_limit}",
-            rule="a limit is a positive number of bytes",
+            f"memory_limit {memory_limit!r}",
+            rule="a limit is a positive whole number of bytes",
             remedy="Give None for no limit",
         )
     torch_device, kind = find_device(str(spec))
@@ -99,7 +108,8 @@ class Device:
         self.torch_device, self.kind, self.memory_limit = torch_device, kind, memory_limit
         self.name = device_name(torch_device)
         self._buffers: dict[int, DeviceBuffer] = {}
-        self._ledger = Ledger(f"{torch_device} ({self.name})")
+        self._ledger = Ledger(f"{torch_device} ({self.name}), opened as number {next(_numbers)}")
+        self._scopes = _Scopes()
         self._lock = threading.RLock()
         self._staging: device_raw.Staging | None = None
         self._closed = False
@@ -256,15 +266,17 @@ class Device:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Close every buffer made inside the block if the block raises."""
-        before = set(self.held())
+        """Close every buffer that this thread makes inside the block if the block raises."""
+        made: list[DeviceBuffer] = []
+        self._scopes.open.append(made)
         try:
             yield
         except BaseException:
-            for buffer in reversed(self.held()):
-                if buffer not in before:
-                    buffer.close()
+            for buffer in reversed(made):
+                buffer.close()
             raise
+        finally:
+            self._scopes.open.pop()
 
     @contextmanager
     def guard(self, doing: str, *, asked: int | None = None) -> Iterator[None]:
@@ -313,6 +325,8 @@ class Device:
         buffer = DeviceBuffer(self, tensor, label)
         self._buffers[id(buffer)] = buffer
         self._ledger.live[id(buffer)] = (label, buffer.nbytes, allocation_site())
+        for made in self._scopes.open:
+            made.append(buffer)
         return buffer
 
     def _release(self, buffer: DeviceBuffer) -> None:

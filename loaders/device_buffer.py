@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import traceback
+import sys
 import warnings
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -92,10 +93,17 @@ class Ledger:
 
 
 def allocation_site() -> str:
-    """The caller's line outside the boundary, if ROOFLAMA_DEBUG is set; walking the stack is slow otherwise."""
+    """The line that allocates and the user's line that led there, if ROOFLAMA_DEBUG is set; the walk costs time."""
     if os.environ.get("ROOFLAMA_DEBUG", "0") in ("", "0"):
         return ""
-    for frame in reversed(traceback.extract_stack(limit=12)):
-        if os.path.basename(frame.filename) not in ("device.py", "device_buffer.py"):
-            return f"{frame.filename}:{frame.lineno} in {frame.name}"
-    return ""
+    places: list[str] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        outside = module.split(".")[0] != "rooflama"
+        if outside or (not places and not module.startswith("rooflama.loaders.device")):
+            places.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
+        if outside:
+            break
+        frame = frame.f_back
+    return ", for ".join(places)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +75,8 @@ class NaNLogits(RooflamaError, ArithmeticError):
     """A model computed no numbers."""
 
 
-class Generation:
-    """An iterator of (request number, token id), over all requests. ``finish`` ends one early.
+class Generation(Iterator[tuple[int, int]]):
+    """An iterator of (request number, token id), over all requests. ``finish`` ends one early, ``close`` all.
 
     Requests run in groups, in order: as many at once as the page pool holds at their planned lengths.
 
@@ -86,7 +86,7 @@ class Generation:
         end_ids: tokens that end a sequence; such a token is still reported.
 
     Raises:
-        ConfigError: an empty prompt, an unknown token, or a plan beyond the context.
+        ConfigError: an empty prompt, an unknown token, or a plan beyond the context; while iterating, closed before.
         NaNLogits: while iterating; as with every error, no page is held afterwards.
         DeviceError: while iterating, when the device fails.
     """
@@ -103,12 +103,27 @@ class Generation:
         self.engine, self.requests, self.end_ids = engine, requests, frozenset(end_ids)
         self.timings = [Timings(len(request.prompt)) for request in requests]
         self._open: set[int] = set()
+        self._tokens: Generator[tuple[int, int]] | None = self._groups()
+
+    def close(self) -> None:
+        """Give all pages back and let go of the model; asking for another token is an error from here on."""
+        if self._tokens is not None:
+            self._tokens.close()
+            self._tokens = None
+            del self.engine
 
     def finish(self, number: int) -> None:
         """End request ``number``: it yields no more tokens."""
         self._open.discard(number)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __next__(self) -> tuple[int, int]:
+        if self._tokens is None:
+            raise ConfigError(
+                "a closed generation", rule="it ends with its model", remedy="Start another on a model that is open"
+            )
+        return next(self._tokens)
+
+    def _groups(self) -> Generator[tuple[int, int]]:
         waiting = deque(range(len(self.requests)))
         while waiting:
             group = [waiting.popleft()]

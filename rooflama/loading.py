@@ -19,7 +19,7 @@ from rooflama.models.memory_display import size
 from rooflama.models.rope import FactorSetPolicy
 
 from .model import Model
-from .planning import adapter_of, plan_for_device
+from .planning import adapter_of, parse_bytes, plan_for_device
 
 
 def load(
@@ -29,7 +29,7 @@ def load(
     dtype: str = "auto",
     kv_dtype: str = "auto",
     max_context: int | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     longrope: FactorSetPolicy = "auto",
     batch_invariant: bool = False,
     progress: bool = True,
@@ -45,8 +45,9 @@ def load(
         kv_dtype: of the key/value pages: ``auto`` (that of the activations), one of those, ``fp8`` or ``int8``.
         max_context: tokens a sequence may reach. None takes the model's own context, or, with a warning, as much of it
             as fits into memory.
-        memory_limit: bytes the process may take on the device for this model, the driver's context included; None for
-            all that is free. What it would take is planned first, and nothing is allocated if that does not fit.
+        memory_limit: bytes, or text such as ``8GiB``, that the process may take on the device for this model, the
+            driver's context included; None for all that is free. What it would take is planned first, and nothing is
+            allocated if that does not fit.
         longrope: for models with LongRoPE (Phi-3 128k): which of the two sets of frequencies a sequence gets, for life.
             ``auto`` gives ``long`` to a sequence whose prompt and new tokens together may exceed the original context
             (Phi-3: 4096), else ``short``.
@@ -66,7 +67,8 @@ def load(
     with open_checkpoint(path) as checkpoint:
         adapter_of(checkpoint)  # an unknown architecture is named before anything it lacks
         tokenizer = checkpoint.read_tokenizer()
-        owner = open_device(device, memory_limit=memory_limit)
+        limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+        owner = open_device(device, memory_limit=limit)
         try:
             if batch_invariant and backend_for(owner.torch_device) == "numpy":
                 raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -70,12 +71,13 @@ class Model:
         self.device = device
         self.weight_bytes = weight_bytes
         self.plan = plan
+        self._runs: weakref.WeakSet[TokenRun] = weakref.WeakSet()
         self._closed = False
 
     @property
     def max_context(self) -> int:
         """Tokens a sequence may reach, prompt included."""
-        return self.engine.max_context
+        return self.plan.context
 
     def logits(self, token_ids: Sequence[int], *, observe: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Teacher-forced logits: row i scores the token after ``token_ids[: i + 1]``.
@@ -186,11 +188,12 @@ class Model:
             requests.append(Request(ids, max_new_tokens, params))
         stops = [stop] if isinstance(stop, str) else list(stop)
         run = TokenRun(self.engine, requests, self.tokenizer.eos_ids)
+        self._runs.add(run)
         return run, [TextStream(self.tokenizer, stops, after=request.prompt[-1]) for request in requests]
 
     def describe(self) -> str:
         """Where it runs and in what, for people: device, activations, weights' bytes, context."""
-        dtype = str(self.engine.dtype).removeprefix("torch.")
+        dtype = str(self.plan.dtype).removeprefix("torch.")
         return (
             f"{self.device.name}, {dtype} activations, {self.weight_bytes / 2**20:.0f} MiB of weights, "
             f"context {self.max_context}"
@@ -200,9 +203,11 @@ class Model:
         return f"Model({self.config.name!r}, {'closed' if self._closed else self.describe()})"
 
     def close(self) -> None:
-        """Free everything on the device. May be called twice."""
+        """End every stream and free everything on the device. May be called twice."""
         if not self._closed:
             self._closed = True
+            for run in list(self._runs):
+                run.close()
             del self.engine  # its views of the weights would keep their memory
             self.device.close()
 
@@ -238,12 +243,16 @@ class Stream:
         return self._text.finish_reason
 
     def __iter__(self) -> Iterator[str]:
-        for number, token in self._run:
-            piece = self._text.feed(token)
-            if self._text.finished:
-                self._run.finish(number)
-            if piece:
-                yield piece
+        try:
+            for number, token in self._run:
+                piece = self._text.feed(token)
+                if self._text.finished:
+                    self._run.finish(number)
+                if piece:
+                    yield piece
+        except GeneratorExit:  # abandoned
+            self._run.close()
+            raise
         if rest := self._text.flush():
             yield rest
 

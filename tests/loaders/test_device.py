@@ -233,8 +233,8 @@ def test_more_than_the_device_has_is_refused_with_numbers(device):
 def test_bad_arguments(device):
     with pytest.raises(DeviceError, match="sizes are not negative"):
         device.allocate((4, -1), torch.uint8, label="x")
-    for limit in (0, -5):
-        with pytest.raises(DeviceError, match=f"memory_limit {limit}: a limit is a positive number"):
+    for limit in (0, -5, 2.0**30, float("nan"), "8GiB", True):
+        with pytest.raises(DeviceError, match=f"memory_limit {limit!r}: a limit is a positive whole number"):
             open_device("cpu", memory_limit=limit)
 
 

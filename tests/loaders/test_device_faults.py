@@ -5,12 +5,14 @@ The same tests run on a GPU where there is one.
 
 import gc
 import os
+import re
 import resource
 import subprocess
 import sys
 import textwrap
 import threading
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from rooflama.loaders.device import (
     UseAfterClose,
     open_device,
 )
+from rooflama.loaders.device_buffer import allocation_site
 from strategies import DEVICE, SMALL_CHUNK
 
 
@@ -177,6 +180,45 @@ def test_a_device_dropped_with_buffers_is_reported():
     open_device(DEVICE).allocate((10,), torch.uint8, label="forgotten")
     with pytest.warns(LeakWarning, match=r"1 buffers, 10 bytes, still held on .*\n  forgotten: 10 bytes$"):
         gc.collect()
+
+
+def test_each_of_several_devices_is_reported():
+    """Python shows a warning once for each text."""
+    for _ in range(3):
+        open_device(DEVICE).allocate((10,), torch.uint8, label="forgotten")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        gc.collect()
+    assert len(caught) == 3
+
+
+def test_a_failing_block_closes_what_its_own_thread_made_in_it():
+    def fail_inside(device):
+        with device.all_or_nothing():
+            device.allocate((4,), torch.uint8, label="mine")
+            thread = threading.Thread(target=lambda: device.allocate((4,), torch.uint8, label="another thread's"))
+            thread.start()
+            thread.join()
+            raise ValueError("inner")
+
+    def fail_after_an_inner_block(device):
+        with device.all_or_nothing():
+            with device.all_or_nothing():
+                device.allocate((4,), torch.uint8, label="of the inner block, which went well")
+            raise ValueError("outer")
+
+    with open_device(DEVICE) as device:
+        for failing in (fail_inside, fail_after_an_inner_block):
+            with device.all_or_nothing(), pytest.raises(ValueError, match=r"inner|outer"):
+                failing(device)
+            assert [buffer.label for buffer in device.held()] == ["another thread's"]
+
+
+def test_debug_names_the_line_that_allocates_and_the_users(monkeypatch):
+    monkeypatch.setenv("ROOFLAMA_DEBUG", "1")
+    scope = {"__name__": "rooflama.models.weights", "allocation_site": allocation_site}
+    exec(compile("def upload():\n    return allocation_site()", "weights.py", "exec"), scope)
+    assert re.fullmatch(r"weights.py:2 in upload, for .*test_device_faults.py:\d+ in test_debug.*", scope["upload"]())
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -3,7 +3,7 @@
 import pytest
 
 import rooflama
-from rooflama import ConfigError
+from rooflama import ConfigError, RooflamaError
 from rooflama.models import NaNLogits
 from small_checkpoint import write_small
 
@@ -119,3 +119,22 @@ def test_a_closed_model_says_so(model):
     with pytest.raises(ConfigError, match="is closed"):
         model.generate(PROMPT)
     assert "closed" in repr(model)
+    assert model.max_context == 96
+    assert "context 96" in model.describe()
+
+
+def test_closing_a_model_ends_its_streams_and_frees_everything(model):
+    stream = iter(model.stream(PROMPT, max_new_tokens=50))
+    next(stream)
+    model.close()
+    assert model.device.held_bytes == 0
+    with pytest.raises(ConfigError, match="a closed generation: it ends with its model"):
+        next(stream)
+
+
+def test_a_limit_may_be_text(tmp_path, numpy_backend):
+    path = write_small(tmp_path / "small.gguf")
+    with rooflama.load(path, device="cpu", max_context=96, memory_limit="8GiB", progress=False) as model:
+        assert model.plan.limit == 8 * 2**30
+    with pytest.raises(RooflamaError, match="'much'"):
+        rooflama.load(path, device="cpu", memory_limit="much", progress=False)
