@@ -8,6 +8,8 @@ from torch import Tensor
 
 from strategies import GUARD, exact
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def assert_within_rounding(
     actual: Tensor, reference: np.ndarray, same_dtype: Tensor | None = None, *, c: float = 4.0, context: str = ""
@@ -23,6 +25,8 @@ def assert_within_rounding(
 
     NaN never passes unless the reference has NaN there too; infinities must be equal.
     """
+    if same_dtype is not None:
+        assert actual.dtype == same_dtype.dtype, f"{actual.dtype}, expected {same_dtype.dtype}; {context}"
     got = exact(actual)
     assert got.shape == reference.shape, f"shape {got.shape}, expected {reference.shape}; {context}"
     finite = np.isfinite(reference)
@@ -45,10 +49,16 @@ def assert_within_rounding(
         )
 
 
-def assert_bit_equal(actual: Tensor, expected: Tensor, *, context: str = "") -> None:
-    """The same bits, NaN payloads aside."""
+def assert_bit_equal(actual: Tensor, expected: Tensor, *, signed_zeros: bool = True, context: str = "") -> None:
+    """The same dtype and the same bits, NaN payloads aside; without ``signed_zeros`` both zeros are alike too."""
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}; {context}"
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    assert actual.dtype == expected.dtype, f"{actual.dtype}, expected {expected.dtype}; {context}"
+    bits = _BITS[actual.element_size()]
+    same = actual.contiguous().view(bits) == expected.contiguous().view(bits)
+    if actual.is_floating_point():
+        same |= actual.isnan() & expected.isnan()
+        if not signed_zeros:
+            same |= actual == expected
     if not bool(same.all()):
         worst = tuple(int(i) for i in (~same).nonzero()[0])
         raise AssertionError(f"first difference at {worst}: {actual[worst]!r} against {expected[worst]!r}; {context}")
