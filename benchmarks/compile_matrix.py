@@ -2,6 +2,7 @@
 
     python benchmarks/compile_matrix.py            the whole matrix, written to docs/compile_matrix.csv
     python benchmarks/compile_matrix.py --fast     each kernel once, for two targets; nothing written
+    python benchmarks/compile_matrix.py --check    whether the written table is of today's launches; nothing compiled
 
 What is compiled comes from the launchers themselves. ``model_calls`` calls each public function with the shapes of a
 model, on tensors that say they live on a GPU but have no memory; a launch is caught on its way to Triton, with the
@@ -318,6 +319,12 @@ def compile_target(name: str, models: list[str], pattern: str, fast: bool) -> tu
     return rows, [f"{name}: {failure}" for failure in failed]
 
 
+def specialisations(name: str) -> set[tuple[str, ...]]:
+    """The first columns of the table's rows for one target, without what compiling tells."""
+    launches, _ = record(TARGETS[name], [])
+    return {(launch.kernel, name, launch.call, launch.arguments, launch.options) for launch in launches}
+
+
 def all_kernels() -> set[str]:
     """Every kernel that a launcher of rooflama.kernels can start: jitted functions named ``..._kernel``."""
     package = importlib.import_module("rooflama.kernels")
@@ -334,6 +341,20 @@ def write(rows: list[Row], path: Path) -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(COLUMNS)
         table.writerows(sorted([getattr(row, column) for column in COLUMNS] for row in rows))
+
+
+def check_table(path: Path) -> int:
+    """1 if the table lacks a launch of today's code, or has one that is no more."""
+    with path.open(newline="") as file:
+        written = {tuple(row[:5]) for row in list(csv.reader(file))[1:]}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:
+        launched = set().union(*pool.map(specialisations, TARGETS))
+    for reason, rows in (("not in the table", launched - written), ("launched no more", written - launched)):
+        for row in sorted(rows):
+            print(f"{reason}: {' '.join(row[:3])}\n    {row[3]}", file=sys.stderr)
+    print(f"{len(written)} rows, {len(launched)} launches, {len(launched ^ written)} of one alone")
+    return 1 if launched != written else 0
 
 
 def summary(rows: list[Row]) -> str:
@@ -355,6 +376,7 @@ def summary(rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fast", action="store_true", help="each kernel once, for sm_90 and gfx942; nothing written")
+    parser.add_argument("--check", action="store_true", help="compare the table's rows with today's launches")
     parser.add_argument(
         "--kernels", default="", metavar="REGEX", help="only kernels whose name matches; nothing written"
     )
@@ -362,6 +384,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=[], help="only these, by name; nothing written")
     parser.add_argument("--output", type=Path, default=TABLE)
     options = parser.parse_args()
+    if options.check:
+        return check_table(options.output)
     if options.fast:
         options.targets, options.models = ["sm_90", "gfx942"], [EVERYTHING]
 

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -55,7 +55,7 @@ class KernelCard:
             launcher = inspect.unwrap(getattr(kernels, function))
             signature = re.sub(r"'", "", str(inspect.signature(launcher)))
             parts += [f"## {function}", f"    {function}{signature}", _docstring(launcher)]
-            parts += ["### Definition", f"```python\n{inspect.getsource(getattr(reference, function)).strip()}\n```"]
+            parts += ["### Definition", f"```python\n{_definition(getattr(reference, function))}\n```"]
         parts += ["## Laws tested", *(self._laws() or ["The tests are in the repository, not in the wheel."])]
         parts += ["## What it compiles to", _table(self._compiled()) or "Not in the compile matrix."]
         parts += ["## Measured", _table(self._measured()) or "No committed measurement."]
@@ -68,15 +68,15 @@ class KernelCard:
 
     def _laws(self) -> list[str]:
         """Each test's name in words, with the first line of its docstring."""
-        path = ROOT / "tests" / "kernels" / f"test_{self.name}.py"
-        if not path.exists():
-            return []
+        folder = ROOT / "tests" / "kernels"
         lines = []
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                text = (ast.get_docstring(node) or "").split("\n")[0]
-                lines.append(f"- {node.name.removeprefix('test_').replace('_', ' ')}" + (f": {text}" if text else ""))
-        return ["\n".join(lines)]
+        for path in sorted([*folder.glob(f"test_{self.name}.py"), *folder.glob(f"test_{self.name}_*.py")]):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                    words = node.name.removeprefix("test_").replace("_", " ")
+                    text = (ast.get_docstring(node) or "").split("\n")[0]
+                    lines.append(f"- {words}" + (f": {text}" if text else ""))
+        return ["\n".join(lines)] if lines else []
 
     def _compiled(self) -> Iterator[dict[str, str]]:
         """For each kernel of these files and target: the most registers, spills and shared memory over all shapes."""
@@ -129,6 +129,15 @@ def kernel_card(name: str) -> KernelCard:
 
 def _docstring(thing: object) -> str:
     return inspect.getdoc(thing) or ""
+
+
+def _definition(function: Callable) -> str:
+    """The source of a definition, and of the functions beside it that it calls."""
+    found = [function]
+    for one in found:
+        called = (vars(inspect.getmodule(one)).get(name) for name in one.__code__.co_names)
+        found += [f for f in called if inspect.isfunction(f) and f.__module__ == one.__module__ and f not in found]
+    return "\n\n\n".join(inspect.getsource(one).strip() for one in found)
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:

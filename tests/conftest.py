@@ -18,7 +18,7 @@ settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=Tr
 settings.register_profile("deep", max_examples=20, print_blob=True, **_common)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 settings.load_profile(PROFILE)
-CASES_A_FILE = 500  # of the deep profile, at least, over all properties of a kernel's file
+CASES_A_FILE = 500  # of the deep profile, at least, over all properties of a file that run its kernel
 
 # torch.empty now hands out NaN (or the largest integer), so a kernel that leaves an element unwritten is seen.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -36,8 +36,17 @@ def pytest_collection_modifyitems(items):
 
 
 def _draw_enough(items):
-    """Share CASES_A_FILE drawn cases out among the properties of each file, but those that fix a number themselves."""
-    properties = [item for item in items if is_hypothesis_test(getattr(item, "function", None))]
+    """Share CASES_A_FILE drawn cases out among the properties of each file that run its kernel.
+
+    Not among those that concern the definition alone; and a property that fixes a number itself keeps it.
+    """
+    properties = [
+        item
+        for item in items
+        if is_hypothesis_test(getattr(item, "function", None))
+        and "numpy_backend" not in item.fixturenames
+        and not item.name.startswith("test_definition")
+    ]
     count = Counter(item.path for item in properties)
     for function, path in {(item.function, item.path) for item in properties}:
         share = -(-CASES_A_FILE // count[path])
