@@ -17,7 +17,7 @@ from gguf_files import key as key_bytes
 from rooflama import ConfigError, cli, demo_checkpoint
 from rooflama.check import CHECKS, check
 from rooflama.models.weights import Projection
-from small_checkpoint import HEAD_DIM, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, Parts
+from small_checkpoint import HEAD_DIM, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, Parts, write_small
 
 LLAMA_31 = {"llama.rope.freq_base": 500_000.0, "llama.context_length": 131_072}
 
@@ -109,6 +109,10 @@ BROKEN = {
     "end token out of range": (metadata(tokenizer__ggml__eos_token_id=9999), "tokenizer", "FAIL", "eos_token_id"),
     "template that does not parse": (
         metadata(tokenizer__chat_template="{% for m in messages %}"), "chat template", "FAIL", "line 1"
+    ),
+    "template that writes a book": (
+        metadata(tokenizer__chat_template="{{ 'a b' * 1000000 }}{{ messages[0].content }}"),
+        "chat template", "FAIL", "its text has 3,000,018 characters"
     ),
     "template that drops the words": (metadata(tokenizer__chat_template="hello"), "chat template", "FAIL", "drops"),
     "no template": (metadata(tokenizer__chat_template=None), "chat template", "WARN", "chat_template is missing"),
@@ -246,6 +250,15 @@ def test_a_later_file_of_a_split_set_is_reported_without_its_folder(tmp_path, nu
     report = check(tmp_path / "m-00001-of-00002.gguf", device="cpu")
     assert report.of("structure").reason.startswith("m-00002-of-00002.gguf: no such file")
     assert str(tmp_path) not in report.to_markdown()
+
+
+def test_a_report_shows_the_beginning_of_a_long_rendering(tmp_path, numpy_backend):
+    template = "{{ messages[0].content }}{{ 'a b' * 20000 }}{% if add_generation_prompt %}!{% endif %}"
+    report = check(write_small(tmp_path / "small.gguf", {"tokenizer.chat_template": template}), device="cpu")
+    found = report.of("chat template")
+    assert found.status == "PASS", found.reason
+    assert found.details["rendered"].startswith("What is 6 times 7?a ba b")
+    assert len(report.to_markdown()) < 30_000
 
 
 def test_an_unexpected_error_is_reported_without_paths(sound, monkeypatch, numpy_backend):
