@@ -88,6 +88,14 @@ class Metadata(Mapping[str, Value]):
         )
 
 
+def place(metadata: Mapping[str, Any], key: str) -> str:
+    """What an error about ``key`` begins with: "PATH, byte N: " if the metadata is a GGUF file's, nothing if not."""
+    if not isinstance(metadata, Metadata):
+        return ""
+    offset = metadata._offsets.get(key)
+    return f"{metadata._path}: " if offset is None else f"{metadata._path}, byte {offset}: "
+
+
 def _is_kind(value: Value, kind: Any) -> bool:
     if kind is bool or kind is str:
         return isinstance(value, kind)

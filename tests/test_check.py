@@ -80,7 +80,8 @@ BROKEN = {
     "unknown architecture": (architecture, "config", "FAIL", "mamba"),
     "no layer count": (metadata(llama__block_count=None), "config", "FAIL", "llama.block_count"),
     "NaN epsilon": (
-        metadata(llama__attention__layer_norm_rms_epsilon=float("nan")), "config", "FAIL", "layer_norm_rms_epsilon"
+        metadata(llama__attention__layer_norm_rms_epsilon=float("nan")), "config", "FAIL",
+        r"^broken.gguf, byte \d+: llama.attention.layer_norm_rms_epsilon = nan",
     ),
     "heads that do not divide": (metadata(llama__attention__head_count_kv=3), "config", "FAIL", "3 key/value heads"),
     "a key nobody knows": (metadata(llama__attention__sinks=4), "config", "FAIL", "llama.attention.sinks"),
