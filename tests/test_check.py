@@ -16,6 +16,7 @@ from gguf_files import STRING, U16, gguf_bytes, number, text
 from gguf_files import key as key_bytes
 from rooflama import ConfigError, cli, demo_checkpoint
 from rooflama.check import CHECKS, check
+from rooflama.model import Model
 from rooflama.models.weights import Projection
 from small_checkpoint import HEAD_DIM, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, Parts, write_small
 
@@ -165,6 +166,32 @@ def test_a_memory_limit_is_held_against_the_plan(sound, numpy_backend):
     assert "limit 195.31 KiB" in report.of("memory").reason
     assert report.of("forward").status == "SKIP"
     assert report.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("context", "forward", "generation"), [(1, "PASS", "WARN"), (2, "PASS", "PASS"), (3, "WARN", "PASS")]
+)
+def test_contexts_of_a_few_tokens(context, forward, generation, tmp_path, numpy_backend):
+    """Too few to have a figure for English, or to continue a prompt, is said and is no error."""
+    report = check(write_small(tmp_path / "small.gguf", {"llama.context_length": context}), device="cpu")
+    said = report.of("forward").reason
+    assert ("too short" in said, "nats a token" in said) == (context < 3, context >= 3), said
+    assert (report.of("forward").status, report.of("generation").status) == (forward, generation), report.to_markdown()
+
+
+def test_logits_that_are_no_numbers_later_in_the_text_are_named(sound, monkeypatch, numpy_backend):
+    """The first tokens, which are compared with the definition, are right."""
+    original = Model.logits
+
+    def logits(self, ids, **options):
+        made = original(self, ids, **options)
+        made[20:] = float("nan")
+        return made
+
+    monkeypatch.setattr(Model, "logits", logits)
+    found = check(sound, device="cpu").of("forward")
+    assert found.status == "FAIL"
+    assert "logits further on in the text are not finite" in found.reason
 
 
 def off_by(factor: float, layer: int):
