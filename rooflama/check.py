@@ -25,6 +25,7 @@ from rooflama.kernels import RooflamaError
 
 from . import check_file, check_run
 from .environment import facts
+from .json_text import json_text
 
 Status = Literal["PASS", "WARN", "FAIL", "SKIP"]
 STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
@@ -94,8 +95,6 @@ class Report:
 
     def to_markdown(self) -> str:
         """Everything a bug report needs, to be pasted into an issue. Holds no path and no weights."""
-        import json
-
         shown = self.to_dict()
         lines = [
             f"# rooflama check: {shown['file']['name']}",
@@ -111,7 +110,7 @@ class Report:
         lines += ["", "## Details", ""]
         for result in self.results:
             if result.details:
-                body = json.dumps(result.details, indent=1, default=str)
+                body = json_text(result.details, indent=1)
                 lines += [
                     f"<details><summary>{result.name}</summary>",
                     "",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from .json_text import json_text
 
 ModelSource = Annotated[
     str,
@@ -44,7 +45,7 @@ def plan(
         model, context=context, sequences=sequences, kv_dtype=kv_dtype, dtype=dtype, device=device, limit=limit
     )
     if as_json:
-        print(json.dumps(made.to_dict(), indent=2))
+        print(json_text(made.to_dict(), indent=2))
     else:
         Console().print(made)
     raise typer.Exit(0 if made.fits else 1)
@@ -72,7 +73,7 @@ def check(
         on_result=None if as_json else lambda line: console.print(as_line(line)),
     )
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2, default=str))
+        print(json_text(result.to_dict(), indent=2))
     else:
         console.print(result.verdict, style="bold")
     if report is not None:

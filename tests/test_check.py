@@ -315,6 +315,25 @@ def test_commands_print_json(sound, numpy_backend):
     assert "no context fits" in run.stdout
 
 
+def refuse_constant(name: str) -> float:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_numbers_that_json_has_not_are_texts(tmp_path, monkeypatch, numpy_backend):
+    """Those of the metadata, and the error of a layer that computes NaN."""
+    monkeypatch.setattr(Projection, "__call__", off_by(float("nan"), 0))
+    odd = {"general.weight": float("nan"), "general.bound": float("-inf")}
+    path, target = write_small(tmp_path / "small.gguf", odd), tmp_path / "report.md"
+    run = CliRunner().invoke(cli.app, ["check", str(path), "--device", "cpu", "--json", "--report", str(target)])
+    shown = json.loads(run.stdout, parse_constant=refuse_constant)
+    lines = {line["name"]: line for line in shown["checks"]}
+    assert lines["structure"]["metadata"]["general.weight"] == "nan"
+    assert lines["structure"]["metadata"]["general.bound"] == "-inf"
+    assert lines["forward"]["layer errors"] == ["nan"]
+    for block in re.findall(r"```json\n(.*?)```", target.read_text(), re.DOTALL):
+        json.loads(block, parse_constant=refuse_constant)
+
+
 @pytest.mark.demo_checkpoint
 def test_the_demo_checkpoint_passes_everything(numpy_backend):
     try:
