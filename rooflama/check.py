@@ -209,7 +209,9 @@ def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) ->
     except RooflamaError as error:
         reason = subject.without_path(str(error))
         status, details = "FAIL", {"error": type(error).__name__}
-    except Exception as error:  # a checklist that dies names nothing
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a checklist that dies names nothing; the tokenizers library's panics are these
         said = subject.without_path(str(error)).replace(str(Path.home()), "~")
         status, reason = "FAIL", f"unexpected {type(error).__name__}: {said}; please report it"
         frames = traceback.extract_tb(error.__traceback__)

@@ -302,6 +302,23 @@ def test_an_unexpected_error_is_reported_without_paths(sound, monkeypatch, numpy
         assert str(folder) not in report.to_markdown()
 
 
+def test_a_panic_in_a_library_is_the_line_s_failure_and_an_interrupt_is_not(sound, monkeypatch, numpy_backend):
+    raised: list[BaseException] = []
+
+    def fail(*_):
+        raise raised[-1]
+
+    monkeypatch.setattr(gguf.quants, "dequantize", fail)
+    raised.append(type("PanicException", (BaseException,), {})("retry limit"))  # as pyo3 makes them
+    report = check(sound, device="cpu")
+    assert report.of("layout").reason == "unexpected PanicException: retry limit; please report it"
+    assert report.of("rope").status == "PASS"
+    for interrupt in (KeyboardInterrupt(), SystemExit(1)):
+        raised.append(interrupt)
+        with pytest.raises(type(interrupt)):
+            check(sound, device="cpu")
+
+
 def test_commands_print_json(sound, numpy_backend):
     run = CliRunner().invoke(cli.app, ["check", str(sound), "--device", "cpu", "--json"])
     assert json.loads(run.stdout)["exit_status"] == run.exit_code == 1
