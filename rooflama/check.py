@@ -67,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """All lines for one checkpoint. Shows itself in a terminal and in Jupyter."""
+    """The lines for one checkpoint, all or as far as they came. Shows itself in a terminal and in Jupyter."""
 
     name: str
     paths: tuple[Path, ...]
@@ -105,6 +105,8 @@ class Report:
         for result in self.results:
             reason = result.reason.replace("|", "\\|").replace("\n", " ")
             lines.append(f"| {result.name} | {result.status} | {result.seconds:.1f} | {reason} |")
+        if len(self.results) < len(CHECKS):
+            lines.append(f"| {CHECKS[len(self.results)].name} | | | begun; the run ended before it did |")
         for title, table in (("File", shown["file"]), ("Environment", shown["environment"])):
             lines += ["", f"## {title}", "", *(f"- {label}: {value}" for label, value in table.items())]
         lines += ["", "## Details", ""]
@@ -156,7 +158,7 @@ def as_line(result: Result) -> Table:
 def file_facts(name: str, paths: tuple[Path, ...]) -> dict[str, Any]:
     """Name, size, and the hash of the first mebibyte of each file, which holds the metadata."""
     if not paths:
-        return {"name": name, "error": "not found"}
+        return {"name": name, "error": "not opened"}
     digest = hashlib.sha256()
     try:
         for path in paths:
@@ -173,7 +175,7 @@ def check(
     *,
     device: str = "auto",
     limit: int | None = None,
-    on_result: Callable[[Result], None] | None = None,
+    on_progress: Callable[[Report], None] | None = None,
 ) -> Report:
     """Run the checklist on a checkpoint.
 
@@ -181,21 +183,20 @@ def check(
         path: a checkpoint as for ``load``.
         device: where to run it, as for ``load``.
         limit: bytes it must fit into; None for what the device has free.
-        on_result: called with each result as it comes.
+        on_progress: called before the first line and after each, with the report so far.
 
     What is wrong with the file is in the report; nothing is raised for it.
     """
-    results: list[Result] = []
+    tell = on_progress or (lambda report: None)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # lines "config" and "tokenizer" say what was warned of
         subject = check_file.Subject(os.fspath(path), device, limit, stack)
+        tell(report := Report(subject.name, (), ()))
         for item in CHECKS:
-            result = _run(item, subject, {r.name: r.status for r in results})
-            results.append(result)
-            if on_result is not None:
-                on_result(result)
-    return Report(subject.name, subject.paths, tuple(results))
+            result = _run(item, subject, {r.name: r.status for r in report.results})
+            tell(report := Report(subject.name, subject.paths, (*report.results, result)))
+    return report
 
 
 def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) -> Result:

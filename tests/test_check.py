@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gguf_files import STRING, U16, gguf_bytes, number, text
 from gguf_files import key as key_bytes
-from rooflama import ConfigError, cli, demo_checkpoint
+from rooflama import ConfigError, check_file, cli, demo_checkpoint
 from rooflama.check import CHECKS, check
 from rooflama.model import Model
 from rooflama.models.weights import Projection
@@ -258,6 +258,28 @@ def test_report_has_what_a_bug_report_needs_and_no_path(sound, tmp_path, numpy_b
     for needed in ("torch", "backend", "sha256", "llama.block_count", "layer errors", "kv_bytes_per_token", "forward"):
         assert needed in text
     assert str(sound.parent) not in text
+
+
+def test_a_run_that_is_killed_leaves_the_report_of_what_came_before(sound, tmp_path, monkeypatch, numpy_backend):
+    target, on_disk = tmp_path / "report.md", []
+
+    def reading_the_report(original):
+        def call(*arguments):
+            on_disk.append(target.read_text())
+            return original(*arguments)
+
+        return call
+
+    for module, name in ((check_file, "locate"), (gguf.quants, "dequantize")):  # first used in lines 1 and 4
+        monkeypatch.setattr(module, name, reading_the_report(getattr(module, name)))
+    run = CliRunner().invoke(cli.app, ["check", str(sound), "--device", "cpu", "--report", str(target)])
+    assert run.exit_code == 1, run.output
+    first, fourth, *_ = on_disk
+    assert "| structure | | | begun; the run ended before it did |" in first
+    assert "torch" in first
+    assert re.search(r"\| tensors \| PASS \|.*\n\| layout \| \| \| begun", fourth)
+    assert "sha256" in fourth
+    assert "begun" not in target.read_text()
 
 
 @pytest.mark.parametrize("target", ["none/report.md", ".", "small.gguf"])
