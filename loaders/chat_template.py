@@ -19,8 +19,9 @@ from .template_budget import Budget, OverBudget
 from .template_sandbox import Refused, environment
 
 MAX_SOURCE_CHARACTERS = 64 * 1024
-MAX_UNITS = 2**27  # characters made in all while rendering; see template_sandbox
 MAX_SECONDS = 5.0
+MAX_UNITS, UNITS_A_CHARACTER = 2**24, 64  # made in all while rendering, and so many more for each character given
+MAX_TEXT, TEXT_A_CHARACTER = 2**16, 8  # characters of the rendered text, and so many more for each character given
 
 
 class ChatTemplateError(RooflamaError, ValueError):
@@ -41,6 +42,9 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt for ``messages``.
 
+        Rendering may take MAX_SECONDS, make MAX_UNITS characters in all (see ``template_sandbox``), and give a text of
+        MAX_TEXT; each character of the messages and variables raises the latter two.
+
         Args:
             messages: dictionaries with "role" and "content", and what else the template reads.
             variables: further names for the template.
@@ -49,16 +53,21 @@ class ChatTemplate:
             ChatTemplateError: the template is no valid Jinja, refuses the messages, fails on them, reaches for what
                 the sandbox keeps from it, or goes beyond its bounds of time and size.
         """
-        budget = Budget(MAX_UNITS, MAX_SECONDS)
+        names = {"messages": messages, "tools": None, "documents": None, **variables}
+        given = len(str(names))
+        units, longest = MAX_UNITS + UNITS_A_CHARACTER * given, MAX_TEXT + TEXT_A_CHARACTER * given
+        budget = Budget(units, MAX_SECONDS)
         try:
             if self._compiled is None:
                 self._compiled = self._compile()
-            names = {"messages": messages, "tools": None, "documents": None, **variables}
-            return environment().render(self._compiled, budget, names)
+            text = environment().render(self._compiled, budget, names)
+            if len(text) > longest:
+                raise OverBudget(f"its text has {len(text):,} characters")
+            return text
         except OverBudget as error:
             raise ChatTemplateError(
                 f"tokenizer.chat_template was stopped: {error}",
-                rule=f"rendering may take {MAX_SECONDS:g} s and make {MAX_UNITS:,} characters",
+                rule=f"rendering may take {MAX_SECONDS:g} s, make {units:,} characters, and give a text of {longest:,}",
                 remedy="Shorten the conversation, or do not use a file with such a template",
             ) from None
         except SecurityError as error:

@@ -16,7 +16,6 @@ types) read packed bits through native integers, their big-endian form is not de
 
 from __future__ import annotations
 
-import difflib
 import mmap
 import os
 import re
@@ -28,7 +27,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from .gguf_errors import GGUFError, MissingKeyError
+from .gguf_errors import GGUFError, MissingKeyError, close_names
 from .gguf_metadata import Metadata
 from .gguf_parse import DAMAGED, parse_header
 from .gguf_types import TYPE_SIZES, ByteOrder, Header, StringArray, TensorInfo
@@ -164,7 +163,7 @@ class GGUFFile:
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
-            close = difflib.get_close_matches(name, self.tensors, n=3)
+            close = close_names(name, self.tensors)
             raise GGUFError(
                 f"no tensor {name!r}",
                 rule="the tensor must be in the file",

@@ -1,8 +1,18 @@
-"""The one error of the GGUF reader."""
+"""The errors of the GGUF reader, and the names that one suggests."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+
 from rooflama.kernels.errors import RooflamaError
+
+MOST_NAMES = 1000  # a file of 2 MiB can hold 65,000 that are alike, and comparing them takes seconds
+
+
+def close_names(name: str, names: Collection[str]) -> list[str]:
+    """Up to three of ``names`` that ``name`` may have been meant for; none where there are more than MOST_NAMES."""
+    return difflib.get_close_matches(name, names) if len(names) <= MOST_NAMES else []
 
 
 class GGUFError(RooflamaError, ValueError):

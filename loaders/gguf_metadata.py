@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
-from .gguf_errors import GGUFError, MissingKeyError
+from .gguf_errors import GGUFError, MissingKeyError, close_names
 from .gguf_types import StringArray, Value
 
 _NUMPY_KINDS = {int: "iu", float: "f", bool: "b"}
@@ -28,7 +27,7 @@ class Metadata(Mapping[str, Value]):
 
     def __getitem__(self, key: str) -> Value:
         if key not in self._values:
-            close = difflib.get_close_matches(key, self._values, n=3)
+            close = close_names(key, self._values)
             raise MissingKeyError(
                 f"no key {key!r}",
                 rule="the key must be in the file's metadata",
@@ -86,6 +85,14 @@ class Metadata(Mapping[str, Value]):
             offset=self._offsets.get(key),
             reading=f"key {key!r}",
         )
+
+
+def place(metadata: Mapping[str, Any], key: str) -> str:
+    """What an error about ``key`` begins with: "PATH, byte N: " if the metadata is a GGUF file's, nothing if not."""
+    if not isinstance(metadata, Metadata):
+        return ""
+    offset = metadata._offsets.get(key)
+    return f"{metadata._path}: " if offset is None else f"{metadata._path}, byte {offset}: "
 
 
 def _is_kind(value: Value, kind: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_string, read_strings
+from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_string, read_strings, refuse
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -68,7 +68,7 @@ _BYTE_OF = {ord(character): byte for byte, character in enumerate(BYTE_ALPHABET)
 
 def read_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
     """The pre-tokeniser that the file names; a file that names none gets llama.cpp's "default", with a warning."""
-    name = read_string(metadata, "tokenizer.ggml.pre")
+    name = read_string(metadata, key := "tokenizer.ggml.pre")
     if name is None:
         warnings.warn(
             "tokenizer.ggml.pre is missing: words are cut by the 'default' rules, which few models were trained with. "
@@ -77,10 +77,12 @@ def read_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
         )
         name = "default"
     if name not in PRE_TOKENIZERS:
-        raise TokenizerError(
-            f"tokenizer.ggml.pre = {name!r}",
-            rule=f"the pre-tokeniser must be one of {', '.join(sorted(PRE_TOKENIZERS))}",
-            remedy="If its rules equal one of these, set tokenizer.ggml.pre to that name with gguf_set_metadata.py",
+        refuse(
+            metadata,
+            key,
+            f"{key} = {name!r}",
+            f"the pre-tokeniser must be one of {', '.join(sorted(PRE_TOKENIZERS))}",
+            "If its rules equal one of these, set tokenizer.ggml.pre to that name with gguf_set_metadata.py",
         )
     return PRE_TOKENIZERS[name]
 
@@ -153,11 +155,8 @@ def _read_merges(vocabulary: Vocabulary, metadata: Metadata) -> list[tuple[str, 
     for index, (left, right) in enumerate(merges):
         if left not in ids or right not in ids or left + right not in ids:
             unknown = next(token for token in (left, right, left + right) if token not in ids)
-            raise TokenizerError(
-                f"{key}[{index}] = {lines[index]!r}",
-                rule=f"a merge names two tokens and makes a third; {unknown!r} is no token",
-                remedy="Convert the model again with a current convert_hf_to_gguf.py",
-            )
+            rule = f"a merge names two tokens and makes a third; {unknown!r} is no token"
+            refuse(metadata, key, f"{key}[{index}] = {lines[index]!r}", rule)
     return list(dict.fromkeys(merges))  # a pair that is named twice keeps its first rank, as in llama.cpp
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_flag
+from .vocabulary import Metadata, TokenType, Vocabulary, read_flag, refuse
 
 SPACE = "\u2581"
 BYTE_TOKENS = {f"<0x{value:02X}>": value for value in range(256)}
@@ -25,17 +25,14 @@ class SentencePieceBPE:
     def __init__(self, vocabulary: Vocabulary, metadata: Metadata):
         self._vocabulary = vocabulary
         self.add_space_prefix = read_flag(metadata, "tokenizer.ggml.add_space_prefix", True)
-        self._byte_values = _read_byte_tokens(vocabulary)
+        self._byte_values = _read_byte_tokens(vocabulary, metadata)
         _refuse_normalisation(metadata)
         model = _model_file(vocabulary, vocabulary.scores(metadata), byte_fallback=bool(self._byte_values))
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise TokenizerError(
-                f"sentencepiece: {str(error).rstrip('.')}",
-                rule="tokenizer.ggml.tokens, scores and token_type must make a SentencePiece model",
-                remedy="Convert the model again with a current convert_hf_to_gguf.py",
-            ) from None
+            rule = "tokenizer.ggml.tokens, scores and token_type must make a SentencePiece model"
+            refuse(metadata, "tokenizer.ggml.tokens", f"sentencepiece: {str(error).rstrip('.')}", rule)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, which holds no special token."""
@@ -49,36 +46,31 @@ class SentencePieceBPE:
         return self._vocabulary.tokens[token_id].replace(SPACE, " ").encode()
 
 
-def _read_byte_tokens(vocabulary: Vocabulary) -> dict[int, int]:
+def _read_byte_tokens(vocabulary: Vocabulary, metadata: Metadata) -> dict[int, int]:
     """Id -> byte value of the byte tokens; there are none, or one for each byte."""
-    values = {}
+    values, key = {}, "tokenizer.ggml.tokens"
     for token_id in vocabulary.of_type(TokenType.BYTE):
         token = vocabulary.tokens[token_id]
         if token not in BYTE_TOKENS:
-            raise TokenizerError(
-                f"tokenizer.ggml.tokens[{token_id}] = {token!r}, typed as a byte",
-                rule="byte tokens are spelled <0x00> to <0xFF>",
-                remedy="Convert the model again with a current convert_hf_to_gguf.py",
-            )
+            found = f"{key}[{token_id}] = {token!r}, typed as a byte"
+            refuse(metadata, key, found, "byte tokens are spelled <0x00> to <0xFF>")
         values[token_id] = BYTE_TOKENS[token]
     if values and len(values) != 256:
-        raise TokenizerError(
-            f"the vocabulary has {len(values)} byte tokens",
-            rule="there must be 256 or none",
-            remedy="Convert the model again with a current convert_hf_to_gguf.py",
-        )
+        refuse(metadata, key, f"the vocabulary has {len(values)} byte tokens", "there must be 256 or none")
     return values
 
 
 def _refuse_normalisation(metadata: Metadata) -> None:
-    charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap")
+    charsmap = metadata.get(key := "tokenizer.ggml.precompiled_charsmap")
     if read_flag(metadata, "tokenizer.ggml.remove_extra_whitespaces", False) or (
         charsmap is not None and np.size(charsmap) > 0
     ):
-        raise TokenizerError(
-            "tokenizer.ggml.precompiled_charsmap or remove_extra_whitespaces is set",
-            rule="text is encoded here as it is, which is what the Llama, Mistral and Phi-3 tokenizers do",
-            remedy="Use a model of those families",
+        refuse(
+            metadata,
+            key,
+            f"{key} or remove_extra_whitespaces is set",
+            "text is encoded here as it is, which is what the Llama, Mistral and Phi-3 tokenizers do",
+            "Use a model of those families",
         )
 
 

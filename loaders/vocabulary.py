@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from rooflama.kernels.errors import RooflamaError
+
+from .gguf_metadata import place
 
 Metadata = Mapping[str, Any]
 
@@ -58,11 +60,16 @@ END_OF_GENERATION = frozenset(
 _RECONVERT = "Convert the model again with a current convert_hf_to_gguf.py"
 
 
+def refuse(metadata: Metadata, key: str, found: str, rule: str, remedy: str = _RECONVERT) -> NoReturn:
+    """Raise TokenizerError for what was found at ``key``, with the file and the byte where the metadata knows them."""
+    raise TokenizerError(place(metadata, key) + found, rule=rule, remedy=remedy)
+
+
 def read_string(metadata: Metadata, key: str) -> str | None:
     """The string at ``key``, or None where the key is missing."""
     value = metadata.get(key)
     if value is not None and not isinstance(value, str):
-        raise TokenizerError(f"{key} is a {type(value).__name__}", rule="it must be a string", remedy=_RECONVERT)
+        refuse(metadata, key, f"{key} is a {type(value).__name__}", "it must be a string")
     return value
 
 
@@ -70,7 +77,7 @@ def read_flag(metadata: Metadata, key: str, default: bool) -> bool:
     """The boolean at ``key``, or ``default`` where the key is missing."""
     value = metadata.get(key, default)
     if not isinstance(value, bool | np.bool_):
-        raise TokenizerError(f"{key} = {value!r}", rule="it must be a boolean", remedy=_RECONVERT)
+        refuse(metadata, key, f"{key} = {value!r}", "it must be a boolean")
     return bool(value)
 
 
@@ -78,37 +85,31 @@ def read_strings(metadata: Metadata, key: str) -> list[str]:
     """The array of non-empty strings at ``key``, which must be there."""
     value = metadata.get(key)
     if value is None:
-        raise TokenizerError(f"{key} is missing", rule="this kind of tokenizer needs it", remedy=_RECONVERT)
+        refuse(metadata, key, f"{key} is missing", "this kind of tokenizer needs it")
     if isinstance(value, str | bytes) or not isinstance(value, Sequence | np.ndarray):
-        raise TokenizerError(f"{key} is a {type(value).__name__}", rule="it must be an array", remedy=_RECONVERT)
+        refuse(metadata, key, f"{key} is a {type(value).__name__}", "it must be an array")
     strings = list(value)
     if not set(map(type, strings)) <= {str}:
         index, item = next((i, s) for i, s in enumerate(strings) if type(s) is not str)
-        raise TokenizerError(f"{key}[{index}] = {item!r}", rule="every element must be a string", remedy=_RECONVERT)
+        refuse(metadata, key, f"{key}[{index}] = {item!r}", "every element must be a string")
     return strings
 
 
 def _read_numbers(metadata: Metadata, key: str, kinds: str, length: int) -> np.ndarray:
     value = metadata.get(key)
     if value is None:
-        raise TokenizerError(f"{key} is missing", rule="this kind of tokenizer needs it", remedy=_RECONVERT)
+        refuse(metadata, key, f"{key} is missing", "this kind of tokenizer needs it")
     try:
         array = np.asarray(value)
     except ValueError:  # ragged nesting
         array = np.empty(0, dtype=object)
     if array.ndim != 1 or array.dtype.kind not in kinds:
         wanted = "whole numbers" if "f" not in kinds else "numbers"
-        raise TokenizerError(
-            f"{key} holds {array.dtype} in {array.ndim} dimensions",
-            rule=f"it must be a flat array of {wanted}",
-            remedy=_RECONVERT,
-        )
+        found = f"{key} holds {array.dtype} in {array.ndim} dimensions"
+        refuse(metadata, key, found, f"it must be a flat array of {wanted}")
     if len(array) != length:
-        raise TokenizerError(
-            f"{key} has {len(array)} elements and tokenizer.ggml.tokens has {length}",
-            rule="the two must be of one length",
-            remedy=_RECONVERT,
-        )
+        found = f"{key} has {len(array)} elements and tokenizer.ggml.tokens has {length}"
+        refuse(metadata, key, found, "the two must be of one length")
     return array
 
 
@@ -144,37 +145,31 @@ class Vocabulary:
         Raises:
             TokenizerError: an array is missing, mistyped or of another length, tokens repeat, an id is out of range.
         """
-        model = read_string(metadata, "tokenizer.ggml.model")
+        model = read_string(metadata, key := "tokenizer.ggml.model")
         if model is None or model not in models:
-            raise TokenizerError(
-                "tokenizer.ggml.model is missing" if model is None else f"tokenizer.ggml.model = {model!r}",
-                rule=f"the kinds of tokenizer known here are {', '.join(models)}",
-                remedy="Use a model of the Llama, Qwen or Phi-3 families",
+            refuse(
+                metadata,
+                key,
+                f"{key} is missing" if model is None else f"{key} = {model!r}",
+                f"the kinds of tokenizer known here are {', '.join(models)}",
+                "Use a model of the Llama, Qwen or Phi-3 families",
             )
-        tokens = read_strings(metadata, "tokenizer.ggml.tokens")
+        tokens = read_strings(metadata, key := "tokenizer.ggml.tokens")
         if not tokens:
-            raise TokenizerError("tokenizer.ggml.tokens is empty", rule="a vocabulary has tokens", remedy=_RECONVERT)
+            refuse(metadata, key, f"{key} is empty", "a vocabulary has tokens")
         ids = {token: index for index, token in enumerate(tokens)}
         if len(ids) != len(tokens):
             index = next(i for i, token in enumerate(tokens) if ids[token] != i)
-            raise TokenizerError(
-                f"tokenizer.ggml.tokens[{index}] = {tokens[index]!r} stands again at {ids[tokens[index]]}",
-                rule="tokens must be distinct",
-                remedy=_RECONVERT,
-            )
+            found = f"{key}[{index}] = {tokens[index]!r} stands again at {ids[tokens[index]]}"
+            refuse(metadata, key, found, "tokens must be distinct")
         if "" in ids:
-            raise TokenizerError(
-                f"tokenizer.ggml.tokens[{ids['']}] = ''", rule="a token must not be empty", remedy=_RECONVERT
-            )
-        types = _read_numbers(metadata, "tokenizer.ggml.token_type", "iu", len(tokens))
+            refuse(metadata, key, f"{key}[{ids['']}] = ''", "a token must not be empty")
+        types = _read_numbers(metadata, key := "tokenizer.ggml.token_type", "iu", len(tokens))
         known = np.isin(types, list(TokenType))
         if not known.all():
             index = int(np.argmin(known))
-            raise TokenizerError(
-                f"tokenizer.ggml.token_type[{index}] = {types[index]}",
-                rule="token types are 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte",
-                remedy=_RECONVERT,
-            )
+            rule = "token types are 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte"
+            refuse(metadata, key, f"{key}[{index}] = {types[index]}", rule)
         types = types.astype(np.int8)
 
         def special(name: str, sentencepiece_id: int | None = None) -> int | None:
@@ -188,11 +183,8 @@ class Vocabulary:
                 return None
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if not whole or not 0 <= value < len(tokens):
-                raise TokenizerError(
-                    f"{key} = {value!r}",
-                    rule=f"it must be an id of the vocabulary, 0 to {len(tokens) - 1}",
-                    remedy=_RECONVERT,
-                )
+                rule = f"it must be an id of the vocabulary, 0 to {len(tokens) - 1}"
+                refuse(metadata, key, f"{key} = {value!r}", rule)
             return int(value)
 
         bos_id, eos_id = special("bos", 1), special("eos", 2)
@@ -222,5 +214,5 @@ class Vocabulary:
         scores = _read_numbers(metadata, key, "fiu", len(self.tokens)).astype(np.float32)
         if not np.isfinite(scores).all():
             index = int(np.argmin(np.isfinite(scores)))
-            raise TokenizerError(f"{key}[{index}] = {scores[index]}", rule="scores must be finite", remedy=_RECONVERT)
+            refuse(metadata, key, f"{key}[{index}] = {scores[index]}", "scores must be finite")
         return scores

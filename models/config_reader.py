@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from .config import ModelConfig
-from .metadata import ConfigError, Hyperparameters
+from .metadata import Hyperparameters
 from .rope import Yarn
 from .rope_metadata import read_rope
 from .weights import CheckpointReader
@@ -85,18 +85,20 @@ def _any(reader: CheckpointReader, *names: str) -> bool:
 
 def _head_dim(keys: Hyperparameters, hidden_size: int, num_heads: int) -> int:
     if not keys.has("attention.key_length") and hidden_size % num_heads:
-        raise ConfigError(
+        keys.refuse(
+            "attention.head_count",
             f"embedding_length {hidden_size} with {num_heads} heads and no attention.key_length",
-            rule="without key_length, a head has embedding_length / head_count dimensions",
-            remedy="Convert the checkpoint again with a current converter",
+            "without key_length, a head has embedding_length / head_count dimensions",
+            "Convert the checkpoint again with a current converter",
         )
     head_dim = keys.integer("attention.key_length", hidden_size // num_heads)
     value_dim = keys.integer("attention.value_length", head_dim)
     if value_dim != head_dim:
-        raise ConfigError(
+        keys.refuse(
+            "attention.value_length",
             f"attention.key_length {head_dim} and attention.value_length {value_dim}",
-            rule="keys and values have one head_dim",
-            remedy="Use a model where they agree",
+            "keys and values have one head_dim",
+            "Use a model where they agree",
         )
     return head_dim
 

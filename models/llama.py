@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from .config import ModelConfig
 from .config_reader import read_decoder_config
-from .metadata import ConfigError, Hyperparameters
+from .metadata import Hyperparameters
 from .pre_norm import block, load_layer
 from .weights import CheckpointReader
 
@@ -29,9 +29,8 @@ __all__ = ["block", "load_layer", "read_config"]
 def read_config(reader: CheckpointReader) -> ModelConfig:
     keys = Hyperparameters(reader.checkpoint.metadata, "llama")
     if experts := keys.integer("expert_count", 0, minimum=0):
-        raise ConfigError(
-            f"llama.expert_count = {experts}", rule="mixtures of experts are not supported", remedy="Use a dense model"
-        )
+        found = f"llama.expert_count = {experts}"
+        keys.refuse("expert_count", found, "mixtures of experts are not supported", "Use a dense model")
     keys.integer("expert_used_count", 0, minimum=0)
     config = read_decoder_config(
         reader,
@@ -40,10 +39,11 @@ def read_config(reader: CheckpointReader) -> ModelConfig:
         harmless=("tensor_data_layout",),
     )
     if config.rope.rotary_dim != config.head_dim:
-        raise ConfigError(
+        keys.refuse(
+            "rope.dimension_count",
             f"llama.rope.dimension_count {config.rope.rotary_dim} with head_dim {config.head_dim}",
-            rule="architecture llama rotates whole heads",
-            remedy="The file is damaged, or of another architecture",
+            "architecture llama rotates whole heads",
+            "The file is damaged, or of another architecture",
         )
     _flag_missing_scaling(config)
     return replace(config, generation=_generation(config))

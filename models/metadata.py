@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from rooflama.kernels import RooflamaError
+from rooflama.loaders.gguf_metadata import place
 
 
 class ConfigError(RooflamaError, ValueError):
@@ -35,11 +36,8 @@ class Hyperparameters:
         if full in self.metadata:
             return self.metadata[full]
         if default is _REQUIRED:
-            raise ConfigError(
-                f"{full} is missing",
-                rule="the model's shape depends on it and has no default",
-                remedy="Convert the checkpoint again with a current converter",
-            )
+            rule = "the model's shape depends on it and has no default"
+            self.refuse(key, f"{full} is missing", rule, "Convert the checkpoint again with a current converter")
         return default
 
     def has(self, key: str) -> bool:
@@ -51,18 +49,20 @@ class Hyperparameters:
         entries = list(value) if isinstance(value, np.ndarray | list | tuple) else [value]
         for entry in entries:
             if not _is_number(entry) or not math.isfinite(entry) or int(entry) != entry or entry < minimum:
-                self._refuse(key, value, f"must be a whole number >= {minimum}", DAMAGED)
+                self._refuse_value(key, value, f"must be a whole number >= {minimum}", DAMAGED)
             if entry > maximum:
-                self._refuse(key, value, f"must be at most {maximum}", DAMAGED)
+                self._refuse_value(key, value, f"must be at most {maximum}", DAMAGED)
         if len({int(entry) for entry in entries}) != 1:
-            self._refuse(key, value, "layers of different shapes are not supported", "Use a model with equal layers")
+            self._refuse_value(
+                key, value, "layers of different shapes are not supported", "Use a model with equal layers"
+            )
         return int(entries[0])
 
     def real(self, key: str, default: Any = _REQUIRED) -> Any:
         """A finite float > 0; the default as it is."""
         value = self._get(key, default)
         if self.has(key) and (not _is_number(value) or not math.isfinite(value) or value <= 0):
-            self._refuse(key, value, "must be a finite number > 0", DAMAGED)
+            self._refuse_value(key, value, "must be a finite number > 0", DAMAGED)
         return float(value) if self.has(key) else value
 
     def booleans(self, key: str, default: tuple[bool, ...], *, length: int) -> tuple[bool, ...]:
@@ -70,24 +70,29 @@ class Hyperparameters:
         value = self._get(key, default)
         entries = list(value) if isinstance(value, np.ndarray | list | tuple) else []
         if len(entries) != length or not all(isinstance(entry, bool | np.bool_) for entry in entries):
-            self._refuse(key, value, f"must be {length} booleans, one for each layer", DAMAGED)
+            self._refuse_value(key, value, f"must be {length} booleans, one for each layer", DAMAGED)
         return tuple(bool(entry) for entry in entries)
 
     def mapping(self, key: str) -> Mapping[str, Any] | None:
         """What a loader put there that no file can hold; None where it did not."""
         value = self._get(key, None)
         if value is not None and not isinstance(value, Mapping):
-            self._refuse(key, value, "must be a mapping", DAMAGED)
+            self._refuse_value(key, value, "must be a mapping", DAMAGED)
         return value
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._get(key, default)
         if value is not None and not isinstance(value, str):
-            self._refuse(key, value, "must be a string", DAMAGED)
+            self._refuse_value(key, value, "must be a string", DAMAGED)
         return value
 
-    def _refuse(self, key: str, value: Any, rule: str, remedy: str) -> None:
-        raise ConfigError(f"{self.architecture}.{key} = {value!r}", rule=rule, remedy=remedy)
+    def refuse(self, key: str, found: str, rule: str, remedy: str) -> NoReturn:
+        """Raise ConfigError for what was found at ``key``, with the file and the byte where the metadata knows them."""
+        where = place(self.metadata, f"{self.architecture}.{key}")
+        raise ConfigError(where + found, rule=rule, remedy=remedy)
+
+    def _refuse_value(self, key: str, value: Any, rule: str, remedy: str) -> NoReturn:
+        self.refuse(key, f"{self.architecture}.{key} = {value!r}", rule, remedy)
 
     def refuse_unread(self, harmless: Collection[str] = ()) -> None:
         """Raise if a key of this architecture was never read: it may change the result, and would be dropped."""
@@ -95,10 +100,11 @@ class Hyperparameters:
         known = self._read | {prefix + key for key in harmless}
         unread = sorted(key for key in self.metadata if key.startswith(prefix) and key not in known)
         if unread:
-            raise ConfigError(
+            self.refuse(
+                unread[0].removeprefix(prefix),
                 ", ".join(f"{key} = {self.metadata[key]!r}" for key in unread),
-                rule=f"the {self.architecture} adapter does not know what that changes, and drops nothing silently",
-                remedy="Teach the adapter the key, or report the checkpoint",
+                f"the {self.architecture} adapter does not know what that changes, and drops nothing silently",
+                "Teach the adapter the key, or report the checkpoint",
             )
 
 

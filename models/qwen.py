@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from .config import ModelConfig
 from .config_reader import read_decoder_config
-from .metadata import ConfigError, Hyperparameters
+from .metadata import Hyperparameters
 from .pre_norm import block, load_layer
 from .weights import CheckpointReader
 
@@ -28,10 +28,11 @@ __all__ = ["block", "load_layer", "read_config"]
 def read_config(reader: CheckpointReader) -> ModelConfig:
     keys = Hyperparameters(reader.checkpoint.metadata, reader.checkpoint.metadata["general.architecture"])
     if keys.has("attention.sliding_window") and not keys.has("attention.sliding_window_pattern"):
-        raise ConfigError(
+        keys.refuse(
+            "attention.sliding_window",
             f"{keys.architecture}.attention.sliding_window without sliding_window_pattern",
-            rule="Qwen's window holds from layer max_window_layers upwards, and the file does not say where that is",
-            remedy="Remove the key if the model's config has use_sliding_window false, or load its Hugging Face folder",
+            "Qwen's window holds from layer max_window_layers upwards, and the file does not say where that is",
+            "Remove the key if the model's config has use_sliding_window false, or load its Hugging Face folder",
         )
     is_qwen2 = keys.architecture == "qwen2"
     return read_decoder_config(reader, keys, qk_norm=not is_qwen2, qkv_bias=True if is_qwen2 else None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .metadata import ConfigError, Hyperparameters
+from .metadata import Hyperparameters
 from .rope import Linear, LongRope, RopeSpec, Yarn
 
 
@@ -48,17 +48,19 @@ def read_rope(
     sets = [factors for factors in (short_factors, long_factors) if factors is not None]
     kind = keys.text("rope.scaling.type", "longrope" if sets else "linear")
     if len(sets) != (2 if kind == "longrope" else 0) or (sets and divisors is not None):
-        raise ConfigError(
+        keys.refuse(
+            "rope.scaling.type",
             f"rope.scaling.type {kind!r} with {len(sets)} of the tensors rope_factors_short and rope_factors_long"
             + (" and with rope_freqs" if divisors is not None else ""),
-            rule="longrope needs both factor tensors and no other, and nothing else reads them",
-            remedy="Convert the checkpoint again",
+            "longrope needs both factor tensors and no other, and nothing else reads them",
+            "Convert the checkpoint again",
         )
     if kind == "longrope" and factor != 1.0:
-        raise ConfigError(
+        keys.refuse(
+            "rope.scaling.factor",
             f"rope.scaling.factor {factor} with scaling type 'longrope'",
-            rule="longrope divides each pair by its own factor, and by no common one",
-            remedy="Convert the checkpoint again",
+            "longrope divides each pair by its own factor, and by no common one",
+            "Convert the checkpoint again",
         )
     if short_factors is not None and long_factors is not None:
         scaling = LongRope(
@@ -81,16 +83,18 @@ def read_rope(
         )
         return RopeSpec(**common, scaling=yarn, frequency_divisors=divisors)
     if kind not in ("none", "linear"):
-        raise ConfigError(
+        keys.refuse(
+            "rope.scaling.type",
             f"rope.scaling.type {kind!r}",
-            rule="GGUF's types are none, linear, yarn and longrope",
-            remedy="The file is newer than this release, or damaged",
+            "GGUF's types are none, linear, yarn and longrope",
+            "The file is newer than this release, or damaged",
         )
     if magnitude not in (None, 1.0):
-        raise ConfigError(
+        keys.refuse(
+            "rope.scaling.attn_factor",
             f"rope.scaling.attn_factor {magnitude} with scaling type {kind!r}",
-            rule="only yarn and longrope scale the attention",
-            remedy="Convert the checkpoint again, naming its scaling type",
+            "only yarn and longrope scale the attention",
+            "Convert the checkpoint again, naming its scaling type",
         )
     if kind == "linear" and factor != 1.0:
         return RopeSpec(**common, scaling=Linear(factor=factor), frequency_divisors=divisors)

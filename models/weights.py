@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rooflama.kernels import QuantizedTensor, quantized_matmul, resident_form
 from rooflama.kernels import swiglu as gated
+from rooflama.loaders.gguf_metadata import place
 from rooflama.loaders.quant_layout import repack
 
 from .metadata import ConfigError, Hyperparameters
@@ -80,19 +81,20 @@ class CheckpointReader:
         """Rows of the token embedding; the metadata's own number and the vocabulary, where given, must fit."""
         info = self.checkpoint.tensors.get("token_embd.weight")
         rows = info.shape[0] if info is not None else keys.integer("vocab_size")
-        tokens = self.checkpoint.metadata.get("tokenizer.ggml.tokens", ())
+        tokens = self.checkpoint.metadata.get(key := "tokenizer.ggml.tokens", ())
         if isinstance(tokens, str) or not isinstance(tokens, Sequence):
             raise ConfigError(
-                f"tokenizer.ggml.tokens is {tokens!r}",
+                f"{place(self.checkpoint.metadata, key)}{key} is {tokens!r}",
                 rule="it must be an array of strings, one for each token",
                 remedy="The file is damaged or was converted wrongly; convert it again",
             )
         num_tokens = len(tokens)
         if keys.integer("vocab_size", rows) != rows or num_tokens > rows:
-            raise ConfigError(
+            keys.refuse(
+                "vocab_size",
                 f"vocab_size {keys.integer('vocab_size', rows)} and {num_tokens} tokens, with {rows} embedding rows",
-                rule="there are vocab_size rows, and one for every token; more are padding",
-                remedy="The file's metadata and tensors disagree; convert it again",
+                "there are vocab_size rows, and one for every token; more are padding",
+                "The file's metadata and tensors disagree; convert it again",
             )
         return rows
 

@@ -25,6 +25,7 @@ from rooflama.kernels import RooflamaError
 
 from . import check_file, check_run
 from .environment import facts
+from .json_text import json_text
 
 Status = Literal["PASS", "WARN", "FAIL", "SKIP"]
 STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
@@ -66,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """All lines for one checkpoint. Shows itself in a terminal and in Jupyter."""
+    """The lines for one checkpoint, all or as far as they came. Shows itself in a terminal and in Jupyter."""
 
     name: str
     paths: tuple[Path, ...]
@@ -94,8 +95,6 @@ class Report:
 
     def to_markdown(self) -> str:
         """Everything a bug report needs, to be pasted into an issue. Holds no path and no weights."""
-        import json
-
         shown = self.to_dict()
         lines = [
             f"# rooflama check: {shown['file']['name']}",
@@ -106,12 +105,14 @@ class Report:
         for result in self.results:
             reason = result.reason.replace("|", "\\|").replace("\n", " ")
             lines.append(f"| {result.name} | {result.status} | {result.seconds:.1f} | {reason} |")
+        if len(self.results) < len(CHECKS):
+            lines.append(f"| {CHECKS[len(self.results)].name} | | | begun; the run ended before it did |")
         for title, table in (("File", shown["file"]), ("Environment", shown["environment"])):
             lines += ["", f"## {title}", "", *(f"- {label}: {value}" for label, value in table.items())]
         lines += ["", "## Details", ""]
         for result in self.results:
             if result.details:
-                body = json.dumps(result.details, indent=1, default=str)
+                body = json_text(result.details, indent=1)
                 lines += [
                     f"<details><summary>{result.name}</summary>",
                     "",
@@ -157,7 +158,7 @@ def as_line(result: Result) -> Table:
 def file_facts(name: str, paths: tuple[Path, ...]) -> dict[str, Any]:
     """Name, size, and the hash of the first mebibyte of each file, which holds the metadata."""
     if not paths:
-        return {"name": name, "error": "not found"}
+        return {"name": name, "error": "not opened"}
     digest = hashlib.sha256()
     try:
         for path in paths:
@@ -174,7 +175,7 @@ def check(
     *,
     device: str = "auto",
     limit: int | None = None,
-    on_result: Callable[[Result], None] | None = None,
+    on_progress: Callable[[Report], None] | None = None,
 ) -> Report:
     """Run the checklist on a checkpoint.
 
@@ -182,21 +183,20 @@ def check(
         path: a checkpoint as for ``load``.
         device: where to run it, as for ``load``.
         limit: bytes it must fit into; None for what the device has free.
-        on_result: called with each result as it comes.
+        on_progress: called before the first line and after each, with the report so far.
 
     What is wrong with the file is in the report; nothing is raised for it.
     """
-    results: list[Result] = []
+    tell = on_progress or (lambda report: None)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # lines "config" and "tokenizer" say what was warned of
         subject = check_file.Subject(os.fspath(path), device, limit, stack)
+        tell(report := Report(subject.name, (), ()))
         for item in CHECKS:
-            result = _run(item, subject, {r.name: r.status for r in results})
-            results.append(result)
-            if on_result is not None:
-                on_result(result)
-    return Report(subject.name, subject.paths, tuple(results))
+            result = _run(item, subject, {r.name: r.status for r in report.results})
+            tell(report := Report(subject.name, subject.paths, (*report.results, result)))
+    return report
 
 
 def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) -> Result:
@@ -210,7 +210,9 @@ def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) ->
     except RooflamaError as error:
         reason = subject.without_path(str(error))
         status, details = "FAIL", {"error": type(error).__name__}
-    except Exception as error:  # a checklist that dies names nothing
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a checklist that dies names nothing; the tokenizers library's panics are these
         said = subject.without_path(str(error)).replace(str(Path.home()), "~")
         status, reason = "FAIL", f"unexpected {type(error).__name__}: {said}; please report it"
         frames = traceback.extract_tb(error.__traceback__)

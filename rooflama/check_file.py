@@ -126,16 +126,16 @@ def structure(subject: Subject) -> Finding:
     return Finding("PASS", f"{file.format}, {said}", details)
 
 
-def _short(value: Any) -> Any:
-    """A metadata value as a report shows it: long arrays and texts by their beginning."""
+def _short(value: Any, characters: int = 200, items: int = 8) -> Any:
+    """A value as a report shows it: long arrays and texts by their beginning."""
     if isinstance(value, str):
-        return value if len(value) <= 200 else f"{value[:200]}... ({len(value)} characters)"
+        return value if len(value) <= characters else f"{value[:characters]}... ({len(value)} characters)"
     if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, Mapping):
         return {name: _short(inner) for name, inner in value.items()}
-    shown = [item.item() if isinstance(item, np.generic) else item for item in value[:8]]
-    return shown if len(value) <= 8 else f"{shown} and {len(value) - 8} more"
+    shown = [item.item() if isinstance(item, np.generic) else item for item in value[:items]]
+    return shown if len(value) <= items else f"{shown} and {len(value) - items} more"
 
 
 def config(subject: Subject) -> Finding:
@@ -295,7 +295,7 @@ def chat_template(subject: Subject) -> Finding:
     text = tokens.apply_chat_template(messages)
     ids = tokens.encode_chat(messages)
     bos = ids.count(tokens.bos_id) if tokens.bos_id is not None and tokens.add_bos else 0
-    details = {"rendered": text, "ids": ids}
+    details = {"rendered": _short(text, characters=2000), "ids": _short(ids, items=500)}
     if said not in text:
         return Finding("FAIL", "tokenizer.chat_template drops what the user said", details)
     if bos > 1:

@@ -79,12 +79,17 @@ def forward(subject: Subject) -> Finding:
         return Finding("FAIL", f"the layers agree, the logits are off by {error:.2e}; allowed {allowed:.1e}", details)
     kind = "Triton kernels" if backend_for(model.engine.device) == "triton" else "NumPy definitions"
     name = str(model.engine.dtype).removeprefix("torch.")
-    surprise = _surprise(model)
-    details["nats a token on plain English"] = surprise
     said = (
         f"{len(states)} layers and the logits of {kind} in {name} within {max(*errors, error):.1e} of float64 from the "
-        f"file's bytes (allowed {allowed:.1e}); {surprise:.2f} nats a token on plain English"
+        f"file's bytes (allowed {allowed:.1e})"
     )
+    surprise = _surprise(model)
+    if surprise is None:
+        return Finding("PASS", f"{said}; a context of {model.max_context} tokens is too short to read English", details)
+    details["nats a token on plain English"] = surprise
+    said += f"; {surprise:.2f} nats a token on plain English"
+    if not math.isfinite(surprise):
+        return Finding("FAIL", f"{said}: logits further on in the text are not finite", details)
     if surprise > 0.75 * math.log(config.vocab_size):
         return Finding(
             "WARN", f"{said}, which is near chance: rows, RoPE or weights are probably not what they say", details
@@ -98,9 +103,12 @@ def _relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.max(np.linalg.norm(actual - expected, axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)))
 
 
-def _surprise(model: Model) -> float:
-    """Mean negative log-likelihood of ``TEXT``, in nats a token; its first eight tokens are not counted."""
+def _surprise(model: Model) -> float | None:
+    """Mean negative log-likelihood of ``TEXT``, in nats a token; its first eight tokens are not counted, nor is the
+    first half of fewer than sixteen. None where that leaves none."""
     ids = model.tokenizer.encode(TEXT)[: model.max_context]
+    if len(ids) < 3:
+        return None
     scores = torch.log_softmax(model.logits(ids)[:-1].double(), -1)
     picked = scores[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
     return float(-picked[min(8, len(ids) // 2) :].mean())
@@ -113,6 +121,8 @@ def _greedy(model: Model, prompt: list[int], max_new_tokens: int) -> Generation:
 def generation(subject: Subject) -> Finding:
     """Greedy decoding repeats itself exactly, and token by token through the cache says what one pass says."""
     model = subject.model
+    if model.max_context < 2:
+        return Finding("WARN", "a context of 1 token holds no prompt with an answer")
     prompt = model.tokenizer.encode(TEXT)[: model.max_context // 2]
     started = time.perf_counter()
     first = _greedy(model, prompt, min(NEW_TOKENS, model.max_context - len(prompt)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from .json_text import json_text
 
 ModelSource = Annotated[
     str,
@@ -44,7 +45,7 @@ def plan(
         model, context=context, sequences=sequences, kv_dtype=kv_dtype, dtype=dtype, device=device, limit=limit
     )
     if as_json:
-        print(json.dumps(made.to_dict(), indent=2))
+        print(json_text(made.to_dict(), indent=2))
     else:
         Console().print(made)
     raise typer.Exit(0 if made.fits else 1)
@@ -58,25 +59,30 @@ def check(
     report: Annotated[Path | None, typer.Option(help="write what a bug report needs to this file")] = None,
 ) -> None:
     """Go through the integration checklist for MODEL. Exit status 0: all passed, 1: warnings, 2: a failure."""
-    from .check import as_line
+    from .check import Report, as_line
     from .check import check as run_checks
     from .planning import parse_bytes
 
     if report is not None:
         _require_writable(report, model)
     console = Console()
+
+    def show(so_far: Report) -> None:
+        for line in () if as_json else so_far.results[-1:]:
+            console.print(as_line(line))
+        if report is not None:  # after each line: a run that is killed leaves what it knew
+            report.write_text(so_far.to_markdown(), encoding="utf-8")
+
     result = run_checks(
         model,
         device=device,
         limit=None if limit is None else parse_bytes(limit),
-        on_result=None if as_json else lambda line: console.print(as_line(line)),
+        on_progress=show,
     )
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2, default=str))
+        print(json_text(result.to_dict(), indent=2))
     else:
         console.print(result.verdict, style="bold")
-    if report is not None:
-        report.write_text(result.to_markdown(), encoding="utf-8")
     raise typer.Exit(result.exit_status)
 
 
@@ -94,6 +100,6 @@ def _require_writable(report: Path, model: str) -> None:
         return
     raise ConfigError(
         f"--report {report}: {found}",
-        rule="a report is written to a file of its own, after the last check",
+        rule="a report is written to a file of its own",
         remedy="Name a new file, such as report.md",
     )

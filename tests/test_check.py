@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from gguf_files import STRING, U16, gguf_bytes, number, text
 from gguf_files import key as key_bytes
-from rooflama import ConfigError, cli, demo_checkpoint
+from rooflama import ConfigError, check_file, cli, demo_checkpoint
 from rooflama.check import CHECKS, check
+from rooflama.model import Model
 from rooflama.models.weights import Projection
-from small_checkpoint import HEAD_DIM, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, Parts
+from small_checkpoint import HEAD_DIM, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, Parts, write_small
 
 LLAMA_31 = {"llama.rope.freq_base": 500_000.0, "llama.context_length": 131_072}
 
@@ -80,7 +81,8 @@ BROKEN = {
     "unknown architecture": (architecture, "config", "FAIL", "mamba"),
     "no layer count": (metadata(llama__block_count=None), "config", "FAIL", "llama.block_count"),
     "NaN epsilon": (
-        metadata(llama__attention__layer_norm_rms_epsilon=float("nan")), "config", "FAIL", "layer_norm_rms_epsilon"
+        metadata(llama__attention__layer_norm_rms_epsilon=float("nan")), "config", "FAIL",
+        r"^broken.gguf, byte \d+: llama.attention.layer_norm_rms_epsilon = nan",
     ),
     "heads that do not divide": (metadata(llama__attention__head_count_kv=3), "config", "FAIL", "3 key/value heads"),
     "a key nobody knows": (metadata(llama__attention__sinks=4), "config", "FAIL", "llama.attention.sinks"),
@@ -109,6 +111,10 @@ BROKEN = {
     "end token out of range": (metadata(tokenizer__ggml__eos_token_id=9999), "tokenizer", "FAIL", "eos_token_id"),
     "template that does not parse": (
         metadata(tokenizer__chat_template="{% for m in messages %}"), "chat template", "FAIL", "line 1"
+    ),
+    "template that writes a book": (
+        metadata(tokenizer__chat_template="{{ 'a b' * 1000000 }}{{ messages[0].content }}"),
+        "chat template", "FAIL", "its text has 3,000,018 characters"
     ),
     "template that drops the words": (metadata(tokenizer__chat_template="hello"), "chat template", "FAIL", "drops"),
     "no template": (metadata(tokenizer__chat_template=None), "chat template", "WARN", "chat_template is missing"),
@@ -160,6 +166,32 @@ def test_a_memory_limit_is_held_against_the_plan(sound, numpy_backend):
     assert "limit 195.31 KiB" in report.of("memory").reason
     assert report.of("forward").status == "SKIP"
     assert report.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("context", "forward", "generation"), [(1, "PASS", "WARN"), (2, "PASS", "PASS"), (3, "WARN", "PASS")]
+)
+def test_contexts_of_a_few_tokens(context, forward, generation, tmp_path, numpy_backend):
+    """Too few to have a figure for English, or to continue a prompt, is said and is no error."""
+    report = check(write_small(tmp_path / "small.gguf", {"llama.context_length": context}), device="cpu")
+    said = report.of("forward").reason
+    assert ("too short" in said, "nats a token" in said) == (context < 3, context >= 3), said
+    assert (report.of("forward").status, report.of("generation").status) == (forward, generation), report.to_markdown()
+
+
+def test_logits_that_are_no_numbers_later_in_the_text_are_named(sound, monkeypatch, numpy_backend):
+    """The first tokens, which are compared with the definition, are right."""
+    original = Model.logits
+
+    def logits(self, ids, **options):
+        made = original(self, ids, **options)
+        made[20:] = float("nan")
+        return made
+
+    monkeypatch.setattr(Model, "logits", logits)
+    found = check(sound, device="cpu").of("forward")
+    assert found.status == "FAIL"
+    assert "logits further on in the text are not finite" in found.reason
 
 
 def off_by(factor: float, layer: int):
@@ -228,6 +260,28 @@ def test_report_has_what_a_bug_report_needs_and_no_path(sound, tmp_path, numpy_b
     assert str(sound.parent) not in text
 
 
+def test_a_run_that_is_killed_leaves_the_report_of_what_came_before(sound, tmp_path, monkeypatch, numpy_backend):
+    target, on_disk = tmp_path / "report.md", []
+
+    def reading_the_report(original):
+        def call(*arguments):
+            on_disk.append(target.read_text())
+            return original(*arguments)
+
+        return call
+
+    for module, name in ((check_file, "locate"), (gguf.quants, "dequantize")):  # first used in lines 1 and 4
+        monkeypatch.setattr(module, name, reading_the_report(getattr(module, name)))
+    run = CliRunner().invoke(cli.app, ["check", str(sound), "--device", "cpu", "--report", str(target)])
+    assert run.exit_code == 1, run.output
+    first, fourth, *_ = on_disk
+    assert "| structure | | | begun; the run ended before it did |" in first
+    assert "torch" in first
+    assert re.search(r"\| tensors \| PASS \|.*\n\| layout \| \| \| begun", fourth)
+    assert "sha256" in fourth
+    assert "begun" not in target.read_text()
+
+
 @pytest.mark.parametrize("target", ["none/report.md", ".", "small.gguf"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(target, tmp_path, monkeypatch):
     """No folder, a folder, and the checkpoint itself, which stays as it is."""
@@ -248,6 +302,15 @@ def test_a_later_file_of_a_split_set_is_reported_without_its_folder(tmp_path, nu
     assert str(tmp_path) not in report.to_markdown()
 
 
+def test_a_report_shows_the_beginning_of_a_long_rendering(tmp_path, numpy_backend):
+    template = "{{ messages[0].content }}{{ 'a b' * 20000 }}{% if add_generation_prompt %}!{% endif %}"
+    report = check(write_small(tmp_path / "small.gguf", {"tokenizer.chat_template": template}), device="cpu")
+    found = report.of("chat template")
+    assert found.status == "PASS", found.reason
+    assert found.details["rendered"].startswith("What is 6 times 7?a ba b")
+    assert len(report.to_markdown()) < 30_000
+
+
 def test_an_unexpected_error_is_reported_without_paths(sound, monkeypatch, numpy_backend):
     def fail(*_):
         raise ValueError(f"{sound} and {Path.home()}/notes")
@@ -261,6 +324,23 @@ def test_an_unexpected_error_is_reported_without_paths(sound, monkeypatch, numpy
         assert str(folder) not in report.to_markdown()
 
 
+def test_a_panic_in_a_library_is_the_line_s_failure_and_an_interrupt_is_not(sound, monkeypatch, numpy_backend):
+    raised: list[BaseException] = []
+
+    def fail(*_):
+        raise raised[-1]
+
+    monkeypatch.setattr(gguf.quants, "dequantize", fail)
+    raised.append(type("PanicException", (BaseException,), {})("retry limit"))  # as pyo3 makes them
+    report = check(sound, device="cpu")
+    assert report.of("layout").reason == "unexpected PanicException: retry limit; please report it"
+    assert report.of("rope").status == "PASS"
+    for interrupt in (KeyboardInterrupt(), SystemExit(1)):
+        raised.append(interrupt)
+        with pytest.raises(type(interrupt)):
+            check(sound, device="cpu")
+
+
 def test_commands_print_json(sound, numpy_backend):
     run = CliRunner().invoke(cli.app, ["check", str(sound), "--device", "cpu", "--json"])
     assert json.loads(run.stdout)["exit_status"] == run.exit_code == 1
@@ -272,6 +352,25 @@ def test_commands_print_json(sound, numpy_backend):
     run = CliRunner().invoke(cli.app, ["plan", str(sound), "--context", "100", "--limit", "50KiB"])
     assert run.exit_code == 1
     assert "no context fits" in run.stdout
+
+
+def refuse_constant(name: str) -> float:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_numbers_that_json_has_not_are_texts(tmp_path, monkeypatch, numpy_backend):
+    """Those of the metadata, and the error of a layer that computes NaN."""
+    monkeypatch.setattr(Projection, "__call__", off_by(float("nan"), 0))
+    odd = {"general.weight": float("nan"), "general.bound": float("-inf")}
+    path, target = write_small(tmp_path / "small.gguf", odd), tmp_path / "report.md"
+    run = CliRunner().invoke(cli.app, ["check", str(path), "--device", "cpu", "--json", "--report", str(target)])
+    shown = json.loads(run.stdout, parse_constant=refuse_constant)
+    lines = {line["name"]: line for line in shown["checks"]}
+    assert lines["structure"]["metadata"]["general.weight"] == "nan"
+    assert lines["structure"]["metadata"]["general.bound"] == "-inf"
+    assert lines["forward"]["layer errors"] == ["nan"]
+    for block in re.findall(r"```json\n(.*?)```", target.read_text(), re.DOTALL):
+        json.loads(block, parse_constant=refuse_constant)
 
 
 @pytest.mark.demo_checkpoint

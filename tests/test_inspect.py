@@ -1,8 +1,12 @@
 """What ``rooflama.inspect`` says of a file of each family."""
 
+import re
+
 import pytest
 
 import rooflama
+from rooflama import ConfigError
+from small_checkpoint import Parts, write_small
 from tiny_checkpoints import write_case
 
 
@@ -55,3 +59,32 @@ def test_bytes_and_types_are_counted(tmp_path):
     said = dict(rooflama.inspect(write_case("llama3", tmp_path, "gguf")).rows())
     assert said["tensors"].startswith("F32 21 (")
     assert said["K/V cache"].startswith(f"{2 * 2 * 2 * 8 * 2:,} bytes a token in 16 bits")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        ("llama.context_length", 0),
+        ("llama.expert_count", 8),
+        ("llama.rope.scaling.type", "warp"),
+        ("llama.attention.value_length", 8),
+        ("llama.vocab_size", 3),
+        ("llama.attention.sinks", 4),
+        ("tokenizer.ggml.tokens", "abc"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_file_and_byte(key, value, tmp_path):
+    path = write_small(tmp_path / "small.gguf", {key: value})
+    byte = path.read_bytes().index(key.encode()) + len(key) + 4  # the key, its value's type, its value
+    found = re.escape(f"{path}, byte {byte}: ") + ".*" + re.escape(key.removeprefix("llama."))
+    with pytest.raises(ConfigError, match=f"^{found}"):
+        rooflama.inspect(path)
+
+
+def test_what_is_missing_is_named_with_its_file(tmp_path):
+    parts = Parts()
+    del parts.metadata["llama.block_count"]
+    path = parts.write(tmp_path / "small.gguf")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: llama.block_count is missing"):
+        rooflama.inspect(path)

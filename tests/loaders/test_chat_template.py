@@ -193,7 +193,7 @@ BOMBS = {
         TOO_LONG,
     ),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    "membership in a filter": ("{{ range(99999)|select('in', [1] * 999999)|list }}", TOO_LONG),
+    "membership in a filter": ("{{ range(99999)|select('in', [1] * 99999)|list }}", TOO_LONG),
     "numbers of one hash": ("{{ range(0, 99999 * (2**61 - 1), 2**61 - 1)|unique|list }}", TOO_LONG),
     "text in a set block": ("{% set x %}" + LOOPS + "x" * 50_000 + "{% endfor %}{% endset %}", TOO_MUCH),
     "string * number": ("{{ 'a' * 10**9 }}", TOO_MUCH),
@@ -217,19 +217,20 @@ BOMBS = {
     "split": ("{% for i in range(999) %}{% set x = ('a ' * 999999).split() %}{% endfor %}", TOO_MUCH),
     "split at": ("{% for i in range(999) %}{% set x = ('a ' * 999999).split(' ') %}{% endfor %}", TOO_MUCH),
     "mapped": ("{{ ([''] * 99999)|map('replace', '', 'x' * 9999)|list|length }}", TOO_MUCH),
-    "words": ("{{ ('€ ' * 30000000)|title }}", TOO_MUCH),
-    "characters": ("{{ ('€' * 30000000)|list|length }}", TOO_MUCH),
-    "joined characters": ("{{ ('€' * 30000000)|join(',')|length }}", TOO_MUCH),
-    "stripped": ("{{ ('a' * 9999999).strip('b' * 9999999 ~ 'a') }}", TOO_MUCH),
-    "trimmed": ("{{ ('a' * 9999999)|trim('b' * 9999999 ~ 'a') }}", TOO_MUCH),
+    "words": ("{{ ('€ ' * 3000000)|title }}", TOO_MUCH),
+    "characters": ("{{ ('€' * 3000000)|list|length }}", TOO_MUCH),
+    "joined characters": ("{{ ('€' * 3000000)|join(',')|length }}", TOO_MUCH),
+    "stripped": ("{{ ('a' * 999999).strip('b' * 999999 ~ 'a') }}", TOO_MUCH),
+    "trimmed": ("{{ ('a' * 999999)|trim('b' * 999999 ~ 'a') }}", TOO_MUCH),
     "digits": (
-        "{% set x = '9' * 9999999 %}{{ x|int }}{{ x|float }}{% for i in range(99) %}{{ x }}{% endfor %}",
+        "{% set x = '9' * 999999 %}{{ x|int }}{{ x|float }}{% for i in range(99) %}{{ x }}{% endfor %}",
         TOO_MUCH,
     ),
-    "unpacked": ("{{ dict(*('€' * 30000000)) }}", "a string is not unpacked"),
+    "unpacked": ("{{ dict(*('€' * 3000000)) }}", "a string is not unpacked"),
     "format width": ("{{ '%1000000000d' % 1 }}", "strings are not formatted with %"),
     "method width": ("{{ 'a'.ljust(1000000000) }}", "attribute 'ljust' of 'str' is not open"),
     "number bytes": ("{{ (1).to_bytes(1000000000, 'big') }}", "attribute 'to_bytes' of 'int' is not open"),
+    "long text": ("{{ 'a b' * 30000 }}", "its text has 90,000 characters"),
     "indent": ("{{ 'a\\n'|indent(1000000000, true) }}", "an indent of 1000000000 is more than 64"),
     "json indent": ("{{ [[[[1]]]]|tojson(indent=1000000000) }}", "indents and separators end at 64"),
     "time format": ("{{ strftime_now('%c' * 99999) }}", "a time format ends at 256 characters"),
@@ -242,14 +243,14 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_hostile_templates_end_in_bounded_time_and_memory(name, monkeypatch):
     source, reason = BOMBS[name]
-    seconds = 1.0 if reason == TOO_LONG else 20.0  # the other bounds hold on a slow machine too
+    seconds = 0.2 if reason == TOO_LONG else 20.0  # the other bounds hold on a slow machine too
     monkeypatch.setattr(chat_template, "MAX_SECONDS", seconds)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
     with pytest.raises(ChatTemplateError, match=reason):
         ChatTemplate(source).render([{"role": "user", "content": "Hi"}])
     assert time.monotonic() - start < seconds + 4
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024  # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
 def test_a_long_conversation_is_within_the_bounds():

@@ -1,5 +1,6 @@
 """Files that lie: each is refused with the byte at which it does, at once, and in memory bounded by its size."""
 
+import itertools
 import os
 import struct
 import time
@@ -29,7 +30,7 @@ from gguf_files import (
 )
 from gguf_mutations import OPERATIONS, check_any_input, mutate
 from gguf_oracle import strict_read
-from rooflama.loaders.gguf import GGUFError, GGUFFile, read_gguf
+from rooflama.loaders.gguf import GGUFError, GGUFFile, MissingKeyError, read_gguf
 
 GGUF_F32, GGUF_Q4_0 = 0, 2
 ARCHITECTURE = key("general.architecture", STRING, text("llama"))
@@ -333,3 +334,14 @@ def test_the_plain_reader_agrees_on_the_valid_file():
     assert tensors["blk.0.cube"] == ("F16", (2, 3, 2), 1568, 24)
     assert strict_read(HUGE_ARRAY) is None
     assert np.frombuffer(small_file()[1600:1664], dtype=np.uint8).size == 64
+
+
+@pytest.mark.parametrize(("count", "remedy"), [(1000, "Close keys are"), (1001, "Convert the model again")])
+def test_a_missing_key_is_not_looked_for_among_thousands(count, remedy, tmp_path):
+    """Comparing it with 65,000 of its letters would take seconds."""
+    alike = itertools.islice(map("".join, itertools.permutations("split.no")), 1, count)
+    keys = [key(name, U8, b"\1") for name in alike] + [key("split.count", U16, number(U16, 2))]
+    path = tmp_path / "m-00001-of-00002.gguf"
+    path.write_bytes(gguf_bytes(keys, []))
+    with pytest.raises(MissingKeyError, match=f"no key 'split.no': .*{remedy}"):
+        read_gguf(path)

@@ -1,5 +1,7 @@
 """The tokenizer as a whole: the demo checkpoint's own, special tokens, streaming, BOS, and metadata that lies."""
 
+import re
+import struct
 import time
 
 import numpy as np
@@ -15,6 +17,7 @@ from rooflama.loaders.opening import locate
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.loaders.tokenizer_bpe import BYTE_ALPHABET
 from rooflama.loaders.vocabulary import TokenizerError
+from small_checkpoint import VOCABULARY, write_small
 from tiny_checkpoints import write_gguf
 from vocabularies import bpe_metadata, spm_metadata, trained_bpe, trained_sentencepiece
 
@@ -215,6 +218,31 @@ def _with(**keys):
 def test_bad_metadata_is_refused(metadata, message):
     with pytest.raises(TokenizerError, match=message):
         Tokenizer.from_metadata(metadata)
+
+
+SPM = {"model": "llama", "scores": [0.0] * VOCABULARY}
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("model", {"model": "wordpiece"}),
+        ("pre", {"pre": "bloom"}),
+        ("tokens", {"tokens": ["a", "a"]}),
+        ("token_type", {"token_type": [1, 2, 3]}),
+        ("merges", {"merges": ["a"]}),
+        ("eos_token_id", {"eos_token_id": VOCABULARY}),
+        ("add_bos_token", {"add_bos_token": 1}),
+        ("scores", SPM | {"scores": [float("nan")] * VOCABULARY}),
+        ("tokens", SPM | {"token_type": [6] * VOCABULARY}),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_its_byte(key, changes, tmp_path):
+    changes = {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    path, key = write_small(tmp_path / "small.gguf", changes), f"tokenizer.ggml.{key}"
+    byte = path.read_bytes().index(struct.pack("<Q", len(key)) + key.encode()) + 8 + len(key) + 4
+    with pytest.raises(TokenizerError, match=re.escape(f"{path}, byte {byte}: {key}")):
+        locate(path).read_tokenizer()
 
 
 @pytest.mark.parametrize("source", ["file", "folder"])
