@@ -42,7 +42,7 @@ from .attention_common import (
     target,
 )
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import check, check_dtype, check_shape
+from .checks import check, check_dtype, check_last_dim_contiguous, check_shape
 from .operators import operator
 from .paged_checks import check_keys_in_pages
 from .paged_common import compact_pages
@@ -202,6 +202,7 @@ def _attention_prefill_kernel(
 def _check_query_start_loc(query_start_loc: Tensor, block_table: Tensor, num_tokens: int) -> None:
     check_shape("query_start_loc", query_start_loc, (block_table.shape[0] + 1,))
     check_dtype("query_start_loc", query_start_loc, (torch.int32,))
+    check_last_dim_contiguous(query_start_loc=query_start_loc)
     check(
         query_start_loc.device == block_table.device,
         f"query_start_loc on {query_start_loc.device}, block_table on {block_table.device}",
