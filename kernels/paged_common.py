@@ -127,9 +127,9 @@ def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Tensor,
 
 
 def write_blocks(num_heads: int, head_dim: int) -> tuple[int, int]:
-    """(BLOCK_HEADS, BLOCK_DIM): about TILE elements a program."""
+    """(BLOCK_HEADS, BLOCK_DIM): about TILE elements a program; one head where there is none."""
     block_dim = triton.next_power_of_2(head_dim)
-    return min(triton.next_power_of_2(num_heads), max(1, TILE // block_dim)), block_dim
+    return min(triton.next_power_of_2(max(1, num_heads)), max(1, TILE // block_dim)), block_dim
 
 
 def as_codes(pages: Tensor) -> Tensor:
