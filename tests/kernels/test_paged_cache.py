@@ -188,6 +188,7 @@ def test_write_rounds_to_the_dtype_of_the_pages():
     seq_lens=st.lists(st.integers(0, 40) | st.integers(0, 300), min_size=1, max_size=3), page_size=page_sizes,
     page_dtype=code_dtypes, dtype=dtypes, seed=seeds,
 )  # fmt: skip
+@example(seq_lens=[300, 0, 256], page_size=256, page_dtype=torch.int8, dtype=torch.float32, seed=0)
 def test_gather_of_codes_equals_definition(seq_lens, page_size, page_dtype, dtype, seed):
     rng = np.random.default_rng(seed)
     num_pages = sum(-(-n // page_size) for n in seq_lens) + 2
