@@ -6,7 +6,8 @@
 Layout: K and V lie only in pages [num_pages, page_size, num_kv_heads, head_dim]; key j of a sequence is slot
 j % page_size of page block_table[j // page_size]. Tiles of BLOCK_N keys start at multiples of BLOCK_N counted from the
 sequence's key 0, whatever the page size, chunk or batch, so a row always meets the same keys in the same order. A tile
-in which a row sees nothing changes no bit of its state: the factor is exp2(0) = 1 and what is added is 0.
+in which a row sees nothing changes no bit of its state: the factor is exp2(0) = 1 and what is added is 0 times V, which
+is 0 where V is finite.
 A head_dim that is no power of two is padded to the next one, in registers only. Two parts (96 = 64 + 32) would multiply
 less, but Triton 3.6 compiled them to wrong values and reads past shared memory (docs/LOG.md, 2026-11-23).
 Quantised pages hold float8 e4m3 or int8 codes; each code is widened exactly to the dtype of q, and the scale of its

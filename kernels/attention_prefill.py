@@ -11,8 +11,9 @@ r % group of the group: any group fills the tile, and one load of K/V serves all
 stretches: tiles cut by the window, tiles that every row sees whole (no mask), tiles on the diagonal.
 The sequence is found on the device, by binary search in query_start_loc, and the grid follows from shapes alone, so a
 CUDA graph can be replayed with other lengths. Tokens past query_start_loc[-1] belong to no sequence: 0 and -inf.
-Programs are issued last block first, longest first within a sequence. A row's bits depend on its own query and keys
-alone: not on the chunk, the batch, the pages' places or their size.
+Programs are issued last block first, longest first within a sequence. Among finite values a row's bits depend on its
+own query and keys alone: not on the chunk, the batch, the pages' places or their size. A NaN or an infinity in V at a
+key that only other rows of the block see reaches it too, as it may in the definition: 0 times it is NaN.
 Moves: q and out once, K/V once for every BLOCK_M rows (mostly from L2), for 4 x head_dim flops a visible pair of query
 and key: compute-bound beyond a few hundred keys.
 """
@@ -42,7 +43,7 @@ from .attention_common import (
     target,
 )
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import check, check_dtype, check_shape
+from .checks import check, check_dtype, check_last_dim_contiguous, check_shape
 from .operators import operator
 from .paged_checks import check_keys_in_pages
 from .paged_common import compact_pages
@@ -202,6 +203,7 @@ def _attention_prefill_kernel(
 def _check_query_start_loc(query_start_loc: Tensor, block_table: Tensor, num_tokens: int) -> None:
     check_shape("query_start_loc", query_start_loc, (block_table.shape[0] + 1,))
     check_dtype("query_start_loc", query_start_loc, (torch.int32,))
+    check_last_dim_contiguous(query_start_loc=query_start_loc)
     check(
         query_start_loc.device == block_table.device,
         f"query_start_loc on {query_start_loc.device}, block_table on {block_table.device}",

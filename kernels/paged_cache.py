@@ -20,7 +20,7 @@ from torch import Tensor
 from . import reference
 from .attention_common import widen
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
 from .paged_checks import check_block_table, check_keys_in_pages, check_pages, check_write
 from .paged_common import LIMITS, as_codes, compact_pages, write_blocks, write_by_definition, write_heads
@@ -69,7 +69,7 @@ def _write_kv_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])  # one code for every batch
 def _gather_kv_kernel(
     pages_ptr,  # [num_pages, page_size, num_kv_heads, HEAD_DIM]
     scale_ptr,  # [num_pages, page_size, num_kv_heads], read if SCALED
@@ -83,6 +83,7 @@ def _gather_kv_kernel(
     head_stride,
     num_kv_heads,
     page_size,
+    num_keys,
     SCALED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,  # rows are (place, head) pairs
@@ -94,8 +95,11 @@ def _gather_kv_kernel(
     first_key = index * page_size
     if first_key < seq_len:
         page = tl.load(block_table_ptr + seq * block_table_stride + index).to(tl.int64)
-        out_row = (tl.load(ends_ptr + seq).to(tl.int64) - seq_len + first_key) * num_kv_heads
-        num_rows = tl.minimum(page_size, seq_len - first_key) * num_kv_heads
+        out_key = tl.load(ends_ptr + seq).to(tl.int64) - seq_len + first_key
+        out_row = out_key * num_kv_heads
+        # none past the end of ``out``, which the host sized without seeing the lengths
+        keys = tl.minimum(tl.minimum(page_size, seq_len - first_key), num_keys - out_key)
+        num_rows = tl.maximum(keys, 0).to(tl.int32) * num_kv_heads
         offs = tl.arange(0, BLOCK_DIM)
         for start in range(0, num_rows, BLOCK_ROWS):
             rows = start + tl.arange(0, BLOCK_ROWS)
@@ -237,8 +241,9 @@ def gather_kv(
         block_table: int32 [num_seqs, max_pages_per_seq].
         seq_lens: int32 [num_seqs].
         scale: float32 [num_pages, page_size, num_kv_heads], for int8 and float8 pages only.
-        num_keys: sum of seq_lens; given, so that the host need not wait for the device.
-        dtype: of the result, a float; that of the pages by default, float32 for int8 and float8 pages.
+        num_keys: sum of seq_lens; given, so that the host need not wait for the device. On a GPU, where it is not
+            compared with that sum, a smaller one leaves the last keys out and a larger one leaves rows unwritten.
+        dtype: of the result, float32, float16 or bfloat16; that of the pages by default, float32 for int8 and float8.
 
     Returns:
         [num_keys, num_kv_heads, head_dim].
@@ -250,18 +255,20 @@ def gather_kv(
     check_pages("pages", pages, "scale", scale)
     check_block_table(block_table, seq_lens)
     check_same_device(pages=pages, block_table=block_table, seq_lens=seq_lens, scale=scale)
+    out_dtype = _gather_dtype(pages, dtype)
+    check(out_dtype in FLOATS, f"dtype is {dtype}", "keys become float32, float16 or bfloat16", "Choose one of them")
+    check(num_keys >= 0, f"num_keys is {num_keys}", "num_keys is the sum of seq_lens", "Pass the sum")
     if pages.device.type == "cpu":
         check_keys_in_pages(block_table, seq_lens, torch.zeros_like(seq_lens), pages.shape[0], pages.shape[1])
         total = int(seq_lens.sum())
         check(num_keys == total, f"num_keys is {num_keys}", f"the sum of seq_lens is {total}", "Pass the sum")
-    out_dtype = _gather_dtype(pages, dtype)
-    if runs_numpy(pages):
+    _, page_size, num_kv_heads, head_dim = pages.shape
+    out = torch.empty((num_keys, num_kv_heads, head_dim), dtype=out_dtype, device=pages.device)
+    if runs_numpy(pages, out):
         pages, scale, table = compact_pages(pages, scale, block_table=block_table)
         scale_array = None if scale is None else as_array(scale)
         rows = reference.gather_kv(as_array(pages), as_array(table), as_array(seq_lens), scale_array)
         return as_tensor(rows, like=pages, dtype=out_dtype)
-    _, page_size, num_kv_heads, head_dim = pages.shape
-    out = torch.empty((num_keys, num_kv_heads, head_dim), dtype=out_dtype, device=pages.device)
     if out.numel() == 0:
         return out
     block_rows, block_dim = write_blocks(page_size * num_kv_heads, head_dim)
@@ -276,6 +283,7 @@ def gather_kv(
         *pages.stride()[:3],
         num_kv_heads,
         page_size,
+        num_keys,
         SCALED=scale is not None,
         HEAD_DIM=head_dim,
         BLOCK_ROWS=block_rows,
@@ -316,14 +324,14 @@ def copy_pages(pages: Tensor, source: Tensor, target: Tensor) -> None:
     if pages.device.type == "cpu":
         _check_copies(as_array(source), as_array(target), pages.shape[0])
     bits = pages.view(_BITS[pages.element_size()])
-    if runs_numpy(pages):
+    if runs_numpy(bits):
         array = as_array(bits)
         reference.copy_pages(array, as_array(source), as_array(target))
         if pages.device.type != "cpu":
             bits.copy_(torch.from_numpy(array))
         return
-    page_elements = pages[0].numel()
-    if source.numel():
+    page_elements = pages[:1].numel()
+    if source.numel() and page_elements:
         grid = (source.shape[0], triton.cdiv(page_elements, COPY_BLOCK))
         _copy_pages_kernel[grid](bits, source, target, pages.stride(0), page_elements, BLOCK=COPY_BLOCK)
 

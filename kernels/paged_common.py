@@ -122,14 +122,16 @@ def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Tensor,
     For the NumPy definition, which would otherwise convert or copy whole pools.
     """
     num_pages = next(t for t in tensors if t is not None).shape[0]
+    if num_pages == 0:
+        return *tensors, block_table
     used, table = torch.unique(block_table.clamp(0, num_pages - 1), return_inverse=True)
     return *(None if t is None else t.view(torch.uint8)[used].view(t.dtype) for t in tensors), table
 
 
 def write_blocks(num_heads: int, head_dim: int) -> tuple[int, int]:
-    """(BLOCK_HEADS, BLOCK_DIM): about TILE elements a program."""
+    """(BLOCK_HEADS, BLOCK_DIM): about TILE elements a program; one head where there is none."""
     block_dim = triton.next_power_of_2(head_dim)
-    return min(triton.next_power_of_2(num_heads), max(1, TILE // block_dim)), block_dim
+    return min(triton.next_power_of_2(max(1, num_heads)), max(1, TILE // block_dim)), block_dim
 
 
 def as_codes(pages: Tensor) -> Tensor:

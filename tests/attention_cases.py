@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from assertions import assert_within_rounding
-from strategies import DEVICE, dtypes, exact, normal, seeds
+from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
 NAN = float("nan")
+GROUPS = [*range(1, 17), 24, 32]
+HEAD_DIMS = [8, 16, 40, 64, 80, 96, 112, 128, 160, 192, 256]
+PAGE_SIZES = [16, 32, 64, 128, 256]
 TOP = {torch.int8: 40.0, torch.float8_e4m3fn: 100.0}  # codes drawn for a value of 1, before the scale's own factor
 
 
@@ -71,12 +74,12 @@ class Dense:
         return self.k.float() * self.k_scale[..., None], self.v.float() * self.v_scale[..., None]
 
 
-page_sizes = st.sampled_from([16, 32, 64, 128, 256])
+page_sizes = st.sampled_from(PAGE_SIZES)
 page_dtypes = st.sampled_from([None, None, torch.int8, torch.float8_e4m3fn])
 shapes = {
     "num_kv_heads": st.sampled_from([1, 2]),
-    "group": st.integers(1, 16) | st.sampled_from([24, 32]),
-    "head_dim": st.sampled_from([8, 16, 40, 64, 80, 96, 112, 128, 256]),
+    "group": st.sampled_from(GROUPS),
+    "head_dim": st.sampled_from(HEAD_DIMS),
     "page_size": page_sizes,
     "dtype": dtypes,
     "page_dtype": page_dtypes,
@@ -159,14 +162,16 @@ def paged(dense: list[Dense], page_size: int, *, seed: int = 0, base: int = 0) -
     return Pages(
         pool("k"),
         pool("v"),
-        torch.from_numpy(table).to(dtype=torch.int32, device=DEVICE),
+        int32(table),
         pool("k_scale"),
         pool("v_scale"),
     )
 
 
 def int32(values: Any) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int32, device=DEVICE)
+    """On DEVICE, with poison before and after."""
+    array = values if isinstance(values, np.ndarray) else np.array(list(values))
+    return guarded(torch.from_numpy(array.astype(np.int32)).to(DEVICE))[0]
 
 
 def starts(lens: Any) -> Tensor:
@@ -191,6 +196,15 @@ def run_decode(kernel: Any, drawn: Drawn, dense: list[Dense], **pages: Any) -> t
     laid = paged(dense, drawn.page_size, **pages)
     lens = int32(len(s.k) for s in dense)
     return kernel(stacked(dense), laid.k_pages, laid.v_pages, laid.block_table, lens, **laid.scales, **drawn.options)
+
+
+def arguments(drawn: Drawn, *, decode: bool = False) -> dict[str, Any]:
+    """What a launcher is called with, by name."""
+    dense = sequences(drawn)
+    laid = paged(dense, drawn.page_size)
+    fields = {"q": stacked(dense), "k_pages": laid.k_pages, "v_pages": laid.v_pages, "block_table": laid.block_table}
+    lens = {"seq_lens": int32(drawn.seq_lens)} | ({} if decode else {"query_start_loc": starts(drawn.query_lens)})
+    return {**fields, **lens, **laid.scales, **drawn.options}
 
 
 def define(definition: Any, drawn: Drawn, dense: list[Dense], *, decode: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -276,6 +290,21 @@ def far_pages(pages: Tensor) -> tuple[Tensor, int]:
     pool = untouched((before + len(pages)) * pages[0].numel(), pages.dtype).view(-1, *pages.shape[1:])
     pool[before:] = pages
     return pool, before
+
+
+def far_scales(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same call, of one sequence in one page, with its scales past 2^31 elements; all pages lie in one place."""
+    page = int(fields["block_table"][0, 0])
+    width = fields["k_scale"][0].numel()
+    num_pages = 2**31 // width + 2
+    both = untouched((num_pages + 1) * width, torch.float32)
+    moved = {"block_table": int32(np.array([[num_pages - 1]]))}
+    for name, part in (("k", both[:-width]), ("v", both[width:])):
+        pages, scale = fields[f"{name}_pages"], fields[f"{name}_scale"]
+        moved[f"{name}_pages"] = pages[page : page + 1].expand(num_pages, -1, -1, -1)
+        moved[f"{name}_scale"] = part.view(num_pages, *scale.shape[1:])
+        moved[f"{name}_scale"][-1] = scale[page]
+    return fields | moved
 
 
 def untouched(numel: int, dtype: torch.dtype) -> Tensor:

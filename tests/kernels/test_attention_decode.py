@@ -8,14 +8,19 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal
+from assertions import assert_bit_equal, assert_within_rounding
 from attention_cases import (
+    GROUPS,
+    HEAD_DIMS,
+    PAGE_SIZES,
     Dense,
     Drawn,
+    arguments,
     assert_attention,
     decodes,
     define,
     far_pages,
+    far_scales,
     int32,
     paged,
     run_decode,
@@ -23,9 +28,11 @@ from attention_cases import (
     sequences,
     spread,
     stacked,
+    untouched,
     with_keys,
 )
 from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
+from rooflama.kernels.attention_decode import _merge_splits_kernel
 from strategies import DEVICE, exact, normal
 
 LLAMA = Drawn(query_lens=(1,) * 4, seq_lens=(37, 0, 290, 130), num_kv_heads=2, group=4, head_dim=64)
@@ -38,6 +45,17 @@ LLAMA = Drawn(query_lens=(1,) * 4, seq_lens=(37, 0, 290, 130), num_kv_heads=2, g
 @example(drawn=replace(LLAMA, group=3, head_dim=80, softcap=5.0, page_dtype=torch.int8, page_size=256))
 @example(drawn=replace(LLAMA, group=70, head_dim=16, num_kv_heads=1))
 def test_attention_decode_equals_definition(drawn):
+    dense = sequences(drawn)
+    want = define(reference.attention_decode, drawn, dense, decode=True)
+    assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim"), [(group, 16) for group in GROUPS] + [(3, n) for n in HEAD_DIMS if n != 16]
+)
+def test_every_group_and_head_dim_equals_definition(group, head_dim):
+    """What is drawn may leave some out. One sequence of one split and one of two."""
+    drawn = Drawn(query_lens=(1, 1), seq_lens=(20, 70), group=group, head_dim=head_dim)
     dense = sequences(drawn)
     want = define(reference.attention_decode, drawn, dense, decode=True)
     assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
@@ -75,7 +93,7 @@ def test_grouped_heads_equal_repeated_heads(drawn):
         assert_bit_equal(one, other, context=str(drawn))
 
 
-@given(drawn=decodes(), page_size=st.sampled_from([16, 32, 64, 128, 256]), seed=st.integers(0, 99))
+@given(drawn=decodes(), page_size=st.sampled_from(PAGE_SIZES), seed=st.integers(0, 99))
 @example(drawn=LLAMA, page_size=256, seed=1)
 def test_placement_and_size_of_pages_change_no_bit(drawn, page_size, seed):
     dense = sequences(drawn)
@@ -83,6 +101,13 @@ def test_placement_and_size_of_pages_change_no_bit(drawn, page_size, seed):
     moved = run_decode(attention_decode, replace(drawn, page_size=page_size), dense, seed=seed)
     for one, other in zip(got, moved, strict=True):
         assert_bit_equal(one, other, context=f"{drawn} page_size={page_size}")
+
+
+@pytest.mark.parametrize("page_dtype", [None, torch.int8])
+def test_the_same_call_gives_the_same_bits(page_dtype):
+    fields = arguments(replace(LLAMA, page_dtype=page_dtype), decode=True)
+    for one, other in zip(attention_decode(**fields), attention_decode(**fields), strict=True):
+        assert_bit_equal(one, other)
 
 
 @given(drawn=decodes())
@@ -189,21 +214,37 @@ def test_offsets_beyond_int32(far, page_size):
         assert_bit_equal(one, other)
 
 
-def arguments(drawn: Drawn = LLAMA) -> dict:
-    dense = sequences(drawn)
-    laid = paged(dense, drawn.page_size)
-    fields = {"q": stacked(dense), "k_pages": laid.k_pages, "v_pages": laid.v_pages, "block_table": laid.block_table}
-    return {**fields, "seq_lens": int32(drawn.seq_lens), **laid.scales, **drawn.options}
+def test_scales_beyond_int32():
+    fields = arguments(Drawn((1,), (13,), num_kv_heads=1, head_dim=16, page_dtype=torch.int8), decode=True)
+    for one, other in zip(attention_decode(**far_scales(fields)), attention_decode(**fields), strict=True):
+        assert_bit_equal(one, other)
+
+
+def test_merge_beyond_int32():
+    """The partial results of the second sequence start past 2^31 elements, as those of hundreds of sequences do."""
+    grid_splits, rng = 2**31 // 16 + 1, np.random.default_rng(0)
+    values, sums = normal(rng, 3, 16), normal(rng, 3, scale=4.0)
+    partial, partial_lse = untouched((grid_splits + 3) * 16, torch.float32), untouched(grid_splits + 3, torch.float32)
+    partial[grid_splits * 16 :].view(3, 16).copy_(values)
+    partial_lse[grid_splits:] = sums
+    out, lse = torch.empty(2, 1, 16, device=DEVICE), torch.empty(2, 1, device=DEVICE)
+    _merge_splits_kernel[(1, 2)](
+        partial, partial_lse, int32([5, 150]), out, lse, 1, grid_splits, 0,
+        HEAD_DIM=16, BLOCK_D=16, BLOCK_N=32, MIN_SPLIT=64, MAX_SPLITS=4, BLOCK_S=4,
+    )  # fmt: skip
+    weights = np.exp2(exact(sums))
+    assert_within_rounding(out[1, 0], weights @ exact(values) / weights.sum())
+    assert_within_rounding(lse[1], np.log(weights.sum(keepdims=True)))
 
 
 def test_opcheck():
     small = replace(LLAMA, query_lens=(1,), seq_lens=(40,), num_kv_heads=1)
     for drawn in (small, replace(small, page_dtype=torch.int8)):
-        torch.library.opcheck(torch.ops.rooflama.attention_decode, (), arguments(drawn))
+        torch.library.opcheck(torch.ops.rooflama.attention_decode, (), arguments(drawn, decode=True))
 
 
 def test_compiles_into_one_graph():
-    fields = arguments()
+    fields = arguments(LLAMA, decode=True)
     q = fields.pop("q")
 
     def block(q):
@@ -218,7 +259,7 @@ def test_compiles_into_one_graph():
 @pytest.mark.gpu
 def test_graph_is_replayed_with_other_lengths():
     """Lengths are read on the device: a captured graph serves any that fit its shapes."""
-    fields = arguments(replace(LLAMA, seq_lens=(3000, 2000, 700, 1)))
+    fields = arguments(replace(LLAMA, seq_lens=(3000, 2000, 700, 1)), decode=True)
     attention_decode(**fields)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -236,21 +277,49 @@ def test_graph_is_replayed_with_other_lengths():
         ({"q": torch.zeros(4, 7, 64)}, "7 query heads over 2 K/V heads"),
         ({"q": torch.zeros(3, 8, 64)}, "3 query tokens, 4 sequences"),
         ({"q": torch.zeros(4, 8, 32)}, r"k_pages must have shape \[any, any, any, 32\]"),
+        ({"q": torch.zeros(4, 8)}, r"q must have shape \[any, any, any\]"),
         ({"q": torch.zeros(4, 8, 64, dtype=torch.float64)}, "q is torch.float64"),
+        ({"q": torch.zeros(4, 8, 64, dtype=torch.float16)}, "pages of floats have the dtype of q"),
+        ({"q": torch.zeros(4, 64, 8).transpose(1, 2)}, "last dimension of q must be contiguous"),
         ({"k_pages": torch.zeros(9, 24, 2, 64), "v_pages": torch.zeros(9, 24, 2, 64)}, "page_size is 24"),
+        ({"k_pages": torch.zeros(9, 16, 2, 300)}, "head_dim is 300"),
+        ({"v_pages": torch.zeros(9, 32, 2, 64)}, "v_pages must have shape"),
         ({"block_table": torch.zeros(4, 9, dtype=torch.int64)}, "block_table must be one of int32"),
+        ({"block_table": torch.zeros(4, 9, dtype=torch.int32, device="meta")}, "all tensors of one call live on one"),
+        (
+            {"block_table": torch.zeros(4, 18, dtype=torch.int32, device=DEVICE)[:, ::2]},
+            "last dimension of block_table must be contiguous",
+        ),
+        ({"seq_lens": torch.zeros(3, dtype=torch.int32)}, r"seq_lens must have shape \[4\]"),
+        ({"seq_lens": torch.zeros(4, dtype=torch.int64)}, "seq_lens must be one of int32"),
+        ({"seq_lens": torch.zeros(8, dtype=torch.int32, device=DEVICE)[::2]}, "dimension of seq_lens must be contig"),
         ({"v_scale": torch.zeros(1)}, "v_scale is given with torch.float32 pages"),
+        ({"softmax_scale": 0.0}, "softmax_scale must be positive"),
+        ({"softcap": -1.0}, "softcap must be positive, or 0"),
+        ({"sliding_window": -1}, "sliding_window counts tokens"),
     ],
 )
 def test_bad_input_is_refused_before_a_launch(change, message):
-    fields = arguments()
-    fields.update({name: tensor.to(DEVICE) for name, tensor in change.items()})
+    fields = arguments(LLAMA, decode=True)
+    fields.update({n: x if getattr(x, "is_meta", True) else x.to(DEVICE) for n, x in change.items()})
     with pytest.raises(KernelInputError, match=message):
         attention_decode(**fields)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")
+@pytest.mark.parametrize(
+    ("page_dtype", "names"),
+    [(None, ("q", "k_pages", "v_pages")), (None, ("k_pages", "v_pages")), (torch.int8, ("q",))],
+)
+def test_bfloat16_is_refused_under_the_interpreter(page_dtype, names):
+    fields = arguments(replace(LLAMA, page_dtype=page_dtype), decode=True)
+    fields |= {name: fields[name].bfloat16() for name in names}
+    with pytest.raises(KernelInputError, match="interpreter computes bfloat16 wrongly"):
+        attention_decode(**fields)
+
+
 def test_pages_of_unlike_layout_are_refused():
-    fields = arguments()
+    fields = arguments(LLAMA, decode=True)
     fields["v_pages"] = fields["v_pages"].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(KernelInputError, match="K and V pages must be laid out alike"):
         attention_decode(**fields)
@@ -259,8 +328,8 @@ def test_pages_of_unlike_layout_are_refused():
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the check would wait for the device")
 def test_bad_lengths_and_pages_are_refused_on_the_cpu():
     with pytest.raises(KernelInputError, match="a sequence has 0 to"):
-        attention_decode(**{**arguments(), "seq_lens": int32([1, 2, 3, 9000])})
-    fields = arguments()
+        attention_decode(**{**arguments(LLAMA, decode=True), "seq_lens": int32([1, 2, 3, 9000])})
+    fields = arguments(LLAMA, decode=True)
     fields["block_table"][2, 1] = 99
     with pytest.raises(KernelInputError, match=r"block_table\[2\] names pages .* to 99: pages are numbered"):
         attention_decode(**fields)

@@ -7,48 +7,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from assertions import assert_bit_equal, assert_guards_intact
-from rooflama.kernels import KernelInputError, copy_pages, gather_kv, reference, use_backend, write_kv
+from paged_cases import LIMITS, poisoned_pages, ragged_table, random_slots, slots_of
+from rooflama.kernels import copy_pages, gather_kv, reference, use_backend, write_kv
+from rooflama.kernels.paged_cache import _gather_kv_kernel
 from rooflama.kernels.reference.paged_cache import quantize, round_to_e4m3
 from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
-LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}
-page_sizes = st.sampled_from([16, 32, 64])
+page_sizes = st.sampled_from([16, 32, 64, 128, 256])
 head_dims = st.sampled_from([1, 16, 64, 80, 96, 128, 256])
 kv_heads = st.integers(1, 5)
 code_dtypes = st.sampled_from(list(LIMITS))
-
-
-def poisoned_pages(shape, dtype):
-    """k_pages, v_pages, k_scale, v_scale of NaN (int8: -128, which no writer stores); no scales for float pages."""
-    poison = -128 if dtype == torch.int8 else float("nan")
-    pages = [torch.full(shape, poison, device=DEVICE).to(dtype) for _ in range(2)]
-    return pages + [torch.full(shape[:3], float("nan"), device=DEVICE) if dtype in LIMITS else None for _ in range(2)]
-
-
-def random_slots(rng, num_tokens, num_slots):
-    return torch.from_numpy(rng.permutation(num_slots)[:num_tokens]).to(DEVICE)
-
-
-def ragged_table(rng, seq_lens, page_size, num_pages):
-    """A block table of distinct random pages; columns past a sequence's end name page 2^30."""
-    pages = iter(rng.permutation(num_pages))
-    columns = max([-(-n // page_size) for n in seq_lens], default=0) + 1
-    table = np.full((len(seq_lens), columns), 2**30, np.int32)
-    for row, length in zip(table, seq_lens, strict=True):
-        for column in range(-(-length // page_size)):
-            row[column] = next(pages)
-    return torch.from_numpy(table).to(DEVICE), torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
-
-
-def slots_of(table, seq_lens, page_size):
-    """The slots of all keys, one sequence after the other."""
-    return torch.cat(
-        [
-            row[torch.arange(n, device=DEVICE) // page_size].long() * page_size
-            + torch.arange(n, device=DEVICE) % page_size
-            for row, n in zip(table, seq_lens.tolist(), strict=True)
-        ]
-    )
 
 
 @given(
@@ -59,40 +27,47 @@ def slots_of(table, seq_lens, page_size):
 def test_gather_returns_what_was_written(seq_lens, page_size, num_kv_heads, head_dim, dtype, seed):
     """Bit for bit, at any placement of the pages; every other slot keeps its poison, and the guards hold."""
     rng = np.random.default_rng(seed)
-    num_keys = sum(seq_lens)
+    num_keys, num_pages = sum(seq_lens), sum(-(-n // page_size) for n in seq_lens) + 2
     k, v = (guarded(normal(rng, num_keys, num_kv_heads, head_dim, dtype=dtype))[0] for _ in range(2))
-    poison = torch.full((12, page_size, num_kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    poison = torch.full((num_pages, page_size, num_kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
     (k_pages, k_buffer), (v_pages, v_buffer) = guarded(poison), guarded(poison)
-    table, lengths = ragged_table(rng, seq_lens, page_size, 12)
+    table, lengths = ragged_table(rng, seq_lens, page_size, num_pages)
     slots = slots_of(table, lengths, page_size)
     write_kv(k, v, k_pages, v_pages, slots)
     context = f"{seq_lens=} {page_size=} {num_kv_heads=} {head_dim=} {dtype} {seed=}"
     for x, pages, buffer in ((k, k_pages, k_buffer), (v, v_pages, v_buffer)):
         assert_bit_equal(gather_kv(pages, table, lengths, num_keys=num_keys), x, context=context)
-        written = torch.zeros(12 * page_size, dtype=torch.bool, device=DEVICE)
+        written = torch.zeros(num_pages * page_size, dtype=torch.bool, device=DEVICE)
         written[slots] = True
         assert bool(pages.flatten(0, 1)[~written].isnan().all()), context
         assert_guards_intact(buffer, context=context)
 
 
 @given(
-    num_tokens=st.integers(0, 5), num_kv_heads=kv_heads, head_dim=head_dims, dtype=dtypes, page_dtype=code_dtypes,
-    exponent=st.integers(-30, 30), seed=seeds,
+    num_tokens=st.integers(0, 5), page_size=page_sizes, num_kv_heads=kv_heads, head_dim=head_dims, dtype=dtypes,
+    page_dtype=code_dtypes, exponent=st.integers(-30, 30), seed=seeds,
 )  # fmt: skip
-@example(num_tokens=3, num_kv_heads=9, head_dim=128, dtype=torch.float32, page_dtype=torch.int8, exponent=0, seed=0)
-def test_codes_and_scales_equal_definition(num_tokens, num_kv_heads, head_dim, dtype, page_dtype, exponent, seed):
-    """Bit for bit: both divide in float32, correctly rounded."""
+@example(
+    num_tokens=3, page_size=256, num_kv_heads=9, head_dim=128, dtype=torch.float32, page_dtype=torch.int8, exponent=0,
+    seed=0,
+)  # fmt: skip
+def test_codes_and_scales_equal_definition(
+    num_tokens, page_size, num_kv_heads, head_dim, dtype, page_dtype, exponent, seed
+):
+    """Bit for bit: both divide in float32, correctly rounded. The guards hold."""
     rng = np.random.default_rng(seed)
     exponent = exponent if dtype != torch.float16 else exponent / 3
     k, v = (normal(rng, num_tokens, num_kv_heads, head_dim, dtype=dtype, scale=2.0**exponent) for _ in range(2))
-    slots = random_slots(rng, num_tokens, 48)
-    pages = poisoned_pages((3, 16, num_kv_heads, head_dim), page_dtype)
-    expected = poisoned_pages((3, 16, num_kv_heads, head_dim), page_dtype)
+    slots = random_slots(rng, num_tokens, 3 * page_size)
+    expected = poisoned_pages((3, page_size, num_kv_heads, head_dim), page_dtype)
+    pages, buffers = zip(*map(guarded, expected), strict=True)
     write_kv(k, v, *pages[:2], slots, *pages[2:])
     with use_backend("numpy"):
         write_kv(k, v, *expected[:2], slots, *expected[2:])
-    for got, want in zip(pages, expected, strict=True):
-        assert_bit_equal(got.float(), want.float(), context=f"{num_tokens=} {head_dim=} {dtype} {page_dtype} {seed=}")
+    context = f"{num_tokens=} {page_size=} {head_dim=} {dtype} {page_dtype} {seed=}"
+    for got, want, buffer in zip(pages, expected, buffers, strict=True):
+        assert_bit_equal(got.float(), want.float(), context=context)
+        assert_guards_intact(buffer if buffer.dtype == torch.int8 else buffer.float(), context=context)
 
 
 @given(num_tokens=st.integers(1, 5), head_dim=head_dims, dtype=dtypes, page_dtype=code_dtypes, seed=seeds)
@@ -163,14 +138,33 @@ def test_rows_of_zeros_tiny_values_and_infinities(page_dtype, backend):
     assert bool(got[3:].isnan().all())
 
 
-@given(num_tokens=st.integers(1, 6), page_dtype=st.sampled_from([None, *LIMITS]), dtype=dtypes, seed=seeds)
-def test_a_slot_depends_on_its_token_alone(num_tokens, page_dtype, dtype, seed):
+@pytest.mark.parametrize("page_dtype", [torch.float32, *LIMITS])
+def test_the_same_call_gives_the_same_bits(page_dtype):
+    rng = np.random.default_rng(0)
+    k, v = normal(rng, 27, 3, 80), normal(rng, 27, 3, 80)
+    table, lengths = ragged_table(rng, [20, 7], 16, 4)
+    results = []
+    for _ in range(2):
+        pages = poisoned_pages((5, 16, 3, 80), page_dtype)
+        write_kv(k, v, *pages[:2], slots_of(table, lengths, 16), *pages[2:])
+        gathered = gather_kv(pages[0], table, lengths, pages[2], num_keys=27)
+        copy_pages(pages[1], table[0, :1], torch.tensor([4], dtype=torch.int32, device=DEVICE))
+        results.append([gathered, *(t.float() for t in pages if t is not None)])
+    for one, other in zip(*results, strict=True):
+        assert_bit_equal(one, other)
+
+
+@given(
+    num_tokens=st.integers(1, 6), page_size=page_sizes, page_dtype=st.sampled_from([None, *LIMITS]), dtype=dtypes,
+    seed=seeds,
+)  # fmt: skip
+def test_a_slot_depends_on_its_token_alone(num_tokens, page_size, page_dtype, dtype, seed):
     """Tokens in another order, with their slots, write the same pages; negative slots write nothing."""
     rng = np.random.default_rng(seed)
     k, v = (normal(rng, num_tokens, 2, 64, dtype=dtype) for _ in range(2))
-    slots = random_slots(rng, num_tokens, 48)
+    slots = random_slots(rng, num_tokens, 3 * page_size)
     slots[torch.from_numpy(rng.random(num_tokens) < 0.3).to(DEVICE)] = -1
-    shape = (3, 16, 2, 64)
+    shape = (3, page_size, 2, 64)
     order = torch.from_numpy(rng.permutation(num_tokens)).to(DEVICE)
     kept = slots >= 0
     results = []
@@ -190,21 +184,49 @@ def test_write_rounds_to_the_dtype_of_the_pages():
     assert_bit_equal(k_pages[0, 3:5], x.half())
 
 
-@given(seq_lens=st.lists(st.integers(0, 40), min_size=1, max_size=3), page_dtype=code_dtypes, dtype=dtypes, seed=seeds)
-def test_gather_of_codes_equals_definition(seq_lens, page_dtype, dtype, seed):
+@given(
+    seq_lens=st.lists(st.integers(0, 40) | st.integers(0, 300), min_size=1, max_size=3), page_size=page_sizes,
+    page_dtype=code_dtypes, dtype=dtypes, seed=seeds,
+)  # fmt: skip
+@example(seq_lens=[300, 0, 256], page_size=256, page_dtype=torch.int8, dtype=torch.float32, seed=0)
+def test_gather_of_codes_equals_definition(seq_lens, page_size, page_dtype, dtype, seed):
     rng = np.random.default_rng(seed)
-    table, lengths = ragged_table(rng, seq_lens, 16, 12)
-    shape = (12, 16, 3, 80)
+    num_pages = sum(-(-n // page_size) for n in seq_lens) + 2
+    table, lengths = ragged_table(rng, seq_lens, page_size, num_pages)
+    shape = (num_pages, page_size, 3, 20)
     codes, scale = quantize(rng.standard_normal(shape), page_dtype == torch.int8)
-    pages = torch.from_numpy(codes).to(page_dtype).to(DEVICE)
-    scale_tensor = torch.from_numpy(scale).to(DEVICE)
+    pages, _ = guarded(torch.from_numpy(codes).to(page_dtype).to(DEVICE))
+    scale_tensor, _ = guarded(torch.from_numpy(scale).to(DEVICE))
     got = gather_kv(pages, table, lengths, scale_tensor, num_keys=sum(seq_lens), dtype=dtype)
     want = reference.gather_kv(codes.astype(np.float64), table.cpu().numpy(), lengths.cpu().numpy(), scale)
-    assert_bit_equal(got, torch.from_numpy(want).float().to(DEVICE, dtype), context=f"{seq_lens=} {seed=}")
+    assert_bit_equal(got, torch.from_numpy(want).float().to(DEVICE, dtype), context=f"{seq_lens=} {page_size=} {seed=}")
 
 
-@given(num_pages=st.integers(2, 8), dtype=st.sampled_from([torch.float32, torch.float16, *LIMITS]), seed=seeds)
+@pytest.mark.parametrize("num_keys", [1, 20, 21, 26, 31])
+def test_gather_writes_no_more_keys_than_asked_for(monkeypatch, num_keys):
+    """Nothing past the end of out, whatever the lengths: on a GPU the host cannot compare them with num_keys."""
+    rng = np.random.default_rng(0)
+    pages = normal(rng, 6, 16, 2, 8)
+    table, lengths = ragged_table(rng, [20, 7, 5], 16, 6)
+    every = gather_kv(pages, table, lengths, num_keys=32)
+    out, buffer = guarded(torch.full((num_keys, 2, 8), torch.nan, device=DEVICE))
+    _gather_kv_kernel[(table.shape[1], 3)](
+        pages, None, table, lengths, lengths.cumsum(0), out, table.stride(0), *pages.stride()[:3], 2, 16, num_keys,
+        SCALED=False, HEAD_DIM=8, BLOCK_ROWS=8, BLOCK_DIM=8,
+    )  # fmt: skip
+    assert_bit_equal(out, every[:num_keys])
+    assert_guards_intact(buffer)
+    monkeypatch.setattr("rooflama.kernels.paged_cache.check", lambda *_: None)  # which compares them on the CPU
+    assert_bit_equal(gather_kv(pages, table, lengths, num_keys=num_keys), every[:num_keys])
+    assert_bit_equal(gather_kv(pages, table, lengths, num_keys=32 + num_keys)[:32], every)
+
+
+@given(
+    num_pages=st.integers(2, 8), dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, *LIMITS]),
+    seed=seeds,
+)  # fmt: skip
 @example(num_pages=4, dtype=torch.float8_e4m3fn, seed=0)
+@example(num_pages=4, dtype=torch.bfloat16, seed=0)
 def test_copy_pages(num_pages, dtype, seed):
     """Targets get the sources' bits, the other pages keep theirs, the guards hold."""
     rng = np.random.default_rng(seed)
@@ -229,6 +251,18 @@ def test_copy_of_pages_that_lie_apart():
     want[4, 1] = want[0, 1]
     copy_pages(pool[:, 1], torch.tensor([0], device=DEVICE), torch.tensor([4], device=DEVICE))
     assert_bit_equal(pool, want)
+
+
+@pytest.mark.parametrize("backend", ["triton", "numpy"])
+@pytest.mark.parametrize("page_dtype", [torch.float32, *LIMITS])
+def test_a_pool_without_pages(page_dtype, backend):
+    pages = poisoned_pages((0, 16, 3, 16), page_dtype)
+    k = torch.zeros(2, 3, 16, device=DEVICE)
+    table, lengths = torch.zeros(2, 1, device=DEVICE).int(), torch.zeros(2, device=DEVICE).int()
+    with use_backend(backend):
+        write_kv(k, k, *pages[:2], torch.tensor([-1, -1], device=DEVICE), *pages[2:])
+        copy_pages(pages[0], lengths[:0], lengths[:0])
+        assert gather_kv(pages[0], table, lengths, pages[2], num_keys=0).shape == (0, 3, 16)
 
 
 def test_pages_that_lie_apart():
@@ -315,76 +349,3 @@ def test_compiles_into_one_graph():
     assert_bit_equal(torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled[:2]), step(*eager[:2]))
     assert_bit_equal(compiled[0], eager[0])
     assert_bit_equal(compiled[0][2], compiled[0][0])
-
-
-ZEROS = torch.zeros(2, 3, 16, device=DEVICE)
-PAGES = torch.zeros(4, 16, 3, 16, device=DEVICE)
-SLOTS = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-SCALES = torch.zeros(4, 16, 3, device=DEVICE)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((ZEROS, ZEROS, PAGES, PAGES, SLOTS.int()), "slot_mapping must be one of int64"),
-        ((ZEROS, ZEROS, PAGES, PAGES, SLOTS[:1]), r"slot_mapping must have shape \[2\]"),
-        ((ZEROS, ZEROS[:, :2], PAGES, PAGES, SLOTS), r"v must have shape \[2, 3, 16\]"),
-        ((ZEROS, ZEROS.half(), PAGES, PAGES, SLOTS), "v must be one of float32"),
-        ((ZEROS, ZEROS, PAGES, PAGES.half(), SLOTS), "v_pages must be one of float32"),
-        ((ZEROS, ZEROS, PAGES.double(), PAGES.double(), SLOTS), "k_pages is torch.float64"),
-        ((ZEROS, ZEROS, PAGES[:, :12], PAGES[:, :12], SLOTS), "page_size is 12"),
-        ((ZEROS, ZEROS, PAGES, PAGES.mT.contiguous().mT, SLOTS), "last dimension of v_pages must be contiguous"),
-        ((ZEROS, ZEROS, PAGES, torch.zeros(4, 2, 16, 3, 16, device=DEVICE)[:, 0], SLOTS), "must be laid out alike"),
-        ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS), "int8 and float8 pages come with scales"),
-        ((ZEROS, ZEROS, PAGES, PAGES, SLOTS, SCALES, SCALES), "float pages without"),
-        ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS, SCALES, SCALES.half()), "v_scale is torch.float16"),
-        ((ZEROS, ZEROS, PAGES.char(), PAGES.char(), SLOTS, SCALES[:3], SCALES), "k_scale must have shape"),
-    ],
-)
-def test_bad_write_is_refused_before_a_launch(arguments, message):
-    with pytest.raises(KernelInputError, match=message):
-        write_kv(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("table", "lengths", "message"),
-    [
-        (torch.zeros(1, 2), torch.ones(1).int(), "block_table must be one of int32"),
-        (torch.zeros(1, 2).int(), torch.ones(2).int(), r"seq_lens must have shape \[1\]"),
-        (torch.zeros(1, 2).int(), torch.ones(1), "seq_lens must be one of int32"),
-    ],
-)
-def test_bad_gather_is_refused_before_a_launch(table, lengths, message):
-    with pytest.raises(KernelInputError, match=message):
-        gather_kv(PAGES.to(DEVICE), table.to(DEVICE), lengths.to(DEVICE), num_keys=1)
-
-
-def test_codes_without_scales_are_not_gathered():
-    table, one = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(KernelInputError, match=r"^scale is None with torch\.int8 pages"):
-        gather_kv(PAGES.char(), table, one, num_keys=1)
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU's indices are not read back for a check")
-def test_indices_out_of_range_are_refused():
-    table, one = torch.zeros(1, 2).int(), torch.ones(1).int()
-    with pytest.raises(KernelInputError, match="slots are numbered 0 to 63"):
-        write_kv(ZEROS, ZEROS, PAGES, PAGES, torch.tensor([0, 64]))
-    with pytest.raises(KernelInputError, match="pages are numbered 0 to 3"):
-        gather_kv(PAGES, table + 4, one, num_keys=1)
-    with pytest.raises(KernelInputError, match="a sequence has 0 to 32 keys"):
-        gather_kv(PAGES, table, one * 33, num_keys=33)
-    with pytest.raises(KernelInputError, match="the sum of seq_lens is 1"):
-        gather_kv(PAGES, table, one, num_keys=2)
-    for source, target, message in (
-        ([4], [0], "pages are numbered"),
-        ([0, 1], [2, 2], "written once"),
-        ([0], [0], "both"),
-    ):
-        with pytest.raises(KernelInputError, match=message):
-            copy_pages(PAGES, torch.tensor(source), torch.tensor(target))
-
-
-def test_pages_to_copy_are_contiguous():
-    with pytest.raises(KernelInputError, match="each page is contiguous"):
-        copy_pages(PAGES.to(DEVICE)[:, :, :, :8], SLOTS.to(DEVICE), SLOTS.to(DEVICE) + 1)

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from rooflama.kernels import KernelInputError, reference, rope, rope_and_cache_write, use_backend, write_kv
+from rope_cases import Step, angle_tables, random_positions
 from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
-PAGE_SIZE = 16
 head_dims = st.sampled_from([2, 16, 64, 80, 96, 100, 128, 256])
 heads = st.integers(1, 5)
-page_dtypes = st.sampled_from([None, torch.int8, torch.float8_e4m3fn])  # None: that of k
+PAGE_DTYPES = [None, torch.int8, torch.float8_e4m3fn]  # None: that of k
+page_dtypes = st.sampled_from(PAGE_DTYPES)
+page_sizes = st.sampled_from([16, 32, 64, 128, 256])
 
 
 @st.composite
@@ -21,15 +23,6 @@ def rotary_dims(draw):
     """(head_dim, rotary_dim)."""
     head_dim = draw(head_dims)
     return head_dim, draw(st.one_of(st.just(head_dim), st.integers(1, head_dim // 2).map(lambda half: 2 * half)))
-
-
-def angle_tables(max_positions, rotary_dim, theta=1e4):
-    angles = np.outer(np.arange(max_positions), theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim))
-    return tuple(torch.from_numpy(t).float().to(DEVICE) for t in (np.cos(angles), np.sin(angles)))
-
-
-def random_positions(rng, num_tokens, max_positions=500):
-    return torch.from_numpy(rng.integers(0, max_positions, num_tokens).astype(np.int32)).to(DEVICE)
 
 
 def torch_rope(x, cos, sin, positions, interleaved):
@@ -56,7 +49,7 @@ def test_rope_equals_definition(dims, num_tokens, num_heads, interleaved, dtype,
     head_dim, rotary_dim = dims
     rng = np.random.default_rng(seed)
     x, buffer = guarded(normal(rng, num_tokens, num_heads, head_dim, dtype=dtype))
-    cos, sin = (guarded(table)[0] for table in angle_tables(500, rotary_dim))
+    cos, sin = angle_tables(500, rotary_dim)
     positions = random_positions(rng, num_tokens)
     got = rope(x, cos, sin, positions, interleaved=interleaved)
     want = reference.rope(exact(x), exact(cos), exact(sin), positions.cpu().numpy(), interleaved=interleaved)
@@ -153,65 +146,36 @@ def test_batch_invariance(dims, num_tokens, dtype, seed):
     assert_bit_equal(rope(x, *tables, positions), alone)
 
 
-class Step:
-    """Inputs of one fused call, its pages full of poison."""
-
-    def __init__(self, seed, num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, page_dtype=None):
-        rng = np.random.default_rng(seed)
-        qkv = normal(rng, num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
-        self.q, self.k, self.v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        self.tables = angle_tables(500, rotary_dim)
-        self.positions = random_positions(rng, num_tokens)
-        slots = rng.permutation(4 * PAGE_SIZE)[:num_tokens]
-        slots[rng.random(num_tokens) < 0.2] = -1
-        self.slots = torch.from_numpy(slots).to(DEVICE)
-        self.norms = [normal(rng, head_dim), normal(rng, head_dim)]
-        self.shape = (4, PAGE_SIZE, num_kv_heads, head_dim)
-        self.page_dtype = page_dtype or dtype
-        self.scaled = page_dtype is not None
-
-    def pages(self):
-        """k_pages, v_pages, k_scale, v_scale; the last two None for float pages."""
-        poison = -128 if self.page_dtype == torch.int8 else float("nan")
-        pages = [torch.full(self.shape, poison, device=DEVICE).to(self.page_dtype) for _ in range(2)]
-        scales = [torch.full(self.shape[:3], float("nan"), device=DEVICE) if self.scaled else None for _ in range(2)]
-        return pages + scales
-
-    def fused(self, q_norm=None, k_norm=None, **options):
-        pages = self.pages()
-        q = rope_and_cache_write(
-            *(self.q, self.k, self.v, *self.tables, self.positions, self.slots, *pages[:2]),
-            *(q_norm, k_norm, *pages[2:]),
-            **options,
-        )
-        return q, [t.float() for t in pages if t is not None]
-
-
 @given(
     dims=rotary_dims(), num_tokens=st.integers(0, 4), num_kv_heads=st.integers(1, 3), group=st.integers(1, 3),
-    interleaved=st.booleans(), dtype=dtypes, page_dtype=page_dtypes, seed=seeds,
+    interleaved=st.booleans(), dtype=dtypes, page_dtype=page_dtypes, page_size=page_sizes, seed=seeds,
 )  # fmt: skip
 @example(
     dims=(128, 128), num_tokens=2, num_kv_heads=9, group=1, interleaved=False,
-    dtype=torch.float32, page_dtype=torch.float8_e4m3fn, seed=0,
+    dtype=torch.float32, page_dtype=torch.float8_e4m3fn, page_size=16, seed=0,
 )  # fmt: skip
-def test_fused_equals_rope_then_write(dims, num_tokens, num_kv_heads, group, interleaved, dtype, page_dtype, seed):
+def test_fused_equals_rope_then_write(
+    dims, num_tokens, num_kv_heads, group, interleaved, dtype, page_dtype, page_size, seed
+):
     """Bit for bit. Into codes only from float32: the fused kernel spares a rounding that the two in turn make."""
     dtype = torch.float32 if page_dtype else dtype
-    step = Step(seed, num_tokens, group * num_kv_heads, num_kv_heads, *dims, dtype, page_dtype)
+    step = Step(seed, num_tokens, group * num_kv_heads, num_kv_heads, *dims, dtype, page_dtype, page_size)
     q, written = step.fused(interleaved=interleaved)
     pages = step.pages()
     k = rope(step.k, *step.tables, step.positions, interleaved=interleaved)
     write_kv(k, step.v, *pages[:2], step.slots, *pages[2:])
     assert_bit_equal(q, rope(step.q, *step.tables, step.positions, interleaved=interleaved))
     for got, want in zip(written, [t.float() for t in pages if t is not None], strict=True):
-        assert_bit_equal(got, want, context=f"{dims=} {num_tokens=} {page_dtype=} {seed=}")
+        assert_bit_equal(got, want, context=f"{dims=} {num_tokens=} {page_dtype=} {page_size=} {seed=}")
 
 
-@given(dims=rotary_dims(), num_tokens=st.integers(1, 4), interleaved=st.booleans(), dtype=dtypes, seed=seeds)
-@example(dims=(80, 60), num_tokens=2, interleaved=True, dtype=torch.float16, seed=0)
-def test_fused_with_norms_equals_definition(dims, num_tokens, interleaved, dtype, seed):
-    step = Step(seed, num_tokens, 3, 1, *dims, dtype)
+@given(
+    dims=rotary_dims(), num_tokens=st.integers(1, 4), interleaved=st.booleans(), dtype=dtypes, page_size=page_sizes,
+    seed=seeds,
+)  # fmt: skip
+@example(dims=(80, 60), num_tokens=2, interleaved=True, dtype=torch.float16, page_size=256, seed=0)
+def test_fused_with_norms_equals_definition(dims, num_tokens, interleaved, dtype, page_size, seed):
+    step = Step(seed, num_tokens, 3, 1, *dims, dtype, page_size=page_size)
     q, (k_pages, v_pages) = step.fused(*step.norms, eps=1e-5, interleaved=interleaved)
     arrays = [np.full(step.shape, np.nan) for _ in range(2)]
     want = reference.rope_and_cache_write(
@@ -220,7 +184,7 @@ def test_fused_with_norms_equals_definition(dims, num_tokens, interleaved, dtype
         eps=1e-5,
         interleaved=interleaved,
     )
-    context = f"{dims=} {num_tokens=} {interleaved=} {dtype} {seed=}"
+    context = f"{dims=} {num_tokens=} {interleaved=} {dtype} {page_size=} {seed=}"
     assert_within_rounding(q, want, context=context)
     for got, array in zip((k_pages, v_pages), arrays, strict=True):
         unwritten = np.isnan(array)
@@ -255,7 +219,30 @@ def test_fused_batch_invariance(num_tokens, dtype, page_dtype, seed):
         assert_bit_equal(got, want)
 
 
-@pytest.mark.parametrize("page_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("page_dtype", PAGE_DTYPES)
+def test_the_same_call_gives_the_same_bits(page_dtype):
+    step = Step(0, 5, 6, 2, 80, 64, torch.float32, page_dtype)
+    first, second = (rope(step.q, *step.tables, step.positions) for _ in range(2))
+    assert_bit_equal(first, second)
+    (q, pages), (same_q, same_pages) = (step.fused(*step.norms, eps=1e-5) for _ in range(2))
+    for one, other in zip((q, *pages), (same_q, *same_pages), strict=True):
+        assert_bit_equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["triton", "numpy"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(0, 2), (2, 0)])
+def test_no_query_heads_or_no_key_heads(num_heads, num_kv_heads, backend):
+    step = Step(0, 5, num_heads, num_kv_heads, 16, 16, torch.float32)
+    pages = step.pages()
+    with use_backend(backend):
+        q, (k_pages, v_pages) = step.fused()
+        assert_bit_equal(q, rope(step.q, *step.tables, step.positions))
+        write_kv(rope(step.k, *step.tables, step.positions), step.v, *pages[:2], step.slots)
+    assert_bit_equal(k_pages, pages[0])
+    assert_bit_equal(v_pages, pages[1])
+
+
+@pytest.mark.parametrize("page_dtype", PAGE_DTYPES)
 def test_numpy_route_equals_kernel(page_dtype):
     """What runs on a machine without a GPU. Float32 rounds differently, which may turn a code near a tie."""
     step = Step(0, 5, 6, 2, 80, 64, torch.float32, page_dtype)
@@ -285,7 +272,7 @@ def test_strides_of_tokens_and_heads():
 def test_offsets_beyond_int32():
     """Tokens and pages whose offsets pass 2^31."""
     step = Step(0, 3, 3, 3, 64, 64, torch.float16)
-    step.slots = torch.tensor([0, PAGE_SIZE + 5, 2 * PAGE_SIZE + 3], device=DEVICE)
+    step.slots = torch.tensor([0, 16 + 5, 32 + 3], device=DEVICE)
     far = [beyond_int32(t) for t in (step.q, step.k, step.v)]
     assert_bit_equal(rope(far[0], *step.tables, step.positions), rope(step.q, *step.tables, step.positions))
     q, (k_near, v_near) = step.fused()
@@ -295,13 +282,27 @@ def test_offsets_beyond_int32():
     assert_bit_equal(v_pages.float(), v_near[:3])
 
 
+def test_scales_beyond_int32():
+    """The pages all lie in one place, so that only the scales are many."""
+    step, num_pages = Step(0, 1, 4, 4, 16, 16, torch.float32, torch.int8), 2**31 // (16 * 4) + 2
+    step.slots = torch.tensor([3], device=DEVICE)
+    q, near = step.fused(*step.norms, eps=1e-5)
+    scales = beyond_int32(torch.zeros(3, 256, device=DEVICE))
+    k_scale, v_scale = (scales.as_strided((num_pages, 16, 4), (64, 4, 1), offset) for offset in (0, 64))
+    k_pages, v_pages = (pages[:1].expand(num_pages, -1, -1, -1) for pages in step.pages()[:2])
+    step.slots += (num_pages - 1) * 16
+    got = rope_and_cache_write(*step.inputs(), k_pages, v_pages, *step.norms, k_scale, v_scale, eps=1e-5)
+    assert_bit_equal(got, q)
+    for far, want in zip((k_pages, v_pages, k_scale, v_scale), near, strict=True):
+        assert_bit_equal(far[-1, 3].float(), want[0, 3])
+
+
 def test_opcheck():
     step = Step(0, 2, 4, 2, 16, 16, torch.float32, torch.int8)
     torch.library.opcheck(torch.ops.rooflama.rope, (step.q, *step.tables, step.positions))
     pages = step.pages()
-    inputs = (step.q, step.k, step.v, *step.tables, step.positions, step.slots)
     torch.library.opcheck(
-        torch.ops.rooflama.rope_and_cache_write, (*inputs, *pages[:2], *step.norms, *pages[2:]), {"eps": 1e-5}
+        torch.ops.rooflama.rope_and_cache_write, (*step.inputs(), *pages[:2], *step.norms, *pages[2:]), {"eps": 1e-5}
     )
 
 
@@ -309,8 +310,7 @@ def test_compiles_into_one_graph():
     step = Step(0, 2, 4, 2, 16, 16, torch.float32)
 
     def attention_input(k_pages, v_pages):
-        inputs = (step.q, step.k, step.v, *step.tables, step.positions, step.slots)
-        return rope_and_cache_write(*inputs, k_pages, v_pages) + rope(step.q, *step.tables, step.positions)
+        return rope_and_cache_write(*step.inputs(), k_pages, v_pages) + rope(step.q, *step.tables, step.positions)
 
     eager_pages, compiled_pages = step.pages()[:2], step.pages()[:2]
     want = attention_input(*eager_pages)
@@ -347,6 +347,10 @@ GOOD = {
         ({"positions": torch.zeros(3, dtype=torch.int32)}, r"positions must have shape \[2\]"),
         ({"positions": torch.zeros(2)}, "positions must be one of int32, int64"),
         ({"slot_mapping": torch.zeros(2, dtype=torch.int32)}, "slot_mapping must be one of int64"),
+        ({"positions": torch.zeros(4, dtype=torch.int32, device=DEVICE)[::2]}, "of positions must be contiguous"),
+        ({"slot_mapping": torch.zeros(4, dtype=torch.int64, device=DEVICE)[::2]}, "of slot_mapping must be contiguous"),
+        ({"cos": torch.zeros(9, 16, device=DEVICE)[:, ::2]}, "cos has strides .* tables are contiguous"),
+        ({"q_norm": torch.zeros(32, device=DEVICE)[::2]}, "of q_norm must be contiguous"),
         ({"k_pages": torch.zeros(3, 24, 2, 16)}, "page_size is 24"),
         ({"v_pages": torch.zeros(4, 16, 2, 16)}, r"v_pages must have shape \[3, 16, 2, 16\]"),
         ({"q_norm": torch.zeros(15)}, r"q_norm must have shape \[16\]"),
@@ -375,11 +379,12 @@ def test_indices_out_of_range_are_refused(bad, message):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")
-def test_bfloat16_is_refused_under_the_interpreter():
+@pytest.mark.parametrize("names", [("q", "k", "v"), ("k_pages", "v_pages"), ("q_norm",), ("k_norm",)])
+def test_bfloat16_is_refused_under_the_interpreter(names):
+    arguments = {**GOOD, "q_norm": torch.zeros(16), "k_norm": torch.zeros(16)}
+    arguments |= {name: arguments[name].bfloat16() for name in names}
     with pytest.raises(KernelInputError, match="interpreter computes bfloat16 wrongly"):
-        rope(
-            torch.zeros(1, 1, 8, dtype=torch.bfloat16),
-            GOOD["cos"][:, :4].contiguous(),
-            GOOD["sin"][:, :4].contiguous(),
-            GOOD["positions"][:1],
-        )
+        rope_and_cache_write(**arguments)
+    if "q" in names:
+        with pytest.raises(KernelInputError, match="interpreter computes bfloat16 wrongly"):
+            rope(*(arguments[name] for name in ("q", "cos", "sin", "positions")))
