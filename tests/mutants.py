@@ -33,6 +33,8 @@ class Mutant(NamedTuple):
     tests: str
 
 
+MIXED = "tests/kernels/test_sampling_filters.py::test_a_mixture_of_rows_keeps_and_draws_what_the_definition_does"
+
 MUTANTS = [
     Mutant(
         "norm: eps left out",
@@ -279,7 +281,28 @@ MUTANTS = [
         "kernels/sampling_filters.py",
         "bound = tl.load(limit_ptr + row).to(tl.float32)",
         "bound = tl.load(limit_ptr + row).to(tl.float32) + (0.0 if WEIGHTED else 1.0)",
-        "tests/kernels/test_sampling.py",
+        "tests/kernels/test_sampling_filters.py",
+    ),
+    Mutant(
+        "sampling: top-p weighs what top-k dropped",
+        "kernels/sampling_filters.py",
+        "candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
+        "candidate = (offs < vocab_size) & (WEIGHTED | (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)))",
+        MIXED,
+    ),
+    Mutant(
+        "sampling: top-p at temperature 1",
+        "kernels/sampling_filters.py",
+        "_relative(logits, largest, tl.load(temperature_ptr + row))",
+        "_relative(logits, largest, 1.0)",
+        MIXED,
+    ),
+    Mutant(
+        "sampling: min-p dropped beside top-k or top-p",
+        "kernels/sampling.py",
+        "            if MIN_P:\n",
+        "            if MIN_P and not FLOOR:\n",
+        MIXED,
     ),
     Mutant(
         "sampling: temperature ignored",
