@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
 
 
@@ -74,6 +74,8 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
     check_shape("x", x, (None, None))
+    if x.shape[1] == 0:
+        check(False, f"x has shape {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
     check_shape("weight", weight, (x.shape[1],))
     check_dtype("x", x, FLOATS)
     check_dtype("weight", weight, FLOATS)

@@ -311,6 +311,8 @@ def quantized_matmul_planes(
     if residual is not None:
         check_shape("residual", residual, (x.shape[0], rows))
         check_dtype("residual", residual, FLOATS)
+    if norm_weight is not None and columns == 0:
+        check(False, f"norm_weight of x {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
     if swiglu:
         check(rows % 2 == 0, f"weight has {rows} rows", "with swiglu, half are gate and half are up", "Stack both")
         check(residual is None, "swiglu with a residual", "the residual joins a later product", "Leave one out")

@@ -160,23 +160,28 @@ def sample(
 
     Args:
         logits: [num_seqs, vocab], float32, float16 or bfloat16.
-        temperature: float32 [num_seqs]; 0 is greedy: the largest logit, the lowest token among equals.
+        temperature: float32 [num_seqs], finite; 0 is greedy: the largest logit, the lowest token among equals.
         top_k: int32 [num_seqs], 0 for off; keeps every token that equals the k-th.
-        top_p: float32 [num_seqs], 1 for off.
-        min_p: float32 [num_seqs], 0 for off.
+        top_p: float32 [num_seqs], 0 to 1; 1 for off.
+        min_p: float32 [num_seqs], 0 to 1; 0 for off.
         seeds: int64 [num_seqs], needed with ``temperature``.
         steps: int64 [num_seqs], needed with ``temperature``: how many tokens the sequence has drawn before.
-        penalty: float32 [num_seqs], 1 for off; positive.
-        seen: bool or uint8 [num_seqs, vocab], needed with ``penalty``: the tokens it applies to.
+        penalty: float32 [num_seqs], positive and finite; 1 for off.
+        seen: bool or uint8 [num_seqs, vocab], given with ``penalty`` and only then: the tokens it applies to.
         vocab_size: tokens from here on are padding and never drawn; the width of ``logits`` by default.
 
     Returns:
-        int32 [num_seqs]; -1 for a row with a NaN among its logits.
+        int32 [num_seqs]; -1 for a row with a NaN among its logits. On a GPU, where looking at the parameters would
+        stall the stream, one outside its range does this: a temperature below 0 or NaN is greedy, top_k below 0 and
+        top_p above 1 or NaN are off, top_p below 0 is 0, a min_p that keeps no token gives token 0, a penalty that
+        makes a NaN gives -1, and an infinite temperature gives any number at all.
 
     Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, or a parameter lacks the one it needs.
+        KernelInputError: shapes, dtypes or devices do not fit, a parameter lacks the one it needs, or (seen on the CPU
+            only) a parameter is outside its range.
     """
-    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    check_shape("logits", logits, (None, None))
+    vocab_size = logits.shape[1] if vocab_size is None else vocab_size
     _check(logits, temperature, top_k, top_p, min_p, seeds, steps, penalty, seen, vocab_size)
     if runs_numpy(logits):
         parameters = (temperature, top_k, top_p, min_p, seeds, steps, penalty, seen)
@@ -238,10 +243,9 @@ def _check(
     seen: Tensor | None,
     vocab_size: int,
 ) -> None:
-    check_shape("logits", logits, (None, None))
     num_seqs, vocab = logits.shape
     check_dtype("logits", logits, FLOATS)
-    check_last_dim_contiguous(logits=logits, seen=seen)
+    check_last_dim_contiguous(logits=logits)
     check(
         0 < vocab_size <= vocab < 2**24,
         f"vocab_size is {vocab_size}, logits has {vocab} columns",
@@ -265,12 +269,39 @@ def _check(
     if seen is not None:
         check_shape("seen", seen, (num_seqs, vocab))
         check_dtype("seen", seen, (torch.bool, torch.uint8))
+        check_last_dim_contiguous(seen=seen)
     check_same_device(logits=logits, seen=seen, **{name: tensor for name, (tensor, _) in parameters.items()})
-    needs = (("temperature", temperature, "seeds", seeds), ("temperature", temperature, "steps", steps))
-    for name, tensor, needed_name, needed in (*needs, ("penalty", penalty, "seen", seen)):
+    for name, tensor, needed_name, needed in (
+        ("temperature", temperature, "seeds", seeds),
+        ("temperature", temperature, "steps", steps),
+        ("penalty", penalty, "seen", seen),
+        ("seen", seen, "penalty", penalty),
+    ):
         check(
             tensor is None or needed is not None,
             f"{name} without {needed_name}",
             f"{name} needs {needed_name}",
             f"Pass {needed_name} too",
         )
+    if logits.device.type == "cpu":
+        _check_ranges(temperature, top_k, top_p, min_p, penalty)
+
+
+def _check_ranges(
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    penalty: Tensor | None,
+) -> None:
+    """That every value lies where its filter is defined. Reads the tensors: for those on the CPU."""
+    infinity = float("inf")
+    for name, tensor, fits, rule in (
+        ("temperature", temperature, lambda t: (t >= 0) & (t < infinity), "finite and at least 0"),
+        ("top_k", top_k, lambda t: t >= 0, "at least 0; 0 is off"),
+        ("top_p", top_p, lambda t: (t >= 0) & (t <= 1), "between 0 and 1; 1 is off"),
+        ("min_p", min_p, lambda t: (t >= 0) & (t <= 1), "between 0 and 1; 0 is off"),
+        ("penalty", penalty, lambda t: (t > 0) & (t < infinity), "positive and finite; 1 is off"),
+    ):
+        if tensor is not None and not (good := fits(tensor)).all():
+            check(False, f"{name} {tensor[~good][0].item()}", f"{name} must be {rule}", f"Change {name}")

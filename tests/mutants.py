@@ -33,6 +33,8 @@ class Mutant(NamedTuple):
     tests: str
 
 
+MIXED = "tests/kernels/test_sampling_filters.py::test_a_mixture_of_rows_keeps_and_draws_what_the_definition_does"
+
 MUTANTS = [
     Mutant(
         "norm: eps left out",
@@ -53,6 +55,41 @@ MUTANTS = [
         "kernels/norm.py",
         "row = tl.program_id(0).to(tl.int64)",
         "row = tl.program_id(0)",
+        "tests/kernels/test_norm.py",
+    ),
+    Mutant(
+        "norm: the residual read by the stride of x",
+        "kernels/norm.py",
+        "residual_ptr + row * residual_stride",
+        "residual_ptr + row * x_stride",
+        "tests/kernels/test_norm.py",
+    ),
+    Mutant(
+        "norm: the residual's row offset in 32 bits",
+        "kernels/norm.py",
+        "residual_ptr + row * residual_stride",
+        "residual_ptr + row.to(tl.int32) * residual_stride",
+        "tests/kernels/test_norm.py",
+    ),
+    Mutant(
+        "norm: the sum stored by the stride of x",
+        "kernels/norm.py",
+        "total_ptr + row * hidden",
+        "total_ptr + row * x_stride",
+        "tests/kernels/test_norm.py",
+    ),
+    Mutant(
+        "norm: eps of the definition fifty times too large",
+        "kernels/reference/norm.py",
+        "dtype.type(eps)",
+        "dtype.type(50 * eps)",
+        "tests/kernels/test_norm.py",
+    ),
+    Mutant(
+        "norm: the definition's mean over one column too many",
+        "kernels/reference/norm.py",
+        "np.mean(x * x, axis=-1, keepdims=True)",
+        "np.sum(x * x, axis=-1, keepdims=True) / (x.shape[-1] + 1)",
         "tests/kernels/test_norm.py",
     ),
     Mutant(
@@ -339,6 +376,83 @@ MUTANTS = [
         "tests/kernels/test_quantized_matmul.py",
     ),
     Mutant(
+        "matmul: batch invariance ends with the tokens of dot",
+        "kernels/quantized_matmul.py",
+        'if not (batch_invariant or num_tokens <= limits["dot"]):',
+        'if not (batch_invariant and num_tokens <= 64 or num_tokens <= limits["dot"]):',
+        "tests/kernels/test_quantized_matmul.py::test_batch_invariance",
+    ),
+    Mutant(
+        "matmul: row offset of the output in 32 bits",
+        "kernels/quantized_tiles.py",
+        "tl.store(out_ptr + offs_m[:, None] * rows",
+        "tl.store(out_ptr + offs_m.to(tl.int32)[:, None] * rows",
+        "tests/kernels/test_quantized_matmul.py::test_output_beyond_int32",
+    ),
+    Mutant(
+        "matmul: residual added twice by the definition",
+        "kernels/reference/quantized_matmul.py",
+        "out += residual.astype(dtype, copy=False)",
+        "out += 2 * residual.astype(dtype, copy=False)",
+        "tests/kernels/test_quantized_matmul.py::test_definition_equals_torch",
+    ),
+    Mutant(
+        "dot: columns past the end of x are read",
+        "kernels/quantized_matmul.py",
+        " & (offs_k < columns)[None, :],\n            other=0.0,\n        )\n        tile = load_tile(",
+        ",\n            other=0.0,\n        )\n        tile = load_tile(",
+        "tests/kernels/test_quantized_matmul.py::test_quantized_matmul_equals_definition",
+    ),
+    Mutant(
+        "dot: blocks of tokens and of rows in the wrong order",
+        "kernels/quantized_matmul.py",
+        "tile_rows(tl.program_id(0) // num_blocks_m, rows, BLOCK_N, SWIGLU)",
+        "tile_rows(tl.program_id(0) % num_blocks_m, rows, BLOCK_N, SWIGLU)",
+        "tests/kernels/test_quantized_matmul.py::test_quantized_matmul_equals_definition",
+    ),
+    Mutant(
+        "dot: only the last step's columns",
+        "kernels/quantized_matmul.py",
+        'tl.dot(x, tl.trans(tile.to(x.dtype)), acc, input_precision="ieee")',
+        'tl.dot(x, tl.trans(tile.to(x.dtype)), input_precision="ieee")',
+        "tests/kernels/test_quantized_matmul.py::test_quantized_matmul_equals_definition",
+    ),
+    Mutant(
+        "dot: every block holds the first tokens",
+        "kernels/quantized_matmul.py",
+        "(tl.program_id(0) % num_blocks_m).to(tl.int64) * BLOCK_M",
+        "(tl.program_id(0) % num_blocks_m).to(tl.int64) * 0",
+        "tests/kernels/test_quantized_matmul.py::test_quantized_matmul_equals_definition",
+    ),
+    Mutant(
+        "dot: row offset of x in 32 bits",
+        "kernels/quantized_matmul.py",
+        "(tl.program_id(0) % num_blocks_m).to(tl.int64) * BLOCK_M",
+        "(tl.program_id(0) % num_blocks_m) * BLOCK_M",
+        "tests/kernels/test_quantized_matmul.py::test_offsets_beyond_int32",
+    ),
+    Mutant(
+        "quantised: row offset of the codes in 32 bits",
+        "kernels/quantized_tiles.py",
+        "plane_ptr + offs_n[:, None] * words_per_row",
+        "plane_ptr + offs_n.to(tl.int32)[:, None] * words_per_row",
+        "tests/kernels/test_dequantize.py::test_rows_beyond_int32",
+    ),
+    Mutant(
+        "dequantize: row offset of the output in 32 bits",
+        "kernels/dequantize.py",
+        "out_ptr + offs_out[:, None] * columns",
+        "out_ptr + offs_out.to(tl.int32)[:, None] * columns",
+        "tests/kernels/test_dequantize.py::test_output_beyond_int32",
+    ),
+    Mutant(
+        "embedding: row offset of the output in 32 bits",
+        "kernels/embedding.py",
+        "offs = token * columns",
+        "offs = token.to(tl.int32) * columns",
+        "tests/kernels/test_embedding.py::test_output_beyond_int32",
+    ),
+    Mutant(
         "embedding: the row above",
         "kernels/embedding.py",
         "tl.load(token_ids_ptr + token).to(tl.int64)",
@@ -357,7 +471,28 @@ MUTANTS = [
         "kernels/sampling_filters.py",
         "bound = tl.load(limit_ptr + row).to(tl.float32)",
         "bound = tl.load(limit_ptr + row).to(tl.float32) + (0.0 if WEIGHTED else 1.0)",
-        "tests/kernels/test_sampling.py",
+        "tests/kernels/test_sampling_filters.py",
+    ),
+    Mutant(
+        "sampling: top-p weighs what top-k dropped",
+        "kernels/sampling_filters.py",
+        "(image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
+        "(image >= (0 if WEIGHTED else tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)))",
+        MIXED,
+    ),
+    Mutant(
+        "sampling: top-p at temperature 1",
+        "kernels/sampling_filters.py",
+        "_relative(logits, largest, tl.load(temperature_ptr + row))",
+        "_relative(logits, largest, 1.0)",
+        MIXED,
+    ),
+    Mutant(
+        "sampling: min-p dropped beside top-k or top-p",
+        "kernels/sampling.py",
+        "            if MIN_P:\n",
+        "            if MIN_P and not FLOOR:\n",
+        MIXED,
     ),
     Mutant(
         "sampling: temperature ignored",

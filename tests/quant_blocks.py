@@ -79,10 +79,13 @@ def guarded_weight(weight: QuantizedTensor) -> tuple[QuantizedTensor, list[Tenso
     return weight._replace(planes=tuple(view for view, _ in pairs)), [buffer for _, buffer in pairs]
 
 
-def virtual_rows(rows: int, columns: int) -> QuantizedTensor:
-    """F16 rows of zeros that take no memory on the CPU until they are written."""
-    if DEVICE.type == "cuda":
-        zeros = torch.zeros(rows, columns, dtype=torch.float16, device=DEVICE)
-    else:
-        zeros = torch.from_numpy(np.memmap("/dev/zero", dtype=np.float16, mode="c", shape=(rows, columns)))
-    return QuantizedTensor("F16", (zeros,), (rows, columns))
+def virtual_rows(rows: int, columns: int, ggml_type: str = "F16") -> QuantizedTensor:
+    """Rows of zeros that take no memory on the CPU until they are written."""
+    planes = []
+    for plane in LAYOUTS[ggml_type].planes:
+        shape = (rows, columns // plane.elements)
+        if DEVICE.type == "cuda":
+            planes.append(torch.zeros(shape, dtype=getattr(torch, plane.dtype), device=DEVICE))
+        else:
+            planes.append(torch.from_numpy(np.memmap("/dev/zero", dtype=plane.dtype, mode="c", shape=shape)))
+    return QuantizedTensor(ggml_type, tuple(planes), (rows, columns))

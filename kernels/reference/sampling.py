@@ -12,6 +12,8 @@ u is a function of (seed, step, token) alone: the first word of Philox4x32-10 (S
 key and (token, step's low word, step's high word, 0) as counter; as float32, word / 2^32 + 2^-33, at most 1 - 2^-24.
 So what a sequence draws does not depend on its neighbours, and neither on tokens that the filters drop.
 A NaN logit makes the row's token -1.
+Out of range, which ``kernels.sample`` refuses where it can see it: a penalty that makes a NaN makes the token -1; a NaN
+temperature is 0; a min_p that keeps nothing, as one above 1 or NaN does, makes the token 0.
 """
 
 import numpy as np
@@ -50,8 +52,9 @@ def allowed_tokens(logits: np.ndarray, temperature: float, top_k: int, top_p: fl
         mass_above = np.concatenate([[0], mass[:-1]])
         reach = max(top_p * mass[-1], np.finfo(np.float32).tiny)
         keep &= logits >= ordered[mass_above < reach][-1]
-    if min_p > 0:
-        keep &= relative(logits, temperature) >= np.log(logits.dtype.type(min_p))
+    if min_p != 0:
+        with np.errstate(invalid="ignore"):
+            keep &= relative(logits, temperature) >= np.log(logits.dtype.type(min_p))
     return keep
 
 
@@ -79,13 +82,14 @@ def sample(
     logits = logits[:, :vocab_size].astype(np.result_type(logits.dtype, np.float32))
     tokens = np.empty(logits.shape[0], np.int32)
     for row, z in enumerate(logits):
+        if penalty is not None and seen is not None:
+            factor = z.dtype.type(penalty[row])
+            with np.errstate(all="ignore"):
+                z = np.where(seen[row, :vocab_size] != 0, np.where(z < 0, z * factor, z / factor), z)
         if np.isnan(z).any():
             tokens[row] = -1
             continue
-        if penalty is not None and seen is not None:
-            factor = z.dtype.type(penalty[row])
-            z = np.where(seen[row, :vocab_size] != 0, np.where(z < 0, z * factor, z / factor), z)
-        if temperature is None or temperature[row] <= 0:
+        if temperature is None or not temperature[row] > 0:
             tokens[row] = np.argmax(z)
             continue
         if seeds is None or steps is None:
@@ -100,5 +104,6 @@ def sample(
             )
         )
         u = uniforms(int(seeds[row]), int(steps[row]), kept).astype(z.dtype)
-        tokens[row] = kept[np.argmax(relative(z, temperature[row])[kept] - np.log(-np.log1p(-u)))]
+        scores = relative(z, temperature[row])[kept] - np.log(-np.log1p(-u))
+        tokens[row] = kept[np.argmax(scores)] if kept.size else 0
     return tokens

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from assertions import assert_bit_equal, assert_guards_intact
 from quant_blocks import TYPES, guarded_weight, random_blocks, random_bytes, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, dequantize, reference, resident_form
-from rooflama.kernels.dequantize import dequantize_rows
+from rooflama.kernels.dequantize import _dequantize_kernel, dequantize_rows
+from rooflama.kernels.quantized_tiles import plane_arguments
 from rooflama.loaders.quant_layout import repack
 from strategies import DEVICE, dtypes, seeds
 
@@ -43,14 +44,30 @@ def test_some_rows_only(ggml_type):
     assert bool(out[17:].isnan().all()), "wrote rows it was not asked for"
 
 
-def test_rows_beyond_int32():
-    """Row 2^25 + 1 of 64 columns starts past 2^31; the storage is virtual, only one row of it is touched."""
-    weight = virtual_rows(2**25 + 2, 64)
-    row = torch.arange(64, dtype=torch.float16, device=DEVICE)
-    weight.planes[0][2**25 + 1] = row
+def test_the_same_call_gives_the_same_bits():
+    weight = random_weight(np.random.default_rng(0), "Q4_K", 9, 768)
+    assert_bit_equal(dequantize(weight), dequantize(weight))
+
+
+@pytest.mark.parametrize(("ggml_type", "row"), [("F16", 2**25 + 1), ("Q8_0", 2**27 + 1)])
+def test_rows_beyond_int32(ggml_type, row):
+    """Row of 64 weights, or 16 words of codes, past 2^31; the storage is virtual, one row of it is touched."""
+    weight = virtual_rows(row + 1, 64, ggml_type)
+    one = random_weight(np.random.default_rng(0), ggml_type, 1, 64)
+    for plane, values in zip(weight.planes, one.planes, strict=True):
+        plane[row] = values[0]
     out = torch.empty(1, 64, device=DEVICE)
-    dequantize_rows(weight, 2**25 + 1, 2**25 + 2, out)
-    assert_bit_equal(out[0], row.float())
+    dequantize_rows(weight, row, row + 1, out)
+    assert_bit_equal(out, dequantize(one))
+
+
+def test_output_beyond_int32():
+    """Row 2 starts past 2^31. Only the first program of three rows runs; both storages are virtual."""
+    columns = 2**30 + 32
+    weight, out = virtual_rows(3, columns), virtual_rows(3, columns).planes[0]
+    weight.planes[0][:, :32] = torch.arange(96, device=DEVICE).view(3, 32)
+    _dequantize_kernel[(1, 1)](out_ptr=out, row_start=0, row_end=3, BLOCK_N=8, BLOCK_K=32, **plane_arguments(weight))
+    assert_bit_equal(out[:, :32], weight.planes[0][:, :32])
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)
@@ -77,6 +94,13 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.rooflama.dequantize_planes, arguments)
 
 
+def test_compiles_into_one_graph():
+    weight = random_weight(np.random.default_rng(0), "Q4_1", 7, 64)
+    compiled = torch.compile(lambda bias: dequantize(weight) + bias, fullgraph=True, backend="aot_eager")
+    bias = torch.ones(64, device=DEVICE)
+    assert_bit_equal(compiled(bias), dequantize(weight) + bias)
+
+
 def test_bad_input_is_refused_before_a_launch():
     weight = random_weight(np.random.default_rng(0), "Q4_1", 3, 64)
     low, d, m = weight.planes
@@ -92,3 +116,10 @@ def test_bad_input_is_refused_before_a_launch():
             dequantize(broken)
     with pytest.raises(KernelInputError, match=r"dtype is torch\.float64"):
         dequantize(weight, torch.float64)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")
+def test_bfloat16_is_refused_under_the_interpreter():
+    weight = random_weight(np.random.default_rng(0), "Q4_1", 3, 64)
+    with pytest.raises(KernelInputError, match="interpreter computes bfloat16 wrongly"):
+        dequantize(weight, torch.bfloat16)

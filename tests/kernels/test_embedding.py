@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from assertions import assert_bit_equal, assert_guards_intact
 from quant_blocks import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, dequantize, embedding, reference
+from rooflama.kernels.embedding import _embedding_kernel
+from rooflama.kernels.quantized_tiles import plane_arguments
 from strategies import DEVICE, dtypes, guarded, seeds
 
 
@@ -41,13 +43,31 @@ def test_definition_reads_rows_of_the_dequantised_table(ggml_type, numpy_backend
     assert_bit_equal(embedding(token_ids, table), expected)
 
 
-def test_rows_beyond_int32():
-    """Row 2^25 + 1 of 64 columns starts past 2^31; the storage is virtual, only one row of it is touched."""
-    table = virtual_rows(2**25 + 2, 64)
-    row = torch.arange(64, dtype=torch.float16, device=DEVICE)
-    table.planes[0][2**25 + 1] = row
-    token_ids = torch.tensor([2**25 + 1], device=DEVICE)
-    assert_bit_equal(embedding(token_ids, table, torch.float16)[0], row)
+def test_the_same_call_gives_the_same_bits():
+    rng = np.random.default_rng(0)
+    table, token_ids = random_weight(rng, "Q4_K", 9, 768), torch.from_numpy(rng.integers(0, 9, 5)).to(DEVICE)
+    assert_bit_equal(embedding(token_ids, table), embedding(token_ids, table))
+
+
+@pytest.mark.parametrize(("ggml_type", "row"), [("F16", 2**25 + 1), ("Q8_0", 2**27 + 1)])
+def test_rows_beyond_int32(ggml_type, row):
+    """Row of 64 weights, or 16 words of codes, past 2^31; the storage is virtual, one row of it is touched."""
+    table = virtual_rows(row + 1, 64, ggml_type)
+    one = random_weight(np.random.default_rng(0), ggml_type, 1, 64)
+    for plane, values in zip(table.planes, one.planes, strict=True):
+        plane[row] = values[0]
+    token_ids = torch.tensor([row], device=DEVICE)
+    assert_bit_equal(embedding(token_ids, table, torch.float16), dequantize(one, torch.float16))
+
+
+def test_output_beyond_int32():
+    """Token 2's row starts past 2^31. Only the first program of each row runs; both storages are virtual."""
+    columns = 2**30 + 32
+    table, out = virtual_rows(3, columns), virtual_rows(3, columns).planes[0]
+    table.planes[0][:, :32] = torch.arange(96, device=DEVICE).view(3, 32)
+    token_ids = torch.tensor([2, 0, 1], device=DEVICE)
+    _embedding_kernel[(3, 1)](token_ids, out_ptr=out, rows=3, BLOCK_K=32, **plane_arguments(table))
+    assert_bit_equal(out[:, :32], table.planes[0][:, :32][token_ids])
 
 
 @pytest.mark.gpu
@@ -61,6 +81,13 @@ def test_opcheck():
     table = random_weight(np.random.default_rng(0), "Q6_K", 7, 256)
     arguments = (torch.tensor([3, 0], device=DEVICE), list(table.planes), "Q6_K", 7, 256, torch.float16)
     torch.library.opcheck(torch.ops.rooflama.embedding_planes, arguments)
+
+
+def test_compiles_into_one_graph():
+    table = random_weight(np.random.default_rng(0), "Q4_1", 7, 64)
+    token_ids = torch.tensor([3, 0], device=DEVICE)
+    compiled = torch.compile(lambda ids: embedding(ids, table) + 1, fullgraph=True, backend="aot_eager")
+    assert_bit_equal(compiled(token_ids), embedding(token_ids, table) + 1)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the ids are not looked at")
@@ -84,3 +111,26 @@ def test_bad_input_is_refused_before_a_launch(token_ids, dtype, message):
     table = random_weight(np.random.default_rng(0), "Q4_1", 7, 64)
     with pytest.raises(KernelInputError, match=message):
         embedding(token_ids.to(DEVICE), table, dtype)
+
+
+def test_a_table_that_does_not_fit_its_type_is_refused():
+    table, token_ids = random_weight(np.random.default_rng(0), "Q4_1", 7, 64), torch.zeros(2, device=DEVICE).long()
+    for broken, message in [
+        (table._replace(ggml_type="IQ1_S"), "a type is one of F32, F16"),
+        (table._replace(shape=(8, 64)), r"table has planes .* has contiguous planes low \[8, 8\]"),
+    ]:
+        with pytest.raises(KernelInputError, match=message):
+            embedding(token_ids, broken)
+
+
+def test_tensors_on_two_devices_are_refused():
+    table = random_weight(np.random.default_rng(0), "Q4_1", 7, 64)
+    with pytest.raises(KernelInputError, match=r"token_ids on meta.*all tensors of one call live on one device"):
+        embedding(torch.zeros(2, dtype=torch.int64, device="meta"), table)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")
+def test_bfloat16_is_refused_under_the_interpreter():
+    table = random_weight(np.random.default_rng(0), "Q4_1", 7, 64)
+    with pytest.raises(KernelInputError, match="interpreter computes bfloat16 wrongly"):
+        embedding(torch.zeros(1, dtype=torch.int64), table, torch.bfloat16)

@@ -55,6 +55,11 @@ def test_batch_invariance(num_tokens, intermediate, dtype, seed):
     assert_bit_equal(swiglu(gate, up), alone)
 
 
+def test_the_same_call_gives_the_same_bits():
+    gate, up = (normal(np.random.default_rng(seed), 3, 1500) for seed in (0, 1))
+    assert_bit_equal(swiglu(gate, up), swiglu(gate, up))
+
+
 @given(num_tokens=st.integers(1, 4), intermediate=st.integers(1, 300), dtype=dtypes, seed=seeds)
 def test_halves_of_one_projection(num_tokens, intermediate, dtype, seed):
     both = normal(np.random.default_rng(seed), num_tokens, 2 * intermediate, dtype=dtype)
@@ -97,11 +102,18 @@ def test_compiles_into_one_graph():
         (torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.float16), "up is torch.float16"),
         (torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 8), "gate is torch.int32"),
         (torch.zeros(8, 2).T, torch.zeros(2, 8), "last dimension of gate must be contiguous"),
+        (torch.zeros(2, 8), torch.zeros(8, 2).T, "last dimension of up must be contiguous"),
     ],
 )
 def test_bad_input_is_refused_before_a_launch(gate, up, message):
     with pytest.raises(KernelInputError, match=message):
         swiglu(gate.to(DEVICE), up.to(DEVICE))
+
+
+def test_tensors_on_two_devices_are_refused():
+    gate = torch.zeros(2, 8, device=DEVICE)
+    with pytest.raises(KernelInputError, match="up on meta: all tensors of one call live on one device"):
+        swiglu(gate, gate.to("meta"))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")

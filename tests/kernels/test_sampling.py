@@ -1,57 +1,24 @@
-"""Sampling against its definition, transformers' filters and exact distributions, and the laws it keeps."""
+"""Sampling against its definition, and the laws it keeps; the filters have test_sampling_filters.py."""
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from assertions import assert_bit_equal
 from rooflama.kernels import KernelInputError, reference, sample, sampling, use_backend
-from rooflama.kernels.reference.sampling import allowed_tokens, philox_4x32, relative, uniforms
-from rooflama.kernels.sampling_filters import raise_floor
+from rooflama.kernels.reference.sampling import philox_4x32, uniforms
+from sampling_cases import column, few_if_interpreted, random_parameters, randomness
 from strategies import DEVICE, beyond_int32, dtypes, exact, normal, seeds
-
-# A search takes some twenty launches of each chunk, at milliseconds each under the interpreter.
-few_if_interpreted = settings(max_examples=3) if DEVICE.type == "cpu" else lambda test: test
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Sixteen tokens a program, so that a small vocabulary has several chunks."""
     monkeypatch.setattr(sampling, "CHUNK", 16)
-
-
-def column(values, dtype):
-    return torch.tensor(values, dtype=dtype, device=DEVICE)
-
-
-def randomness(rng, num_seqs):
-    return {
-        "seeds": torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, num_seqs)).to(DEVICE),
-        "steps": torch.from_numpy(rng.integers(0, 2**40, num_seqs)).to(DEVICE),
-    }
-
-
-def random_parameters(rng, num_seqs, vocab):
-    """A mixture of greedy and drawing rows, each filter on for about half of them."""
-
-    def mixed(values, off):
-        return np.where(rng.random(num_seqs) < 0.5, values, off)
-
-    return {
-        "temperature": column(
-            mixed(rng.uniform(0.3, 2.0, num_seqs), 0.8) * (rng.random(num_seqs) < 0.8), torch.float32
-        ),
-        "top_k": column(mixed(rng.integers(1, vocab + 3, num_seqs), 0), torch.int32),
-        "top_p": column(mixed(rng.uniform(0.05, 1.0, num_seqs), 1.0), torch.float32),
-        "min_p": column(mixed(rng.uniform(0.0, 0.5, num_seqs), 0.0), torch.float32),
-        "penalty": column(mixed(rng.uniform(0.7, 1.5, num_seqs), 1.0), torch.float32),
-        "seen": torch.from_numpy(rng.random((num_seqs, vocab)) < 0.3).to(DEVICE),
-        **randomness(rng, num_seqs),
-    }
 
 
 # ---- random numbers
@@ -95,97 +62,6 @@ def test_random_numbers_equal_definition(seed, step):
     np.testing.assert_allclose(exact(exponentials), -np.log1p(-u.astype(np.float64)), rtol=2e-6)
 
 
-# ---- the filters
-
-
-def warped_by_transformers(logits, temperature, top_k, top_p, min_p, penalty=1.0, seen=()):
-    """Which tokens transformers keeps, in the order in which its generate applies its processors."""
-    from transformers.generation import logits_process as processors
-
-    scores = torch.from_numpy(logits)[None]
-    if len(seen):
-        scores = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.from_numpy(seen)[None], scores)
-    scores = processors.TemperatureLogitsWarper(temperature)(None, scores)
-    if top_k:
-        scores = processors.TopKLogitsWarper(top_k)(None, scores)
-    if top_p < 1:
-        scores = processors.TopPLogitsWarper(top_p)(None, scores)
-    if min_p:
-        scores = processors.MinPLogitsWarper(min_p)(None, scores)
-    return scores[0].numpy()
-
-
-@given(
-    vocab=st.integers(1, 300), temperature=st.floats(0.2, 3), top_k=st.integers(0, 310), top_p=st.floats(0.05, 1),
-    min_p=st.sampled_from([0.0, 0.01, 0.1, 0.7]), spread=st.floats(0.1, 5), seed=seeds,
-)  # fmt: skip
-@example(vocab=100, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, spread=1.0, seed=0)
-def test_definition_keeps_the_tokens_that_transformers_keeps(vocab, temperature, top_k, top_p, min_p, spread, seed):
-    logits = np.random.default_rng(seed).standard_normal(vocab) * spread
-    kept = allowed_tokens(logits, temperature, top_k, top_p, min_p)
-    scores = warped_by_transformers(logits, temperature, top_k, top_p, min_p)
-    np.testing.assert_array_equal(kept, np.isfinite(scores), err_msg=f"{vocab=} {seed=}")
-    weights = np.where(kept, np.exp(relative(logits, temperature)), 0)
-    want = torch.from_numpy(scores).softmax(-1).numpy()
-    np.testing.assert_allclose(weights / weights.sum(), want, rtol=1e-9, atol=1e-15)
-
-
-def test_ties_with_the_last_token_kept_are_kept():
-    """As transformers' top-k does; its top-p drops some of the ties, by the order of its sort."""
-    logits = np.log(np.array([0.1, 0.2, 0.2, 0.3, 0.2]))
-    assert allowed_tokens(logits, 1.0, 2, 1.0, 0.0).tolist() == [False, True, True, True, True]
-    assert allowed_tokens(logits, 1.0, 0, 0.45, 0.0).tolist() == [False, True, True, True, True]
-    assert allowed_tokens(logits, 1.0, 0, 0.25, 0.0).tolist() == [False, False, False, True, False]
-    np.testing.assert_array_equal(
-        allowed_tokens(logits, 1.0, 2, 1.0, 0.0), np.isfinite(warped_by_transformers(logits, 1.0, 2, 1.0, 0.0))
-    )
-
-
-def kernel_floor(logits, top_k, top_p, temperature):
-    """The image of the smallest logit that the kernels' search keeps, as [num_seqs] uint32."""
-    num_seqs, vocab = logits.shape
-    num_chunks = triton.cdiv(vocab, sampling.CHUNK)
-    padded = torch.nn.functional.pad(logits.float(), (0, num_chunks * sampling.CHUNK - vocab), value=-torch.inf)
-    maxima = padded.unflatten(1, (num_chunks, -1)).amax(-1).contiguous()
-    floor = torch.zeros(num_seqs, dtype=torch.int32, device=DEVICE)
-    sizes = {"CHUNK": sampling.CHUNK, "BLOCK_CHUNKS": triton.next_power_of_2(num_chunks)}
-    for limit, weighted in ((top_k, False), (top_p, True)):
-        raise_floor(limit, weighted, (logits, None, None), maxima, temperature, floor, (vocab, 0, vocab), False, sizes)
-    return floor.cpu().numpy().view(np.uint32)
-
-
-def image(logits):
-    bits = (logits + np.float32(0)).view(np.uint32)
-    return np.where(bits >> 31, ~bits, bits | 0x80000000)
-
-
-@pytest.mark.usefixtures("small_chunks")
-@few_if_interpreted
-@given(vocab=st.integers(1, 40), dtype=dtypes, spread=st.sampled_from([0.01, 1.0, 30.0]), seed=seeds)
-@example(vocab=33, dtype=torch.float32, spread=1.0, seed=0)
-def test_kernel_keeps_the_tokens_that_the_definition_keeps(vocab, dtype, spread, seed):
-    rng = np.random.default_rng(seed)
-    logits = normal(rng, 2, vocab, dtype=dtype, scale=spread)
-    logits[1, rng.integers(0, vocab, vocab // 2)] = logits[1, 0].item()  # ties
-    parameters = random_parameters(rng, 2, vocab)
-    temperature = parameters["temperature"].clamp(min=0.3)
-    floor = kernel_floor(logits, parameters["top_k"], parameters["top_p"], temperature)
-    for row, z in enumerate(logits.float().cpu().numpy()):
-        limits = [float(parameters[name][row]) for name in ("top_k", "top_p")]
-        want = allowed_tokens(z.astype(np.float64), float(temperature[row]), int(limits[0]), limits[1], 0.0)
-        context = f"{vocab=} {dtype} {spread=} {limits=} {seed=}"
-        np.testing.assert_array_equal(image(z) >= floor[row], want, err_msg=context)
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("top_k", [1, 2, 15, 16, 17, 39, 40, 41])
-def test_top_k_keeps_k(top_k):
-    logits = torch.from_numpy(np.random.default_rng(top_k).permutation(40).astype(np.float32) - 20)[None].to(DEVICE)
-    one = column([1.0], torch.float32)
-    floor = kernel_floor(logits, column([top_k], torch.int32), one, one)
-    assert (image(logits[0].cpu().numpy()) >= floor[0]).sum() == min(top_k, 40)
-
-
 # ---- tokens
 
 
@@ -218,48 +94,6 @@ def test_each_parameter_may_be_left_out(names):
     assert_bit_equal(
         sample(logits, **given_ones), sample(logits, **({"seen": parameters["seen"]} | others | given_ones))
     )
-
-
-def chi_square(counts, probabilities):
-    """The statistic, less its mean and in its standard deviations: about standard normal. inf for the impossible."""
-    possible = probabilities > 0
-    if counts[~possible].any():
-        return np.inf
-    expected = probabilities[possible] * counts.sum()
-    freedom = possible.sum() - 1
-    return (np.sum((counts[possible] - expected) ** 2 / expected) - freedom) / np.sqrt(2 * max(freedom, 1))
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "min_p"),
-    [(0.7, 5, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1.0, 0, 1.0, 0.25), (1.5, 7, 0.9, 0.1)],
-)
-def test_drawn_tokens_have_the_exact_distribution(temperature, top_k, top_p, min_p):
-    """On a GPU the kernel draws; on the CPU the definition, which the kernel equals token for token.
-
-    8,000 draws with fixed seeds. The power is asserted as well: one token more or less in top-k, or a temperature off
-    by a sixth, would be seen.
-    """
-    draws, vocab = 8_000, 12
-    logits = np.random.default_rng(3).standard_normal(vocab).astype(np.float32)
-
-    def probabilities(temperature, top_k):
-        scores = warped_by_transformers(logits.astype(np.float64), temperature, top_k, top_p, min_p)
-        return torch.from_numpy(scores).softmax(-1).numpy()
-
-    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    integers = {"top_k": torch.int32}
-    columns = {name: column([v] * draws, integers.get(name, torch.float32)) for name, v in parameters.items()}
-    half = torch.arange(draws, device=DEVICE)
-    columns |= {"seeds": half // 2, "steps": half % 2}  # both seeds and steps vary
-    with use_backend("triton" if DEVICE.type == "cuda" else "numpy"):
-        tokens = sample(torch.from_numpy(logits).to(DEVICE).expand(draws, -1), **columns)
-    counts = np.bincount(tokens.cpu().numpy(), minlength=vocab)
-    assert chi_square(counts, probabilities(temperature, top_k)) < 4
-    assert chi_square(counts, probabilities(temperature * 1.2, top_k)) > 10
-    if top_k == 5:
-        assert chi_square(counts, probabilities(temperature, top_k - 1)) > 10
-        assert chi_square(counts, probabilities(temperature, top_k + 1)) > 10
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -304,20 +138,6 @@ def test_greedy_takes_the_lowest_of_equal_tokens(backend):
         assert sample(logits, **cold).tolist() == [7, 17, 0, 5]
 
 
-@few_if_interpreted
-@given(seed=seeds)
-def test_filters_that_leave_one_token_are_greedy(seed):
-    rng = np.random.default_rng(seed)
-    logits = normal(rng, 2, 30)
-    hot = {"temperature": torch.full((2,), 5.0, device=DEVICE), **randomness(rng, 2)}
-    for filters in (
-        {"top_k": column([1, 1], torch.int32)},
-        {"top_p": column([0.0, 1e-6], torch.float32)},
-        {"min_p": column([1.0, 1.0], torch.float32)},
-    ):
-        assert_bit_equal(sample(logits, **hot, **filters), sample(logits))
-
-
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("backend", ["triton", "numpy"])
 def test_what_is_not_finite(backend):
@@ -333,32 +153,6 @@ def test_what_is_not_finite(backend):
         for options in ({}, hot, hot | filters):
             assert sample(logits, **options).tolist()[:3] == [23, 3, -1]
             assert 0 <= sample(logits, **options, vocab_size=18)[3] < 18
-
-
-@pytest.mark.parametrize("backend", ["triton", "numpy"])
-def test_min_p_on_either_side(backend):
-    """Of tokens a hundredth above and below the bound, the former are drawn and the latter never."""
-    logits = torch.zeros(24, 32, device=DEVICE)
-    logits[:, 1:16], logits[:, 16:] = float(np.log(0.5)) + 0.01, float(np.log(0.5)) - 0.01
-    hot = {"temperature": torch.ones(24, device=DEVICE), **randomness(np.random.default_rng(0), 24)}
-    with use_backend(backend):
-        drawn = sample(logits, **hot, min_p=column([0.5] * 24, torch.float32)).tolist()
-        assert max(drawn) < 16
-        assert len(set(drawn)) > 5
-        assert max(sample(logits, **hot).tolist()) >= 16
-
-
-def test_penalty_is_that_of_transformers():
-    rng = np.random.default_rng(0)
-    logits = normal(rng, 8, 30)
-    seen_tokens = np.stack([rng.choice(30, 12, replace=False) for _ in range(8)])
-    seen = torch.zeros(8, 30, dtype=torch.uint8)
-    seen.scatter_(1, torch.from_numpy(seen_tokens), 1)
-    penalty = rng.uniform(0.5, 3.0, 8).astype(np.float32)
-    got = sample(logits, penalty=torch.from_numpy(penalty).to(DEVICE), seen=seen.to(DEVICE))
-    rows = zip(logits.cpu().numpy(), penalty, seen_tokens, strict=True)
-    assert got.tolist() == [warped_by_transformers(z, 1.0, 0, 1.0, 0.0, float(p), t).argmax() for z, p, t in rows]
-    assert got.tolist() != sample(logits).tolist()
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -389,6 +183,55 @@ def test_compiles_into_one_graph():
     assert_bit_equal(compiled(logits), sample(logits) + 1)
 
 
+OUT_OF_RANGE = [
+    ("temperature", -1.0, "finite and at least 0"),
+    ("temperature", np.nan, "finite and at least 0"),
+    ("top_k", -3, "at least 0; 0 is off"),
+    ("top_p", -0.5, "between 0 and 1; 1 is off"),
+    ("top_p", 1.5, "between 0 and 1; 1 is off"),
+    ("top_p", np.nan, "between 0 and 1; 1 is off"),
+    ("min_p", -0.5, "between 0 and 1; 0 is off"),
+    ("min_p", 1.5, "between 0 and 1; 0 is off"),
+    ("min_p", np.nan, "between 0 and 1; 0 is off"),
+    ("penalty", 0.0, "positive and finite; 1 is off"),
+    ("penalty", -1.0, "positive and finite; 1 is off"),
+    ("penalty", np.nan, "positive and finite; 1 is off"),
+]
+
+
+def out_of_range(name, value):
+    """Parameters for three rows; the one named is out of range in the second."""
+    rng = np.random.default_rng(0)
+    parameters = {"temperature": torch.ones(3, device=DEVICE), **randomness(rng, 3)}
+    if name == "penalty":
+        parameters["seen"] = torch.from_numpy(rng.random((3, 20)) < 0.5).to(DEVICE)
+    harmless = {"temperature": 1, "top_k": 5, "top_p": 0.7, "min_p": 0.1, "penalty": 1.5}[name]
+    parameters[name] = column([harmless, value, harmless], torch.int32 if name == "top_k" else torch.float32)
+    return parameters
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(("name", "value", "rule"), OUT_OF_RANGE)
+def test_out_of_range_where_it_is_not_seen(name, value, rule, monkeypatch):
+    """As on a GPU, where nobody looks at the parameters: the kernel does what the definition does."""
+    monkeypatch.setattr(sampling, "_check_ranges", lambda *_: None)
+    logits = normal(np.random.default_rng(1), 3, 20, scale=2.0)
+    logits[1, 3] = 0.0  # over a penalty of 0: NaN, if it was seen
+    parameters = out_of_range(name, value)
+    arrays = {name: tensor.cpu().numpy() for name, tensor in parameters.items()}
+    assert sample(logits, **parameters).tolist() == reference.sample(exact(logits), **arrays).tolist()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the parameters are not looked at")
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [*OUT_OF_RANGE, ("temperature", np.inf, "finite and at least 0"), ("penalty", np.inf, "positive and finite")],
+)
+def test_out_of_range_is_refused_on_a_cpu(name, value, rule):
+    with pytest.raises(KernelInputError, match=f"{name} {value}: {name} must be {rule}"):
+        sample(torch.zeros(3, 20), **out_of_range(name, value))
+
+
 LOGITS = torch.zeros(2, 8)
 FLOAT, INT32, INT64 = torch.ones(2), torch.ones(2, dtype=torch.int32), torch.ones(2, dtype=torch.int64)
 
@@ -397,6 +240,7 @@ FLOAT, INT32, INT64 = torch.ones(2), torch.ones(2, dtype=torch.int32), torch.one
     ("logits", "parameters", "message"),
     [
         (torch.zeros(8), {}, r"logits must have shape \[any, any\]"),
+        (torch.tensor(0.0), {}, r"logits must have shape \[any, any\]"),
         (LOGITS.double(), {}, "logits is torch.float64"),
         (torch.zeros(8, 2).T, {}, "last dimension of logits must be contiguous"),
         (LOGITS, {"vocab_size": 9}, "vocab_size is 9"),
@@ -411,6 +255,9 @@ FLOAT, INT32, INT64 = torch.ones(2), torch.ones(2, dtype=torch.int32), torch.one
         (LOGITS, {"penalty": FLOAT}, "penalty without seen"),
         (LOGITS, {"penalty": FLOAT, "seen": LOGITS}, "seen is torch.float32"),
         (LOGITS, {"penalty": FLOAT, "seen": LOGITS[:, :7].bool()}, r"seen must have shape \[2, 8\]"),
+        (LOGITS, {"penalty": FLOAT, "seen": torch.tensor(True)}, r"seen must have shape \[2, 8\]"),
+        (LOGITS, {"penalty": FLOAT, "seen": LOGITS.bool().T.contiguous().T}, "last dimension of seen must be"),
+        (LOGITS, {"seen": LOGITS.bool()}, "seen without penalty"),
     ],
 )
 def test_bad_input_is_refused_before_a_launch(logits, parameters, message):
@@ -419,6 +266,11 @@ def test_bad_input_is_refused_before_a_launch(logits, parameters, message):
     }
     with pytest.raises(KernelInputError, match=message):
         sample(logits.to(DEVICE), **parameters)
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(KernelInputError, match="top_k on meta: all tensors of one call live on one device"):
+        sample(LOGITS.to(DEVICE), top_k=INT32.to("meta"))
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")
