@@ -116,7 +116,7 @@ def write_by_definition(
     return result
 
 
-def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Tensor, ...]:
+def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Any, ...]:
     """The pages that the table names, alone, and the table that names them there.
 
     For the NumPy definition, which would otherwise convert or copy whole pools.
