@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 
 import torch
@@ -58,6 +59,7 @@ def plan_memory(
     Raises:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: the checkpoint cannot be found or read.
         ConfigError: it is of a model that rooflama cannot run, or an argument is out of range.
+        DeviceUnavailable: ``device`` is no device's name.
     """
     target, free_bytes = _target(device)
     if isinstance(path_or_config, ModelConfig):
@@ -140,9 +142,10 @@ def _target(spec: str) -> tuple[Target, int | None]:
         with open_device(spec) as device:
             return _device_target(device), device.free_bytes
     except DeviceUnavailable:
-        if spec.partition(":")[0] not in ("cuda", "hip"):
+        absent = re.fullmatch("(cuda|hip)(:[0-9]{1,3})?", spec)
+        if absent is None:
             raise
-        return Target.gpu(spec.partition(":")[0]), None
+        return Target.gpu(absent[1]), None
 
 
 def _device_target(device: Device) -> Target:

@@ -15,7 +15,7 @@ import rooflama
 from rooflama import ConfigError, demo_checkpoint, plan_memory
 from rooflama.kernels import LAYOUTS, reference, use_backend
 from rooflama.loaders import device_raw
-from rooflama.loaders.device import DeviceOutOfMemory
+from rooflama.loaders.device import DeviceOutOfMemory, DeviceUnavailable
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
 from rooflama.models import (
@@ -391,6 +391,18 @@ def test_arguments_out_of_range(small):
     for wrong in ({"context": 0}, {"context": 129}, {"context": 8, "sequences": 0}, {"kv_dtype": "int4"}):
         with pytest.raises(ConfigError):
             plan_memory(small, **wrong)
+
+
+@pytest.mark.parametrize("name", ["cuda:½", "cuda:-1", "cuda:", "cuda:99999999999999999999", "cudax", "hip:x", ""])
+def test_what_is_no_device_is_not_planned_for(small, name):
+    with pytest.raises(DeviceUnavailable):
+        plan_memory(small, device=name)
+
+
+@pytest.mark.parametrize("name", ["cuda:127", "hip:127"])
+def test_a_gpu_that_is_not_here_is_planned_for(small, name):
+    plan = plan_memory(small, device=name)
+    assert (plan.target.kind, plan.free_bytes) == (name.partition(":")[0], None)
 
 
 @pytest.mark.parametrize("name", ["context", "sequences", "limit"])
