@@ -42,7 +42,9 @@ def verdict(plan: MemoryPlan) -> list[tuple[str, str]]:
     if headroom is not None:
         rows.append(("headroom", size(headroom) if headroom >= 0 else f"none: {size(-headroom)} too much"))
         rows.append((f"largest context for {_count(plan.sequences)}", f"{plan.largest_context():,} tokens"))
-        rows.append((f"most sequences of {plan.context:,} tokens", f"{plan.most_sequences():,}"))
+        most = plan.most_sequences()
+        more = " or more" if most == plan.MOST_SEQUENCES else ""
+        rows.append((f"most sequences of {plan.context:,} tokens", f"{most:,}{more}"))
     rows += [("what would fit", remedy) for remedy in plan.remedies()]
     return rows
 

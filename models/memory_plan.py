@@ -14,11 +14,12 @@ up to some tens of MiB, so a larger context may take less than a smaller one.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -33,7 +34,6 @@ from .memory_weights import Backend, Matrix, WeightBytes, form_on_device
 from .metadata import ConfigError
 
 MIB = 2**20
-MOST_SEQUENCES = 1 << 16  # where the search for how many fit ends
 
 Group = Literal["weights", "keys and values", "tables", "workspace", "CUDA graph", "device"]
 
@@ -105,20 +105,17 @@ class MemoryPlan:
     limit: int | None = None
     free_bytes: int | None = None
 
+    MOST_SEQUENCES: ClassVar[int] = 1 << 16  # that can be planned for
+
     def __post_init__(self) -> None:
-        for name, value in (("context", self.context), ("sequences", self.sequences), ("limit", self.limit)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(
-                    f"{name} {value!r}",
-                    rule="tokens, sequences and bytes are whole numbers from 1 on",
-                    remedy="Ask for 1 or more",
-                )
-        if self.context > self.config.context_length:
-            raise ConfigError(
-                f"a context of {self.context} tokens",
-                rule=f"this model was trained for 1 to {self.config.context_length}",
-                remedy="Ask for a context in that range",
-            )
+        trained = self.config.context_length
+        for name, value, most, rule in (
+            ("context", self.context, trained, f"this model was trained for contexts of 1 to {trained} tokens"),
+            ("sequences", self.sequences, self.MOST_SEQUENCES, f"plans are for 1 to {self.MOST_SEQUENCES} sequences"),
+            ("limit", self.limit, sys.maxsize, f"a limit is a whole number of bytes from 1 to {sys.maxsize}"),
+        ):
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise ConfigError(f"{name} {value!r}", rule=rule, remedy="Ask for a whole number in that range")
 
     # What is held.
 
@@ -287,7 +284,7 @@ class MemoryPlan:
         MOST_SEQUENCES says that as many fit, and maybe more.
         """
         plan = self.but(context=context or self.context)
-        return _largest(range(1, MOST_SEQUENCES + 1), lambda count: plan.but(sequences=count))
+        return _largest(range(1, self.MOST_SEQUENCES + 1), lambda count: plan.but(sequences=count))
 
     def remedies(self) -> list[str]:
         """Changes after which the plan fits, the mildest first; what the device would need, if none helps."""
@@ -331,6 +328,7 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
+        most = self.most_sequences() if self.headroom_bytes is not None else None
         return {
             "model": self.config.name,
             "architecture": self.config.architecture,
@@ -358,7 +356,8 @@ class MemoryPlan:
             "headroom_bytes": self.headroom_bytes,
             "fits": self.fits,
             "largest_context_tokens": self.largest_context(),
-            "most_sequences": self.most_sequences() if self.headroom_bytes is not None else None,
+            "most_sequences": most,
+            "more_sequences_may_fit": most == self.MOST_SEQUENCES,
             "remedies": self.remedies(),
         }
 

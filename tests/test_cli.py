@@ -48,7 +48,7 @@ def test_a_models_own_name_is_text(tmp_path, command):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--context", "1" + "0" * 400), ("--device", "cuda:½")],
+    [("--sequences", "1" + "0" * 400), ("--context", "1" + "0" * 400), ("--limit", "1e30"), ("--device", "cuda:½")],
 )
 def test_what_no_plan_can_be_made_for(tmp_path, option, value):
     path = write_small(tmp_path / "small.gguf")

@@ -1,5 +1,6 @@
 """What a memory plan says would fit: it does, as the words say it, and no more would."""
 
+import io
 import re
 from functools import cache
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import rooflama
 from model_shapes import config_of, type_rule
@@ -154,3 +156,15 @@ def test_every_remedy_fits(plan):
             changed["sequences"] = int(sequences_given[1])
         assert bool(changed) == ("no context fits" not in remedy)
         assert not changed or plan.but(**changed).fits
+
+
+def test_the_end_of_the_search_is_not_an_answer():
+    plan = llama(GPU, "int8").but(context=8, limit=900 * GIB)
+    shown = plan.to_dict()
+    assert (shown["most_sequences"], shown["more_sequences_may_fit"]) == (65536, True)
+    console = Console(width=160, file=io.StringIO())
+    console.print(plan)
+    assert re.search(r"most sequences of 8 tokens +65,536 or more", console.file.getvalue())
+    shown = plan.but(limit=4 * GIB).to_dict()
+    assert 0 < shown["most_sequences"] < 65536
+    assert not shown["more_sequences_may_fit"]

@@ -239,6 +239,9 @@ def test_arguments_out_of_range(small):
         {"context": 0},
         {"context": 129},
         {"context": 8, "sequences": 0},
+        {"sequences": 65537},
+        {"sequences": 10**400},
+        {"limit": 10**400},
         {"kv_dtype": "int4"},
     ):
         with pytest.raises(ConfigError):
