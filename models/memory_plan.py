@@ -19,13 +19,14 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import ceil, floor
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from rooflama.loaders.device import DeviceOutOfMemory
+from rooflama.loaders.device import Device, DeviceOutOfMemory
 
-from . import memory_display, memory_terms
+from . import memory_display, memory_remedies, memory_terms
 from .allocator import Segments
 from .config import ModelConfig
 from .kv_cache import is_scaled
@@ -287,41 +288,28 @@ class MemoryPlan:
         return _largest(range(1, self.MOST_SEQUENCES + 1), lambda count: plan.but(sequences=count))
 
     def remedies(self) -> list[str]:
-        """Changes after which the plan fits, the mildest first; what the device would need, if none helps."""
-        if self.fits:
-            return []
-        smaller, scaled = self.largest_context(), self.but(kv_dtype=torch.int8)
-        found = [f"max_context={smaller} would fit"] if smaller > 1 else []
-        if self.kv_dtype != torch.int8:
-            if scaled.fits:
-                found.append("kv_dtype='int8' would fit at this context")
-            elif scaled.largest_context() > max(1, smaller):
-                found.append(f"kv_dtype='int8' with max_context={scaled.largest_context()} would fit")
-        if self.sequences > 1 and (fewer := self.most_sequences()):
-            found.append(f"{fewer} sequence{'s' * (fewer > 1)} would fit")
-        least = self.but(context=1, sequences=1, limit=None).total_bytes
-        return found or [
-            f"no context fits: a device or limit of {memory_display.size(least)} and more would, "
-            "or a checkpoint of fewer bits a weight"
-        ]
+        """What to change so that it fits, the mildest first: each alone suffices."""
+        return memory_remedies.remedies(self)
 
-    def require(self) -> None:
-        """Raise DeviceOutOfMemory if the plan does not fit, with its numbers and what would fit."""
-        headroom = self.headroom_bytes
-        if headroom is None or headroom >= 0:
+    def require(self, device: Device | None = None) -> None:
+        """Raise DeviceOutOfMemory if the plan does not fit, with its numbers, the device's, and what would fit."""
+        if self.fits:
             return
-        size, weights, kv = memory_display.size, self.bytes_of("weights"), self.bytes_of("keys and values")
-        room = [f"{size(self.limit)} is the limit"] if self.limit is not None else []
-        room += [f"{size(self.free_bytes)} free"] if self.free_bytes is not None else []
+        size, count = memory_display.size, memory_display.count
+        room = [f"{size(self.limit, floor)} is the limit"] if self.limit is not None else []
+        room += [f"{size(self.free_bytes, floor)} free"] if self.free_bytes is not None else []
         many = f"{self.sequences} sequences of " if self.sequences > 1 else ""
+        weights, kv = self.bytes_of("weights"), self.bytes_of("keys and values")
         beside = self.total_bytes - weights - kv
         error = DeviceOutOfMemory(
-            f"{self.config.name} with {many}{self.context} tokens takes {size(self.total_bytes)} "
+            f"{self.config.name} with {many}{count(self.context, 'token')} takes {size(self.total_bytes, ceil)} "
             f"({size(weights)} weights, {size(kv)} keys and values, {size(beside)} beside them); {', '.join(room)}",
             rule="a model is loaded only if all of it fits",
             remedy="; ".join(self.remedies()),
         )
         error.asked, error.free, error.limit = self.total_bytes, self.free_bytes, self.limit
+        if device is not None:
+            error.total, error.held = device.total_bytes, device.held_bytes
         raise error
 
     # How it shows.

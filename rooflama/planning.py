@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from math import ceil
 
 import torch
 
@@ -52,8 +53,8 @@ def plan_memory(
         sequences: sequences held at once.
         kv_dtype, dtype, batch_invariant: as for ``load``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. A GPU that is not here can be planned for too.
-        limit: bytes, or text such as ``24GiB``, that the whole process may take on the device; None for no limit but
-            what the device has free, if it is here.
+        limit: bytes, or text such as ``24GiB``, that the whole process may take on the device (on a CPU, the model
+            alone, without Python and torch); None for no limit but what the device has free, if it is here.
         weight_types: for a config, the ggml type of its matrices, or a function of name and shape that gives it.
 
     Raises:
@@ -156,11 +157,14 @@ def _device_target(device: Device) -> Target:
 
 
 def parse_bytes(text: str) -> int:
-    """``24GiB``, ``512 MiB``, ``8e9`` or ``80GB`` in bytes. Raises ConfigError for anything else, zero and less."""
+    """``24GiB``, ``512 MiB``, ``8e9`` or ``80GB`` in whole bytes, rounded up.
+
+    Raises ConfigError for anything else, zero and less.
+    """
     number = text.strip().rstrip("BbGgIiKkMm ")
     unit = text.strip()[len(number) :].strip().upper()
     try:
-        nbytes = int(float(number) * _UNITS[unit])
+        nbytes = ceil(float(number) * _UNITS[unit])
     except (KeyError, ValueError, OverflowError):
         nbytes = 0
     if nbytes <= 0:

@@ -2,7 +2,10 @@
 
 import io
 import re
+from fractions import Fraction
 from functools import cache
+from itertools import product
+from math import ceil, floor
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from rooflama.kernels import use_backend
 from rooflama.loaders import device_raw
 from rooflama.loaders.device import DeviceOutOfMemory
 from rooflama.models import MemoryPlan
+from rooflama.models.memory_display import size
+from rooflama.planning import parse_bytes
 from small_checkpoint import write_small
 
 GIB, MIB = 2**30, 2**20
@@ -39,26 +44,35 @@ def tight(small):
 def test_a_plan_that_does_not_fit_allocates_nothing(small, tight, monkeypatch):
     made = []
     monkeypatch.setattr(device_raw, "before_operation", lambda *what: made.append(what))
-    with use_backend("triton"), pytest.raises(DeviceOutOfMemory, match="max_context=64 would fit") as caught:
+    with use_backend("triton"), pytest.raises(DeviceOutOfMemory, match="a context of 64 tokens would fit") as caught:
         rooflama.load(small, device="cpu", max_context=128, memory_limit=tight, progress=False)
     assert made == []
-    assert caught.value.limit == tight < caught.value.asked
+    error = caught.value
+    assert error.limit == tight < error.asked
+    assert error.held == 0 < error.free <= error.total
     with use_backend("triton"):
         rooflama.load(small, device="cpu", max_context=64, memory_limit=tight, progress=False).close()
 
 
-def test_weights_that_fit_nowhere_say_what_would_hold_them(small):
-    with pytest.raises(DeviceOutOfMemory, match=r"no context fits: a device or limit of .* KiB and more would"):
-        rooflama.load(small, device="cpu", memory_limit=1000, progress=False)
+@pytest.mark.parametrize("max_context", [None, 128])
+def test_a_refused_load_says_what_limits_would_do(small, max_context):
+    with pytest.raises(DeviceOutOfMemory, match=r"no context fits") as caught:
+        rooflama.load(small, device="cpu", max_context=max_context, memory_limit=1000, progress=False)
+    for limit, context in re.findall(r"a limit of ([\d.]+ [KMG]iB) would hold (1 token|all of it)", str(caught.value)):
+        tokens = 1 if context == "1 token" else 128
+        load = dict(device="cpu", max_context=tokens, progress=False)
+        rooflama.load(small, memory_limit=parse_bytes(limit), **load).close()
 
 
-def test_without_a_wish_the_context_shrinks_with_a_warning(small, tight):
-    with (
-        use_backend("triton"),
-        pytest.warns(UserWarning, match="the context is 64 tokens, not the model's 128"),
-        rooflama.load(small, device="cpu", memory_limit=tight, progress=False) as model,
-    ):
-        assert model.max_context == 64
+@pytest.mark.parametrize(("context", "said"), [(64, "64 tokens"), (1, "1 token")])
+def test_without_a_wish_the_context_shrinks_with_a_warning(small, context, said):
+    with use_backend("triton"):
+        limit = plan_memory(small, context=context, device="cpu").total_bytes
+        with (
+            pytest.warns(UserWarning, match=f"the context is {said}, not the model's 128: "),
+            rooflama.load(small, device="cpu", memory_limit=limit, progress=False) as model,
+        ):
+            assert model.max_context == context
 
 
 # Plans of one model, within and between the steps of what fits.
@@ -142,20 +156,86 @@ def test_all_but_the_rounding_grows(plan, context, sequences):
     assert asked() <= asked(sequences=sequences + 1)
 
 
+def followed(plan: MemoryPlan, remedy: str) -> MemoryPlan:
+    """The plan with what a remedy says, to the letter."""
+    changes = {}
+    if found := re.search(r"a context of (\d+) token", remedy):
+        changes["context"] = int(found[1])
+    if found := re.match(r"(\d+) sequence", remedy):
+        changes["sequences"] = int(found[1])
+    if "keys and values in int8" in remedy:
+        changes["kv_dtype"] = torch.int8
+    if "hold 1 token" in remedy:
+        changes |= {"context": 1, "sequences": 1}
+    for name, pattern in (("limit", "a limit of ([0-9.]+ [KMG]?i?B)"), ("free_bytes", "([0-9.]+ [KMG]?i?B) free")):
+        if found := re.search(pattern, remedy):
+            changes[name] = parse_bytes(found[1])
+    assert changes, remedy
+    return plan.but(**changes)
+
+
 @given(plan=BOUNDED_PLANS)
 @example(plan=gap())
-def test_every_remedy_fits(plan):
-    assert plan.fits == (plan.remedies() == [])
-    for remedy in plan.remedies():
-        changed = {}
-        if context_given := re.search(r"max_context=(\d+)", remedy):
-            changed["context"] = int(context_given[1])
-        if "int8" in remedy:
-            changed["kv_dtype"] = torch.int8
-        if sequences_given := re.match(r"(\d+) sequence", remedy):
-            changed["sequences"] = int(sequences_given[1])
-        assert bool(changed) == ("no context fits" not in remedy)
-        assert not changed or plan.but(**changed).fits
+def test_every_remedy_followed_to_the_letter_fits(plan):
+    remedies = plan.remedies()
+    assert plan.fits == (remedies == [])
+    assert all(followed(plan, remedy).fits for remedy in remedies)
+    assert len(set(remedies)) == len(remedies)
+    for remedy in remedies:
+        if "no context fits" in remedy:
+            for sequences, kv_dtype in product((1, plan.sequences), (plan.kv_dtype, torch.int8)):
+                assert plan.but(sequences=sequences, kv_dtype=kv_dtype).largest_context() == 0
+
+
+@pytest.mark.parametrize(
+    ("edge", "expected"),
+    [
+        ({"sequences": 3}, ["a context of 3520 tokens", "keys and values in int8", "3 sequences"]),
+        (
+            {"sequences": 1, "context": 100},
+            [
+                "a context of 20 tokens",
+                "a context of 24 tokens with keys and values in int8",
+                "1 sequence with a context of 100 tokens",
+                "1 sequence with a context of 109 tokens with keys and values in int8",
+            ],
+        ),
+        (
+            {"sequences": 1, "context": 1, "kv_dtype": torch.int8},
+            ["1 sequence with a context of 1 token with keys and values in int8"],
+        ),
+    ],
+)
+def test_all_that_would_fit_is_offered(edge, expected):
+    """To four sequences of 4,096 tokens, within what a plan of less takes."""
+    plan = llama("cpu", "float16").but(context=4096, sequences=4)
+    *offered, room = plan.but(limit=plan.but(**edge).total_bytes).remedies()
+    assert offered == [f"{what} would fit" for what in expected]
+    assert room == f"a limit of {size(plan.total_bytes, ceil)} would hold all of it"
+
+
+@given(nbytes=st.integers(1, 2**60) | st.integers(1, 2**22), rounded=st.sampled_from([ceil, floor]))
+def test_amounts_are_rounded_to_the_safe_side(nbytes, rounded):
+    """By less than a hundredth of the unit, and an amount that is read shows as it was written."""
+    text = size(nbytes, rounded)
+    number, unit = text.split()
+    hundredth = Fraction(parse_bytes(f"1{unit}"), 1 if unit == "B" else 100)
+    excess = Fraction(number) * parse_bytes(f"1{unit}") - nbytes
+    assert (0 <= excess < hundredth) if rounded is ceil else (0 <= -excess < hundredth)
+    assert parse_bytes(text) >= nbytes or rounded is floor
+    assert size(parse_bytes(text), floor) == text or number == "1024.00"
+
+
+def test_one_token_that_fits_is_offered_and_nothing_is_said_not_to_fit(small):
+    with use_backend("triton"):
+        plan = plan_memory(small, context=64, kv_dtype="int8", device="cpu").but(free_bytes=None)
+    said = plan.but(limit=plan.but(context=1).total_bytes).remedies()
+    assert said == ["a context of 1 token would fit", f"a limit of {size(plan.total_bytes, ceil)} would hold all of it"]
+
+
+def test_a_limit_on_a_device_with_too_little_free():
+    plan = llama(GPU, "int8").but(context=2048, limit=GIB, free_bytes=900 * MIB)
+    assert plan.remedies()[-1] == "a limit of 1.73 GiB on a device with 1010.00 MiB free would hold all of it"
 
 
 def test_the_end_of_the_search_is_not_an_answer():

@@ -188,7 +188,7 @@ def test_pictures():
     html = plan._repr_html_()
     widths = [float(width) for width in re.findall(r"<rect x='[\d.]+' y='0' width='([\d.]+)'", html)]
     assert sum(widths) == pytest.approx(1000, abs=0.1)  # the plan passes its limit, so it is the scale
-    assert "max_context" in html
+    assert "a context of" in html
 
     console = Console(width=160, file=io.StringIO())
     console.print(plan)
@@ -220,6 +220,7 @@ AMOUNTS = {
     "80GB": 80 * 10**9,
     "1.5gib": 1536 * MIB,
     "8e9": 8 * 10**9,
+    "514.10MiB": 539072922,
 }
 
 
