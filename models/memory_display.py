@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from html import escape
+from math import ceil, floor
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -23,26 +25,34 @@ COLOURS = {
 }
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people: GiB, MiB, KiB or bytes."""
+def size(nbytes: int, rounded: Callable[[Fraction], int] = round) -> str:
+    """Bytes for people, in hundredths of a GiB, MiB or KiB: what is needed rounded with ``ceil``, what is there with
+    ``floor``.
+    """
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if abs(nbytes) >= unit:
-            return f"{nbytes / unit:.2f} {name}"
-    return f"{nbytes} bytes"
+        if nbytes >= unit:
+            return f"{rounded(Fraction(100 * nbytes, unit)) / 100:.2f} {name}"
+    return f"{nbytes} B"
+
+
+def count(number: int, noun: str, form: str = ",") -> str:
+    return f"{number:{form}} {noun}{'s' * (number != 1)}"
 
 
 def verdict(plan: MemoryPlan) -> list[tuple[str, str]]:
     """(label, value): the total, what it is held against, and what would fit."""
-    rows = [("total", size(plan.total_bytes))]
+    rows = [("total", size(plan.total_bytes, ceil))]
     if plan.limit is not None:
-        rows.append(("limit", size(plan.limit)))
+        rows.append(("limit", size(plan.limit, floor)))
     if plan.free_bytes is not None:
-        rows.append(("free on the device", size(plan.free_bytes)))
+        rows.append(("free on the device", size(plan.free_bytes, floor)))
     headroom = plan.headroom_bytes
     if headroom is not None:
-        rows.append(("headroom", size(headroom) if headroom >= 0 else f"none: {size(-headroom)} too much"))
-        rows.append((f"largest context for {_count(plan.sequences)}", f"{plan.largest_context():,} tokens"))
-        rows.append((f"most sequences of {plan.context:,} tokens", f"{plan.most_sequences():,}"))
+        most, longest = plan.most_sequences(), plan.largest_context()
+        more = " or more" if most == plan.MOST_SEQUENCES else ""
+        rows.append(("headroom", size(headroom, floor) if headroom >= 0 else f"none: {size(-headroom, ceil)} too much"))
+        rows.append((f"largest context for {count(plan.sequences, 'sequence')}", count(longest, "token")))
+        rows.append((f"most sequences of {count(plan.context, 'token')}", f"{most:,}{more}"))
     rows += [("what would fit", remedy) for remedy in plan.remedies()]
     return rows
 
@@ -50,13 +60,9 @@ def verdict(plan: MemoryPlan) -> list[tuple[str, str]]:
 def title(plan: MemoryPlan) -> str:
     kv_dtype, dtype = (str(d).removeprefix("torch.") for d in (plan.kv_dtype, plan.dtype))
     return (
-        f"{plan.config.name}: {_count(plan.sequences)} of {plan.context:,} tokens, keys and values in {kv_dtype}, "
-        f"activations in {dtype}, on {plan.target.kind}"
+        f"{plan.config.name}: {count(plan.sequences, 'sequence')} of {count(plan.context, 'token')}, "
+        f"keys and values in {kv_dtype}, activations in {dtype}, on {plan.target.kind}"
     )
-
-
-def _count(sequences: int) -> str:
-    return f"{sequences} sequence{'s' * (sequences > 1)}"
 
 
 def rich_lines(plan: MemoryPlan) -> Iterator[Table | Text]:

@@ -1,26 +1,32 @@
 """The bytes of everything a model will hold, before anything is allocated; and what would fit.
 
-The terms and their formulas are in ``memory_terms``; each becomes a named line. Lines add up to the total, which is
-what the driver will show for the process:
+The terms and their formulas are in ``memory_terms``; each becomes a named line. Lines add up to the total, which on a
+GPU is what the driver will show for the process, within what the context is misjudged by:
 
     total = weights + K/V pages + tables + workspace + CUDA graph + allocator rounding + device context
 
 Workspace terms are those alive at the widest moment of a prefill pass. A CUDA graph keeps memory of its own, so what a
-decode step needs is added, not shared.
+decode step needs is added, not shared. On a CPU the total is the model's part alone: Python and torch come on top.
+
+All but the rounding grow with context and sequences. The rounding falls where a request fits what another left over, by
+up to some tens of MiB, so a larger context may take less than a smaller one.
 """
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from math import ceil, floor
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from rooflama.loaders.device import DeviceOutOfMemory
+from rooflama.loaders.device import Device, DeviceOutOfMemory
 
-from . import memory_display, memory_terms
+from . import memory_display, memory_remedies, memory_terms
 from .allocator import Segments
 from .config import ModelConfig
 from .kv_cache import is_scaled
@@ -29,7 +35,6 @@ from .memory_weights import Backend, Matrix, WeightBytes, form_on_device
 from .metadata import ConfigError
 
 MIB = 2**20
-MOST_SEQUENCES = 1 << 16  # where the search for how many fit ends
 
 Group = Literal["weights", "keys and values", "tables", "workspace", "CUDA graph", "device"]
 
@@ -101,20 +106,17 @@ class MemoryPlan:
     limit: int | None = None
     free_bytes: int | None = None
 
+    MOST_SEQUENCES: ClassVar[int] = 1 << 16  # that can be planned for
+
     def __post_init__(self) -> None:
-        for name, value in (("context", self.context), ("sequences", self.sequences), ("limit", self.limit)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(
-                    f"{name} {value!r}",
-                    rule="tokens, sequences and bytes are whole numbers from 1 on",
-                    remedy="Ask for 1 or more",
-                )
-        if self.context > self.config.context_length:
-            raise ConfigError(
-                f"a context of {self.context} tokens",
-                rule=f"this model was trained for 1 to {self.config.context_length}",
-                remedy="Ask for a context in that range",
-            )
+        trained = self.config.context_length
+        for name, value, most, rule in (
+            ("context", self.context, trained, f"this model was trained for contexts of 1 to {trained} tokens"),
+            ("sequences", self.sequences, self.MOST_SEQUENCES, f"plans are for 1 to {self.MOST_SEQUENCES} sequences"),
+            ("limit", self.limit, sys.maxsize, f"a limit is a whole number of bytes from 1 to {sys.maxsize}"),
+        ):
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise ConfigError(f"{name} {value!r}", rule=rule, remedy="Ask for a whole number in that range")
 
     # What is held.
 
@@ -153,10 +155,8 @@ class MemoryPlan:
         ]
         if on_gpu:
             lines += [Line("CUDA graph", name, nbytes, FORMULAS[name]) for name, nbytes in self._graph.items()]
-            general, graph = self._segments()
-            rounding = general.reserved - general.asked + graph.reserved - graph.asked
             lines += [
-                Line("device", "allocator rounding", rounding, "torch's segments of 2 and 20 MiB, see allocator"),
+                Line("device", "allocator rounding", self._rounding, "torch's segments of 2 and 20 MiB, see allocator"),
                 Line("device", "context and kernels", self.target.context_bytes, "an estimate for the kind of device"),
             ]
         return tuple(line for line in lines if line.nbytes)
@@ -200,13 +200,9 @@ class MemoryPlan:
         return memory_terms.rope_table_bytes(self.config, self.context), blocks
 
     @cached_property
-    def _weight_segments(self) -> Segments:
-        return Segments(self.weights.allocations)
-
-    @cached_property
     def _lasting_segments(self) -> Segments:
         """torch's general pool once a model is loaded: weights, pages, tables."""
-        lasting = self._weight_segments.copy()
+        lasting = self.weights.segments.copy()
         tables, blocks = self._table_bytes()
         pools = memory_terms.kv_allocations(self.config, self.kv_dtype, self.num_pages, self.page_size)
         lasting.take_all([*pools, tables // 2, tables // 2, blocks // 2, blocks // 2])
@@ -217,6 +213,13 @@ class MemoryPlan:
         general = self._lasting_segments.copy()
         general.take_all(self._prefill.values())
         return general, Segments(self._graph.values())
+
+    @cached_property
+    def _rounding(self) -> int:
+        """What torch's segments take beyond what is asked of them. On a CPU there are none."""
+        if self.target.kind == "cpu":
+            return 0
+        return sum(segments.reserved - segments.asked for segments in self._segments())
 
     def bytes_of(self, *groups: Group) -> int:
         return sum(line.nbytes for line in self.lines if line.group in groups)
@@ -237,17 +240,26 @@ class MemoryPlan:
     @property
     def headroom_bytes(self) -> int | None:
         """Bytes left under the limit and in the device's free memory, negative if it does not fit; None if unknown."""
+        return self._headroom(self.total_bytes)
+
+    def _headroom(self, total: int) -> int | None:
         room = []
         if self.limit is not None:
-            room.append(self.limit - self.total_bytes)
+            room.append(self.limit - total)
         if self.free_bytes is not None:
-            room.append(self.free_bytes - (self.total_bytes - self.target.context_bytes))
+            room.append(self.free_bytes - (total - self.target.context_bytes))
         return min(room, default=None)
 
     @property
     def fits(self) -> bool:
         """Whether there is headroom; True where nothing bounds the plan."""
         headroom = self.headroom_bytes
+        return headroom is None or headroom >= 0
+
+    @property
+    def _fits_unrounded(self) -> bool:
+        """Whether it would fit if the allocator rounded nothing: so does every plan of less, and all that fit do."""
+        headroom = self._headroom(self.total_bytes - self._rounding)
         return headroom is None or headroom >= 0
 
     def but(self, **changes: Any) -> MemoryPlan:
@@ -257,64 +269,54 @@ class MemoryPlan:
     def largest_context(self, sequences: int | None = None) -> int:
         """Tokens that each of ``sequences`` sequences (default: the plan's) may reach; 0 if not even one token fits.
 
-        At most the context that the model was trained for.
+        No more whole pages fit, nor a token more, up to the context that the model was trained for. Fewer may not: the
+        allocator's rounding may take more then.
         """
-        sequences = sequences or self.sequences
-        longest = self.config.context_length
-        if self.but(context=longest, sequences=sequences).fits:
+        longest, page = self.config.context_length, self.page_size
+        plan = self.but(sequences=sequences or self.sequences)
+        if plan.but(context=longest).fits:
             return longest
-        pages = _largest(
-            lambda count: self.but(context=count * self.page_size, sequences=sequences).fits, longest // self.page_size
-        )
-        return pages * self.page_size or int(self.but(context=1, sequences=sequences).fits)
+        pages = _largest(range(page, longest, page), lambda tokens: plan.but(context=tokens))
+        return _largest(range(pages + 1, min(pages + page, longest)), lambda tokens: plan.but(context=tokens)) or pages
 
     def most_sequences(self, context: int | None = None) -> int:
-        """Sequences of ``context`` tokens each (default: the plan's) whose pages fit at once, up to MOST_SEQUENCES."""
-        context = context or self.context
-        return _largest(lambda count: self.but(context=context, sequences=count).fits, MOST_SEQUENCES)
+        """The most sequences of ``context`` tokens each (default: the plan's) whose pages fit at once.
+
+        MOST_SEQUENCES says that as many fit, and maybe more.
+        """
+        plan = self.but(context=context or self.context)
+        return _largest(range(1, self.MOST_SEQUENCES + 1), lambda count: plan.but(sequences=count))
 
     def remedies(self) -> list[str]:
-        """Changes after which the plan fits, the mildest first; what the device would need, if none helps."""
-        if self.fits:
-            return []
-        smaller, scaled = self.largest_context(), self.but(kv_dtype=torch.int8)
-        found = [f"max_context={smaller} would fit"] if smaller > 1 else []
-        if self.kv_dtype != torch.int8:
-            if scaled.fits:
-                found.append("kv_dtype='int8' would fit at this context")
-            elif scaled.largest_context() > max(1, smaller):
-                found.append(f"kv_dtype='int8' with max_context={scaled.largest_context()} would fit")
-        if self.sequences > 1 and (fewer := self.most_sequences()):
-            found.append(f"{fewer} sequence{'s' * (fewer > 1)} would fit")
-        least = self.but(context=1, sequences=1, limit=None).total_bytes
-        return found or [
-            f"no context fits: a device or limit of {memory_display.size(least)} and more would, "
-            "or a checkpoint of fewer bits a weight"
-        ]
+        """What to change so that it fits, the mildest first: each alone suffices."""
+        return memory_remedies.remedies(self)
 
-    def require(self) -> None:
-        """Raise DeviceOutOfMemory if the plan does not fit, with its numbers and what would fit."""
-        headroom = self.headroom_bytes
-        if headroom is None or headroom >= 0:
+    def require(self, device: Device | None = None) -> None:
+        """Raise DeviceOutOfMemory if the plan does not fit, with its numbers, the device's, and what would fit."""
+        if self.fits:
             return
-        size, weights, kv = memory_display.size, self.bytes_of("weights"), self.bytes_of("keys and values")
-        room = [f"{size(self.limit)} is the limit"] if self.limit is not None else []
-        room += [f"{size(self.free_bytes)} free"] if self.free_bytes is not None else []
+        size, count = memory_display.size, memory_display.count
+        room = [f"{size(self.limit, floor)} is the limit"] if self.limit is not None else []
+        room += [f"{size(self.free_bytes, floor)} free"] if self.free_bytes is not None else []
         many = f"{self.sequences} sequences of " if self.sequences > 1 else ""
+        weights, kv = self.bytes_of("weights"), self.bytes_of("keys and values")
         beside = self.total_bytes - weights - kv
         error = DeviceOutOfMemory(
-            f"{self.config.name} with {many}{self.context} tokens takes {size(self.total_bytes)} "
+            f"{self.config.name} with {many}{count(self.context, 'token')} takes {size(self.total_bytes, ceil)} "
             f"({size(weights)} weights, {size(kv)} keys and values, {size(beside)} beside them); {', '.join(room)}",
             rule="a model is loaded only if all of it fits",
             remedy="; ".join(self.remedies()),
         )
         error.asked, error.free, error.limit = self.total_bytes, self.free_bytes, self.limit
+        if device is not None:
+            error.total, error.held = device.total_bytes, device.held_bytes
         raise error
 
     # How it shows.
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
+        most = self.most_sequences() if self.headroom_bytes is not None else None
         return {
             "model": self.config.name,
             "architecture": self.config.architecture,
@@ -342,7 +344,8 @@ class MemoryPlan:
             "headroom_bytes": self.headroom_bytes,
             "fits": self.fits,
             "largest_context_tokens": self.largest_context(),
-            "most_sequences": self.most_sequences() if self.headroom_bytes is not None else None,
+            "most_sequences": most,
+            "more_sequences_may_fit": most == self.MOST_SEQUENCES,
             "remedies": self.remedies(),
         }
 
@@ -353,13 +356,7 @@ class MemoryPlan:
         return memory_display.html(self)
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 0 to ``most`` that fits, where every smaller one does too; 0 always does."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _largest(numbers: range, plan_of: Callable[[int], MemoryPlan]) -> int:
+    """The largest of ascending numbers whose plan fits, or 0: those that would without rounding, from the top down."""
+    end = bisect_left(numbers, True, key=lambda number: not plan_of(number)._fits_unrounded)
+    return next((number for number in reversed(numbers[:end]) if plan_of(number).fits), 0)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from rooflama.kernels import LAYOUTS, QuantizedTensor
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
 
 from .adapter import Adapter
+from .allocator import Segments
 from .config import ModelConfig
 from .decoder import Decoder
 from .weights import CheckpointReader, TensorSource
@@ -57,6 +59,11 @@ class WeightBytes:
     @property
     def resident_bytes(self) -> int:
         return sum(self.resident.values())
+
+    @cached_property
+    def segments(self) -> Segments:
+        """What torch's allocator takes for them on a GPU."""
+        return Segments(self.allocations)
 
 
 def plane_shapes(ggml_type: str, rows: int, columns: int) -> list[tuple[tuple[int, int], torch.dtype]]:

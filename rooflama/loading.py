@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.opening import locate, open_checkpoint
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
-from rooflama.models.memory_display import size
+from rooflama.models.memory_display import count, size
 from rooflama.models.rope import FactorSetPolicy
 
 from .model import Model
@@ -46,8 +47,8 @@ def load(
         max_context: tokens a sequence may reach. None takes the model's own context, or, with a warning, as much of it
             as fits into memory.
         memory_limit: bytes, or text such as ``8GiB``, that the process may take on the device for this model, the
-            driver's context included; None for all that is free. What it would take is planned first, and nothing is
-            allocated if that does not fit.
+            driver's context included, on a CPU without Python and torch; None for all that is free. What it would take
+            is planned first, and nothing is allocated if that does not fit.
         longrope: for models with LongRoPE (Phi-3 128k): which of the two sets of frequencies a sequence gets, for life.
             ``auto`` gives ``long`` to a sequence whose prompt and new tokens together may exceed the original context
             (Phi-3: 4096), else ``short``.
@@ -167,12 +168,12 @@ def _plan(
     if max_context is None and not plan.fits and (fitting := plan.largest_context()):
         smaller = plan.but(context=fitting)
         warnings.warn(
-            f"the context is {fitting} tokens, not the model's {context}: that would take "
-            f"{size(plan.total_bytes)}, {size(-(plan.headroom_bytes or 0))} more than there is",
+            f"the context is {count(fitting, 'token')}, not the model's {context:,}: that would take "
+            f"{size(plan.total_bytes, ceil)}, {size(-(plan.headroom_bytes or 0), ceil)} more than there is",
             stacklevel=4,
         )
         return smaller
-    plan.require()
+    plan.require(device)
     return plan
 
 

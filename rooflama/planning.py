@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
+from math import ceil
 
 import torch
 
@@ -51,13 +53,14 @@ def plan_memory(
         sequences: sequences held at once.
         kv_dtype, dtype, batch_invariant: as for ``load``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. A GPU that is not here can be planned for too.
-        limit: bytes, or text such as ``24GiB``, that the whole process may take on the device; None for no limit but
-            what the device has free, if it is here.
+        limit: bytes, or text such as ``24GiB``, that the whole process may take on the device (on a CPU, the model
+            alone, without Python and torch); None for no limit but what the device has free, if it is here.
         weight_types: for a config, the ggml type of its matrices, or a function of name and shape that gives it.
 
     Raises:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: the checkpoint cannot be found or read.
         ConfigError: it is of a model that rooflama cannot run, or an argument is out of range.
+        DeviceUnavailable: ``device`` is no device's name.
     """
     target, free_bytes = _target(device)
     if isinstance(path_or_config, ModelConfig):
@@ -140,9 +143,10 @@ def _target(spec: str) -> tuple[Target, int | None]:
         with open_device(spec) as device:
             return _device_target(device), device.free_bytes
     except DeviceUnavailable:
-        if spec.partition(":")[0] not in ("cuda", "hip"):
+        absent = re.fullmatch("(cuda|hip)(:[0-9]{1,3})?", spec)
+        if absent is None:
             raise
-        return Target.gpu(spec.partition(":")[0]), None
+        return Target.gpu(absent[1]), None
 
 
 def _device_target(device: Device) -> Target:
@@ -153,11 +157,14 @@ def _device_target(device: Device) -> Target:
 
 
 def parse_bytes(text: str) -> int:
-    """``24GiB``, ``512 MiB``, ``8e9`` or ``80GB`` in bytes. Raises ConfigError for anything else, zero and less."""
+    """``24GiB``, ``512 MiB``, ``8e9`` or ``80GB`` in whole bytes, rounded up.
+
+    Raises ConfigError for anything else, zero and less.
+    """
     number = text.strip().rstrip("BbGgIiKkMm ")
     unit = text.strip()[len(number) :].strip().upper()
     try:
-        nbytes = int(float(number) * _UNITS[unit])
+        nbytes = ceil(float(number) * _UNITS[unit])
     except (KeyError, ValueError, OverflowError):
         nbytes = 0
     if nbytes <= 0:

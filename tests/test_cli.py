@@ -46,6 +46,15 @@ def test_a_models_own_name_is_text(tmp_path, command):
     assert not {"\x1b", "\x07"} & set(result.stdout)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--sequences", "1" + "0" * 400), ("--context", "1" + "0" * 400), ("--limit", "1e30"), ("--device", "cuda:½")],
+)
+def test_what_no_plan_can_be_made_for(tmp_path, option, value):
+    path = write_small(tmp_path / "small.gguf")
+    assert_one_line_error(rooflama("plan", str(path), option, value), value[:1])
+
+
 @pytest.mark.demo_checkpoint
 def test_truncated_file(tmp_path):
     short = tmp_path / "short.gguf"

@@ -12,19 +12,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import rooflama
+from model_shapes import SHAPES, config_of, type_rule
 from rooflama import ConfigError, demo_checkpoint, plan_memory
 from rooflama.kernels import LAYOUTS, reference, use_backend
-from rooflama.loaders import device_raw
-from rooflama.loaders.device import DeviceOutOfMemory
+from rooflama.loaders.device import DeviceUnavailable
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
 from rooflama.models import (
     CheckpointReader,
-    ModelConfig,
-    RopeSpec,
     adapter_for,
     checkpoint_weights,
-    memory_plan,
     memory_terms,
 )
 from rooflama.models.memory_weights import plane_shapes
@@ -32,29 +29,6 @@ from rooflama.planning import parse_bytes
 from small_checkpoint import write_small
 
 GIB, MIB = 2**30, 2**20
-
-# name: layers, hidden, query heads, K/V heads, head_dim, feed-forward, vocabulary, tied, q/k/v biases, QK norm
-SHAPES = {
-    "Llama-2-7B": (32, 4096, 32, 32, 128, 11008, 32000, False, False, False),
-    "Llama-2-13B": (40, 5120, 40, 40, 128, 13824, 32000, False, False, False),
-    "Llama-2-70B": (80, 8192, 64, 8, 128, 28672, 32000, False, False, False),
-    "Llama-3-8B": (32, 4096, 32, 8, 128, 14336, 128256, False, False, False),
-    "Llama-3-70B": (80, 8192, 64, 8, 128, 28672, 128256, False, False, False),
-    "Llama-3.2-1B": (16, 2048, 32, 8, 64, 8192, 128256, True, False, False),
-    "Llama-3.2-3B": (28, 3072, 24, 8, 128, 8192, 128256, True, False, False),
-    "Qwen2.5-0.5B": (24, 896, 14, 2, 64, 4864, 151936, True, True, False),
-    "Qwen2.5-1.5B": (28, 1536, 12, 2, 128, 8960, 151936, True, True, False),
-    "Qwen2.5-7B": (28, 3584, 28, 4, 128, 18944, 152064, False, True, False),
-    "Qwen2.5-14B": (48, 5120, 40, 8, 128, 13824, 152064, False, True, False),
-    "Qwen2.5-72B": (80, 8192, 64, 8, 128, 29568, 152064, False, True, False),
-    "Qwen3-0.6B": (28, 1024, 16, 8, 128, 3072, 151936, True, False, True),
-    "Qwen3-8B": (36, 4096, 32, 8, 128, 12288, 151936, False, False, True),
-    "Phi-3-mini": (32, 3072, 32, 32, 96, 8192, 32064, False, False, False),
-    "Phi-3-medium": (40, 5120, 40, 10, 128, 17920, 32064, False, False, False),
-    "TinyLlama": (22, 2048, 32, 4, 64, 5632, 32000, False, False, False),
-    "SmolLM2-135M": (30, 576, 9, 3, 64, 1536, 49152, True, False, False),
-    "SmolLM2-1.7B": (24, 2048, 32, 32, 64, 8192, 49152, True, False, False),
-}
 
 # GiB of F16, Q8_0, Q4_0 and Q4_K_M files as llama.cpp makes them, and K/V bytes a token in 16 bits.
 WEIGHTS = {
@@ -86,61 +60,6 @@ TOTALS = {
     "Qwen2.5-7B": {4096: ("4.57", None), 32768: ("6.11", "5.23"), 131072: ("11.4", "7.86")},
     "Phi-3-mini": {4096: ("3.73", None), 32768: ("14.2", "8.23"), 131072: ("50.2", "26.2")},
 }
-
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # for rows that are no whole number of blocks
-
-
-def config_of(name: str, **changes) -> ModelConfig:
-    layers, hidden, heads, kv_heads, head_dim, width, vocabulary, tied, biases, qk_norm = SHAPES[name]
-    values = {
-        "architecture": "llama",
-        "name": name,
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": width,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocabulary,
-        "context_length": 131072,
-        "rms_norm_eps": 1e-5,
-        "softmax_scale": head_dim**-0.5,
-        "rope": RopeSpec(head_dim=head_dim, rotary_dim=head_dim),
-        "sliding_windows": (0,) * layers,
-        "tied_embeddings": tied,
-        "qkv_bias": biases,
-        "qk_norm": qk_norm,
-    }
-    return ModelConfig(**{**values, **changes})
-
-
-def type_rule(name: str, mix: str):
-    """Which type llama.cpp's quantiser gives each tensor of a model."""
-    config = config_of(name)
-    layers, tied = config.num_layers, config.tied_embeddings
-
-    def wanted(tensor: str) -> str:
-        if mix in ("F16", "Q8_0"):
-            return mix
-        if tensor == ("token_embd.weight" if tied else "output.weight"):
-            return "Q6_K"
-        if mix == "Q4_0":
-            return mix
-        if name.startswith("Phi-3") and any(part in tensor for part in ("attn_q", "attn_k", "attn_v")):
-            return "Q5_K"  # fused in the file
-        if "attn_v" in tensor or "ffn_down" in tensor:
-            i = int(tensor.split(".")[1])
-            if i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2:
-                return "Q6_K"
-            if ("attn_v" in tensor and "70B" in name) or ("72B" in name and "attn_v" in tensor):
-                return "Q5_K"
-        return "Q4_K"
-
-    def rule(tensor: str, shape: tuple[int, ...]) -> str:
-        kind = wanted(tensor)
-        return FALLBACK[kind] if kind in FALLBACK and shape[-1] % 256 else kind
-
-    return rule
 
 
 def digits(value: float, printed: str) -> str:
@@ -231,78 +150,6 @@ def test_a_config_alone_gives_the_same_bytes_as_its_file(small, backend):
     assert plan.weights.resident == from_file.resident
 
 
-@pytest.fixture
-def tight(small):
-    """A limit that 64 of the model's 128 tokens just meet."""
-    with use_backend("triton"):
-        return plan_memory(small, context=64, device="cpu").total_bytes
-
-
-def test_a_plan_that_does_not_fit_allocates_nothing(small, tight, monkeypatch):
-    made = []
-    monkeypatch.setattr(device_raw, "before_operation", lambda *what: made.append(what))
-    with use_backend("triton"), pytest.raises(DeviceOutOfMemory, match="max_context=64 would fit") as caught:
-        rooflama.load(small, device="cpu", max_context=128, memory_limit=tight, progress=False)
-    assert made == []
-    assert caught.value.limit == tight < caught.value.asked
-    with use_backend("triton"):
-        rooflama.load(small, device="cpu", max_context=64, memory_limit=tight, progress=False).close()
-
-
-def test_weights_that_fit_nowhere_say_what_would_hold_them(small):
-    with pytest.raises(DeviceOutOfMemory, match=r"no context fits: a device or limit of .* KiB and more would"):
-        rooflama.load(small, device="cpu", memory_limit=1000, progress=False)
-
-
-def test_without_a_wish_the_context_shrinks_with_a_warning(small, tight):
-    with (
-        use_backend("triton"),
-        pytest.warns(UserWarning, match="the context is 64 tokens, not the model's 128"),
-        rooflama.load(small, device="cpu", memory_limit=tight, progress=False) as model,
-    ):
-        assert model.max_context == 64
-
-
-@given(
-    limit=st.integers(1, 40 * GIB),
-    context=st.integers(1, 131072),
-    sequences=st.integers(1, 8),
-    kv_dtype=st.sampled_from(["float16", "fp8", "int8"]),
-    device=st.sampled_from(["cuda", "cpu"]),
-)
-def test_what_is_said_to_fit_fits_and_no_more(limit, context, sequences, kv_dtype, device):
-    plan = plan_memory(
-        config_of("Llama-3.2-1B"), context=context, sequences=sequences, kv_dtype=kv_dtype, device=device,
-        weight_types="Q8_0",
-    ).but(limit=limit, free_bytes=None)  # fmt: skip
-    longest, most = plan.largest_context(), plan.most_sequences()
-    assert plan.fits == (plan.total_bytes <= limit) == (plan.headroom_bytes >= 0)
-    if longest:
-        assert plan.but(context=longest).fits
-    if 0 < longest < 131072:
-        assert not plan.but(context=longest // 64 * 64 + 64).fits
-    if most:
-        assert plan.but(sequences=most).fits
-    assert not plan.but(sequences=most + 1).fits
-    assert plan.fits == (plan.remedies() == [])
-    for remedy in plan.remedies():
-        changed = {}
-        if context_given := re.search(r"max_context=(\d+)", remedy):
-            changed["context"] = int(context_given[1])
-        if "int8" in remedy:
-            changed["kv_dtype"] = torch.int8
-        if sequences_given := re.match(r"(\d+) sequence", remedy):
-            changed["sequences"] = int(sequences_given[1])
-        assert bool(changed) == ("no context fits" not in remedy)
-        assert not changed or plan.but(**changed).fits
-
-
-@pytest.mark.parametrize("most", [0, 1, 2, 7, 64])
-def test_the_largest_that_fits_is_found(most):
-    for largest in range(70):
-        assert memory_plan._largest(lambda count, largest=largest: count <= largest, most) == min(largest, most)
-
-
 def test_lines_add_up_and_say_how():
     plan = plan_memory(config_of("Llama-3-8B"), context=5000, sequences=3, device="cuda", limit="24GiB")
     shown = plan.to_dict()
@@ -341,7 +188,7 @@ def test_pictures():
     html = plan._repr_html_()
     widths = [float(width) for width in re.findall(r"<rect x='[\d.]+' y='0' width='([\d.]+)'", html)]
     assert sum(widths) == pytest.approx(1000, abs=0.1)  # the plan passes its limit, so it is the scale
-    assert "max_context" in html
+    assert "a context of" in html
 
     console = Console(width=160, file=io.StringIO())
     console.print(plan)
@@ -373,6 +220,7 @@ AMOUNTS = {
     "80GB": 80 * 10**9,
     "1.5gib": 1536 * MIB,
     "8e9": 8 * 10**9,
+    "514.10MiB": 539072922,
 }
 
 
@@ -388,9 +236,29 @@ def test_what_is_no_amount_of_memory(text):
 
 
 def test_arguments_out_of_range(small):
-    for wrong in ({"context": 0}, {"context": 129}, {"context": 8, "sequences": 0}, {"kv_dtype": "int4"}):
+    for wrong in (
+        {"context": 0},
+        {"context": 129},
+        {"context": 8, "sequences": 0},
+        {"sequences": 65537},
+        {"sequences": 10**400},
+        {"limit": 10**400},
+        {"kv_dtype": "int4"},
+    ):
         with pytest.raises(ConfigError):
             plan_memory(small, **wrong)
+
+
+@pytest.mark.parametrize("name", ["cuda:½", "cuda:-1", "cuda:", "cuda:99999999999999999999", "cudax", "hip:x", ""])
+def test_what_is_no_device_is_not_planned_for(small, name):
+    with pytest.raises(DeviceUnavailable):
+        plan_memory(small, device=name)
+
+
+@pytest.mark.parametrize("name", ["cuda:127", "hip:127"])
+def test_a_gpu_that_is_not_here_is_planned_for(small, name):
+    plan = plan_memory(small, device=name)
+    assert (plan.target.kind, plan.free_bytes) == (name.partition(":")[0], None)
 
 
 @pytest.mark.parametrize("name", ["context", "sequences", "limit"])
