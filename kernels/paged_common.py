@@ -122,9 +122,8 @@ def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Any, ..
     For the NumPy definition, which would otherwise convert or copy whole pools.
     """
     num_pages = next(t for t in tensors if t is not None).shape[0]
-    if num_pages == 0:
-        return *tensors, block_table
-    used, table = torch.unique(block_table.clamp(0, num_pages - 1), return_inverse=True)
+    used, table = torch.unique(block_table.clamp(0, max(0, num_pages - 1)), return_inverse=True)
+    used = used[:num_pages]  # which leaves none of an empty pool
     return *(None if t is None else t.view(torch.uint8)[used].view(t.dtype) for t in tensors), table
 
 
