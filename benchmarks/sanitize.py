@@ -5,8 +5,8 @@ one case. The tests are dealt out to processes, each under a sanitizer of its ow
 wait for its connections.
 
 Two settings differ from an ordinary run. torch's caching allocator is off, since it would hide what lies beside a
-buffer; but a CUDA graph cannot be captured without it, and gigabytes should be allocated by one test at a time, so the
-tests of ``APART`` run by themselves, with caching. And torch's own kernels (at::native) are not looked at.
+buffer; but a CUDA graph cannot be captured without it, and tests that take gigabytes wait for one another, so the tests
+of ``APART`` run by themselves, with caching. And torch's own kernels (at::native) are not looked at.
 
 Exit status 1 if a test fails or a sanitizer reports anything. The result is written as a row for each tool.
 """

@@ -254,15 +254,15 @@ class Device:
                 )
             self._release(buffer)
 
-    def prepare_graphs(self) -> None:
-        """Have a GPU ready for CUDA graphs: captures that follow allocate nothing before they begin.
+    def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """What ``work`` launches on this GPU, as a graph to replay. Run it once before: nothing compiles in a capture.
 
         Raises:
             UseAfterClose, DeviceOutOfMemory, DeviceLost: as ``allocate``.
         """
-        with self.guard("preparing CUDA graphs"):
-            if self.kind != "cpu":
-                device_raw.keep_graph_state(self.torch_device)
+        with self.guard("capturing a CUDA graph"):
+            device_raw.keep_graph_state(self.torch_device)
+            return device_raw.capture(work)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

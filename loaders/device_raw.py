@@ -3,16 +3,15 @@
 Bytes cross to a GPU through two pinned buffers that are filled and sent in turn.
 
 A GPU's copy engine reads pinned memory at the link's speed and pageable memory at a fraction of it. While one pinned
-buffer is on its way, threads fill the other: one thread's memcpy is slower than the link.
+buffer is on its way, torch's threads fill the other: one thread's memcpy is slower than the link.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+import gc
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -20,9 +19,7 @@ from torch import Tensor
 
 from .device_errors import DeviceError
 
-CHUNK_BYTES = 32 * 2**20
-FILL_THREADS = min(8, os.cpu_count() or 1)
-MIN_SLICE_BYTES = 2**20
+CHUNK_BYTES = 64 * 2**20
 
 
 def before_operation(operation: str, label: str, nbytes: int) -> None:
@@ -49,27 +46,19 @@ class Staging:
         self.stream.wait_stream(torch.cuda.current_stream(target.device))  # the target's earlier users come first
         size = self.buffers[0].numel()
         try:
-            with ThreadPoolExecutor(FILL_THREADS) as threads:
-                for i, start in enumerate(range(0, source.numel(), size)):
-                    chunk = source[start : start + size]
-                    before_chunk(chunk.numel())
-                    pinned, sent = self.buffers[i % 2][: chunk.numel()], self.sent[i % 2]
-                    sent.synchronize()
-                    _fill(pinned.numpy(), chunk.numpy(), threads)
-                    with torch.cuda.stream(self.stream):
-                        target[start : start + size].copy_(pinned, non_blocking=True)
-                        sent.record(self.stream)
-                    after_chunk(chunk.numel())
+            for i, start in enumerate(range(0, source.numel(), size)):
+                chunk = source[start : start + size]
+                before_chunk(chunk.numel())
+                pinned, sent = self.buffers[i % 2][: chunk.numel()], self.sent[i % 2]
+                sent.synchronize()
+                pinned.copy_(chunk)
+                with torch.cuda.stream(self.stream):
+                    target[start : start + size].copy_(pinned, non_blocking=True)
+                    sent.record(self.stream)
+                after_chunk(chunk.numel())
         finally:
             self.stream.synchronize()  # the pinned buffers and the target may be reused or freed from here on
             del target  # a traceback that is kept must not keep device memory
-
-
-def _fill(pinned: np.ndarray, chunk: np.ndarray, threads: ThreadPoolExecutor) -> None:
-    """memcpy by several threads; NumPy releases the interpreter's lock meanwhile."""
-    step = max(MIN_SLICE_BYTES, -(-chunk.size // FILL_THREADS))
-    starts = range(0, chunk.size, step)
-    list(threads.map(lambda start: np.copyto(pinned[start : start + step], chunk[start : start + step]), starts))
 
 
 def copy_in(
@@ -126,6 +115,24 @@ def keep_graph_state(device: torch.device) -> torch.cuda.CUDAGraph:
         graph.capture_begin()
         target.zero_()
         graph.capture_end()
+    return graph
+
+
+def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of what ``work`` launches.
+
+    Python's garbage collector rests meanwhile: a cycle that it finds may hold pinned memory or another graph, whose end
+    the driver does not allow during a capture.
+    """
+    graph = torch.cuda.CUDAGraph()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    finally:
+        if collecting:
+            gc.enable()
     return graph
 
 

@@ -104,7 +104,6 @@ class Engine:
         self.decoder, self.cache, self.num_tokens = decoder, cache, num_tokens
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
-        cache.device.prepare_graphs()
         spec = decoder.config.rope
         # A sequence keeps one LongRoPE set for life; long sequences read the second half of the stacked tables.
         sets: tuple[FactorSet | None, ...] = ("short", "long") if spec.kind == "longrope" else (None,)
@@ -231,10 +230,7 @@ class DecodeBatch:
             self._stepped_eagerly = True  # a first eager step compiles every kernel, which a capture cannot
             return self._step()
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-            self._graph = graph
+            self._graph = self.engine.cache.device.capture(self._step)
         self._graph.replay()
         return self.token_ids
 

@@ -1,6 +1,10 @@
-"""Fences around what launchers allocate, so that a kernel that writes beside it fails its test."""
+"""Fences around what launchers allocate, and a queue for tests that take gigabytes of a GPU."""
 
+import fcntl
+import gc
+import tempfile
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,3 +45,16 @@ def fenced_allocations(monkeypatch, request):
     monkeypatch.setattr(torch, "empty", fenced)
     yield
     check(0)
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(request):
+    """On a GPU, tests whose offsets pass 2^31 run one after another, whichever process they are in."""
+    if DEVICE.type == "cpu" or "beyond_int32" not in request.node.name:
+        yield
+        return
+    with Path(tempfile.gettempdir(), "rooflama-tests-beyond-int32").open("w") as queue:
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()

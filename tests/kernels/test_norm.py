@@ -138,7 +138,7 @@ def test_compiles_into_one_graph():
         (torch.zeros(2, 8, dtype=torch.float64), torch.zeros(8), "x is torch.float64"),
         (torch.zeros(2, 8), torch.zeros(8, dtype=torch.int32), "weight is torch.int32"),
         (torch.zeros(8, 2).T, torch.zeros(8), "last dimension of x must be contiguous"),
-        (torch.zeros(2, 8), torch.zeros(16)[::2], "last dimension of weight must be contiguous"),
+        (torch.zeros(2, 8), torch.zeros(16, device=DEVICE)[::2], "last dimension of weight must be contiguous"),
         (torch.zeros(2, 0), torch.zeros(0), r"x has shape \[2, 0\]: a mean needs at least one column"),
     ],
 )
