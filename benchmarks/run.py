@@ -53,7 +53,7 @@ def main() -> None:
                     f"{row['gb_per_s']:>6s} GB/s {row['tflop_per_s']:>6s} TFLOP/s {float(row['of_roofline']):6.1%}",
                     flush=True,
                 )
-    write_rows(arguments.out, rows)
+            write_rows(arguments.out, rows)  # after each case, so that a run cut short leaves what it measured
 
 
 if __name__ == "__main__":
