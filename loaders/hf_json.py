@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +15,20 @@ DAMAGED = "The file is damaged: download it again"
 
 class HuggingFaceError(RooflamaError, ValueError):
     """A Hugging Face folder that cannot be read, or whose model is not supported."""
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turns an OSError on the way to any of the folder's files into a HuggingFaceError."""
+    try:
+        yield
+    except OSError as error:
+        refuse(
+            Path(error.filename or folder),
+            f"cannot be read ({error.strerror})",
+            "the files of a Hugging Face folder can be read",
+            "Check its permissions, and that the download finished",
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

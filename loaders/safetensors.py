@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .hf_config import gguf_metadata, gguf_names
-from .hf_json import HuggingFaceError, parse_json, read_json, refuse
+from .hf_json import HuggingFaceError, parse_json, read_json, readable, refuse
 from .tokenizer import Tokenizer
 from .tokenizer_folder import read_folder_tokenizer, tokenizer_file
 
@@ -120,9 +120,15 @@ def read_safetensors(path: str | Path, *, name: str | None = None) -> Safetensor
         name: what to call the model; None for the folder's own name.
 
     Raises:
-        HuggingFaceError: something is missing, damaged, or of a model type or dtype that rooflama does not know.
+        HuggingFaceError: something is missing, cannot be read, is damaged, or is of a model type or dtype that rooflama
+            does not know.
     """
     folder = Path(path)
+    with readable(folder):
+        return _read_folder(folder, name or folder.resolve().name)
+
+
+def _read_folder(folder: Path, name: str) -> SafetensorsCheckpoint:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         _refuse_without_weights(folder)
     config = read_json(folder / "config.json")
@@ -146,7 +152,7 @@ def read_safetensors(path: str | Path, *, name: str | None = None) -> Safetensor
         tensors[canonical] = TensorInfo(
             canonical, GGML_TYPES[info.ggml_type], info.shape, info.nbytes, info.path, info.start
         )
-    metadata = gguf_metadata(config, tensors, name=name or folder.resolve().name)
+    metadata = gguf_metadata(config, tensors, name=name)
     return SafetensorsCheckpoint(folder, metadata, tensors, maps)
 
 

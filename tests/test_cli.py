@@ -46,6 +46,11 @@ def test_a_models_own_name_is_text(tmp_path, command):
     assert not {"\x1b", "\x07"} & set(result.stdout)
 
 
+@pytest.mark.parametrize("arguments", [["plan"], ["check", "small.gguf", "--report"]])
+def test_names_too_long_are_one_line(arguments):
+    assert_one_line_error(rooflama(*arguments, "x" * 300), "File name too long")
+
+
 @pytest.mark.demo_checkpoint
 def test_truncated_file(tmp_path):
     short = tmp_path / "short.gguf"
