@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from rooflama.kernels import RooflamaError
 
 DAMAGED = "The file is damaged: download it again"
+MOST_DIGITS = 40  # of a whole number; transformers writes 10^30 for "no limit"
 
 
 class HuggingFaceError(RooflamaError, ValueError):
@@ -44,7 +45,12 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object whose outer keys are all different."""
+    """A JSON object whose outer keys are all different, its whole numbers of a length that a float can hold."""
+
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits")
+        return int(digits)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
@@ -53,7 +59,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
         return mapping
 
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_int=whole)
     except (ValueError, RecursionError) as error:
         refuse(path, f"JSON that cannot be read ({error})", "the text is one JSON object")
     if not isinstance(parsed, dict):
