@@ -12,7 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from rooflama.kernels.errors import shorten
+
 from .hf_json import HuggingFaceError
+
+LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")  # one spelling for each layer
+MOST_LAYERS = 100_000
 
 TENSOR_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -91,7 +96,7 @@ FAMILIES: dict[str, HFFamily] = {
 
 def family_of(config: Mapping[str, Any]) -> HFFamily:
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         _refuse(f"model_type {model_type!r}", f"the types are {', '.join(FAMILIES)}", "Use a model of these families")
     return FAMILIES[model_type]
 
@@ -103,15 +108,16 @@ def gguf_names(config: Mapping[str, Any], stored: Collection[str]) -> dict[str, 
     the embedding whatever the file holds.
 
     Raises:
-        HuggingFaceError: a tensor that no model of this type has, or a missing output matrix.
+        HuggingFaceError: a tensor that no model of this type has, two that are one in GGUF, or a missing output matrix.
     """
     family = family_of(config)
     tied = config.get("tie_word_embeddings", False)
-    names = {}
+    names: dict[str, str] = {}
+    taken: dict[str, str] = {}
     for name in stored:
         if name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
             continue
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        layer = LAYER_TENSOR.fullmatch(name)
         stem, _, kind = (layer[2] if layer else name).rpartition(".")
         if stem not in family.tensor_names or kind not in ("weight", "bias"):
             _refuse(
@@ -119,8 +125,14 @@ def gguf_names(config: Mapping[str, Any], stored: Collection[str]) -> dict[str, 
                 f"model_type {config['model_type']} has no such tensor, and nothing is dropped silently",
                 "The checkpoint is of another type or variant, or quantised; report it",
             )
-        prefix = f"blk.{int(layer[1])}." if layer else ""
-        names[name] = f"{prefix}{family.tensor_names[stem]}.{kind}"
+        canonical = f"{f'blk.{layer[1]}.' if layer else ''}{family.tensor_names[stem]}.{kind}"
+        if (other := taken.setdefault(canonical, name)) != name:
+            _refuse(
+                f"tensors {min(name, other)!r} and {max(name, other)!r}",
+                "a layer has one or the other",
+                "The checkpoint is of another type or variant; report it",
+            )
+        names[name] = canonical
     if not tied and "lm_head.weight" not in stored:
         _refuse(
             "no lm_head.weight", "tie_word_embeddings is not true", "The checkpoint is incomplete: download it again"
@@ -190,17 +202,22 @@ def _windows(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
     if types is None and "max_window_layers" not in said:
         return {"attention.sliding_window": window}
     if types is None:
-        first = said["max_window_layers"]
+        first, count = said["max_window_layers"], config["num_hidden_layers"]
         if first is None:
             _refuse(
                 "use_sliding_window without max_window_layers or layer_types",
                 "they say which layers slide",
                 "Complete the file from the model's page",
             )
-        types = ["sliding_attention" if i >= first else "full_attention" for i in range(config["num_hidden_layers"])]
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown:
-        _refuse(f"layer_types {sorted(unknown)}", "layers attend fully or in a sliding window", "Use another model")
+        if type(first) is not int or type(count) is not int or count > MOST_LAYERS:
+            _refuse(
+                f"max_window_layers {first!r} of num_hidden_layers {count!r}",
+                f"both are whole numbers, of at most {MOST_LAYERS} layers",
+                "Correct the file from the model's page",
+            )
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
+    if not isinstance(types, list) or any(kind not in ("sliding_attention", "full_attention") for kind in types):
+        _refuse(f"layer_types {types!r}", "layers attend fully or in a sliding window", "Use another model")
     slides = [kind == "sliding_attention" for kind in types]
     return {"attention.sliding_window": window, "attention.sliding_window_pattern": slides}
 
@@ -214,8 +231,8 @@ def _warn_of_unread(config: Mapping[str, Any], family: HFFamily) -> None:
     if unread:
         warnings.warn(
             f"config.json has keys that model_type {config['model_type']} does not define, and that are not read: "
-            f"{', '.join(unread)}",
-            stacklevel=4,
+            f"{shorten(', '.join(unread))}",
+            stacklevel=5,
         )
 
 

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rooflama.kernels import RooflamaError
 
 DAMAGED = "The file is damaged: download it again"
+MOST_DIGITS = 40  # of a whole number; transformers writes 10^30 for "no limit"
 
 
 class HuggingFaceError(RooflamaError, ValueError):
     """A Hugging Face folder that cannot be read, or whose model is not supported."""
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turns an OSError on the way to any of the folder's files into a HuggingFaceError."""
+    try:
+        yield
+    except OSError as error:
+        refuse(
+            Path(error.filename or folder),
+            f"cannot be read ({error.strerror})",
+            "the files of a Hugging Face folder can be read",
+            "Check its permissions, and that the download finished",
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,7 +45,12 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object whose outer keys are all different."""
+    """A JSON object whose outer keys are all different, its whole numbers of a length that a float can hold."""
+
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits")
+        return int(digits)
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
@@ -37,7 +59,7 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:
         return mapping
 
     try:
-        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        parsed = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_int=whole)
     except (ValueError, RecursionError) as error:
         refuse(path, f"JSON that cannot be read ({error})", "the text is one JSON object")
     if not isinstance(parsed, dict):

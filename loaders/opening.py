@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from rooflama.kernels import RooflamaError
 
@@ -79,16 +79,21 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Location:
         weights: whether they are wanted; without, a download leaves out the weights of a folder.
 
     Raises:
-        UnknownCheckpointError: the path is no checkpoint of a kind known here.
+        UnknownCheckpointError: the path is no checkpoint of a kind known here, or cannot be opened.
         HubError: the download failed.
     """
     text = os.fspath(source)
     if text.startswith(PREFIX):
         path, name = fetch(text, weights=weights)
     else:
-        path = Path(text)
-        name = path.resolve().name if path.is_dir() else path.name
-    return Location(path, name, _kind_of(path))
+        path, name = Path(text), ""
+    try:
+        kind = _kind_of(path)
+        return Location(path, name or (path.resolve().name if kind is FOLDER else path.name), kind)
+    except OSError as error:
+        _refuse(
+            path, f"cannot be opened ({error.strerror})", "Check the path, and the permissions on it and its folders"
+        )
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
@@ -120,7 +125,7 @@ def _is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def _refuse(path: Path, found: str, remedy: str) -> None:
+def _refuse(path: Path, found: str, remedy: str) -> NoReturn:
     raise UnknownCheckpointError(
         f"{path}: {found}",
         rule="a checkpoint is a .gguf file or a folder with config.json and safetensors",

@@ -21,11 +21,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .hf_config import gguf_metadata, gguf_names
-from .hf_json import HuggingFaceError, parse_json, read_json, refuse
+from .hf_json import HuggingFaceError, parse_json, read_json, readable, refuse
 from .tokenizer import Tokenizer
 from .tokenizer_folder import read_folder_tokenizer, tokenizer_file
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
+SMALL_HEADER = 2**20  # bytes; a larger one is a small part of its file, since JSON takes up to 50 times that in memory
+MOST_DIMENSIONS = 8
 ITEMSIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 ITEMSIZES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 GGML_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -120,9 +122,15 @@ def read_safetensors(path: str | Path, *, name: str | None = None) -> Safetensor
         name: what to call the model; None for the folder's own name.
 
     Raises:
-        HuggingFaceError: something is missing, damaged, or of a model type or dtype that rooflama does not know.
+        HuggingFaceError: something is missing, cannot be read, is damaged, or is of a model type or dtype that rooflama
+            does not know.
     """
     folder = Path(path)
+    with readable(folder):
+        return _read_folder(folder, name or folder.resolve().name)
+
+
+def _read_folder(folder: Path, name: str) -> SafetensorsCheckpoint:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         _refuse_without_weights(folder)
     config = read_json(folder / "config.json")
@@ -146,7 +154,7 @@ def read_safetensors(path: str | Path, *, name: str | None = None) -> Safetensor
         tensors[canonical] = TensorInfo(
             canonical, GGML_TYPES[info.ggml_type], info.shape, info.nbytes, info.path, info.start
         )
-    metadata = gguf_metadata(config, tensors, name=name or folder.resolve().name)
+    metadata = gguf_metadata(config, tensors, name=name)
     return SafetensorsCheckpoint(folder, metadata, tensors, maps)
 
 
@@ -199,6 +207,9 @@ def _read_file(path: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
     header_nbytes = int.from_bytes(bytes(mapped[:8]), "little")
     if header_nbytes > min(LARGEST_HEADER, size - 8):
         refuse(path, f"a header of {header_nbytes} bytes in a file of {size}", "the header lies inside the file")
+    if header_nbytes > max(SMALL_HEADER, size // 16):
+        rule = f"one of more than {SMALL_HEADER} is at most a sixteenth of its file"
+        refuse(path, f"a header of {header_nbytes} bytes in a file of {size}", rule)
     header = parse_json(bytes(mapped[8 : 8 + header_nbytes]), path)
     header.pop("__metadata__", None)
     data_start = 8 + header_nbytes
@@ -220,10 +231,14 @@ def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
     offsets: Any = fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZES:
         refuse(path, f"tensor {name!r} has dtype {dtype!r}", f"dtypes are {', '.join(ITEMSIZES)}")
-    for what, numbers, count in (("shape", shape, None), ("data_offsets", offsets, 2)):
-        whole = isinstance(numbers, list) and all(type(number) is int and number >= 0 for number in numbers)
-        if not whole or count not in (None, len(numbers)):
-            refuse(path, f"tensor {name!r} has {what} {numbers!r}", f"{what} is a list of whole numbers")
+    for what, numbers, fewest, most in (("shape", shape, 0, MOST_DIMENSIONS), ("data_offsets", offsets, 2, 2)):
+        if not (
+            isinstance(numbers, list)
+            and fewest <= len(numbers) <= most
+            and all(type(number) is int and number >= 0 for number in numbers)
+        ):
+            rule = f"{what} is a list of {fewest} to {most} whole numbers"
+            refuse(path, f"tensor {name!r} has {what} {numbers!r}", rule)
     nbytes = math.prod(shape) * ITEMSIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         refuse(path, f"tensor {name!r} has data_offsets {offsets}", f"{dtype} of shape {shape} takes {nbytes} bytes")

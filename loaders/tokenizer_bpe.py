@@ -8,6 +8,8 @@ records none (llama.cpp applies none either), and so decoding gives back what wa
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import tokenizers
@@ -87,6 +89,24 @@ def read_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
     return PRE_TOKENIZERS[name]
 
 
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Turns a panic of the tokenizers library into TokenizerError.
+
+    Its PanicException can be told by name only, and is no Exception, so that it would end a program that catches those.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(
+            f"the tokenizers library gave up on the text ({error})",
+            rule="the tokenizer's patterns cut a text in a bounded number of steps",
+            remedy="Shorten the text, or use the tokenizer of the model's original checkpoint",
+        ) from None
+
+
 def word_splitter(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
     """Cuts text into words, spelled in the byte alphabet."""
     cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in rules.patterns]
@@ -111,11 +131,12 @@ class ByteLevelBPE:
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.pre_tokenizer = word_splitter(rules)
 
+    @panics_as_errors()
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, which holds no special token.
 
         Raises:
-            TokenizerError: the vocabulary has no token for one of the text's bytes.
+            TokenizerError: the vocabulary has no token for one of the text's bytes, or the library gives up.
         """
         refuse_missing_bytes(text, self._missing_bytes)
         return self._tokenizer.encode(text, add_special_tokens=False).ids

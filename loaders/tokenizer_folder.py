@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from .hf_json import readable
 from .sentencepiece_model import sentencepiece_metadata
 from .tokenizer import Tokenizer
 from .tokenizer_gguf import MODELS, GGUFText
@@ -22,9 +23,14 @@ def read_folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a folder, which may hold no weights.
 
     Raises:
-        HuggingFaceError: a file is no JSON object.
+        HuggingFaceError: a file cannot be read, or is no JSON object.
         TokenizerError: there is no tokenizer, it is of a kind not known here, or its files contradict each other.
     """
+    with readable(folder):
+        return _read_tokenizer(folder)
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
     path = tokenizer_file(folder)
     if path is None:
         refuse(

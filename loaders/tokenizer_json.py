@@ -21,7 +21,7 @@ from tokenizers import models
 
 from .hf_json import parse_json
 from .tokenizer import Tokenizer
-from .tokenizer_bpe import BYTE_ALPHABET, bytes_of_spelling, refuse_missing_bytes
+from .tokenizer_bpe import BYTE_ALPHABET, bytes_of_spelling, panics_as_errors, refuse_missing_bytes
 from .tokenizer_settings import FLAGS, NAMED, AddedToken, TokenizerSettings, added_token, refuse
 from .tokenizer_spm import BYTE_TOKENS, SPACE
 from .vocabulary import END_OF_GENERATION, MATCHED_WHOLE, TokenType, Vocabulary
@@ -30,6 +30,7 @@ PROBE = "a"  # a text that no normaliser touches
 MODEL = "tokenizer.json"  # what a Vocabulary of this kind calls its model
 
 
+@panics_as_errors()
 def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
     """The tokenizer of this file, with what the folder's other files say.
 
@@ -69,7 +70,7 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
                 f"{path}: its post_processor {'adds' if added else 'adds no'} {name.upper()}, and "
                 f"tokenizer_config.json says add_{name}_token {str(said).lower()}; tokenizer.json is followed, as "
                 "transformers does",
-                stacklevel=4,
+                stacklevel=6,
             )
     text_model = JsonText(library, vocabulary, spelling)
     text_model.refuse_spelled_controls(path)
@@ -86,6 +87,7 @@ class JsonText:
         self._lock = threading.Lock()
         self.add_space_prefix = self._begins_with_space(self.encode(PROBE, parse_special=False))
 
+    @panics_as_errors()
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
         if self._spelling.missing_bytes:
             normalizer = self._library.normalizer

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from .vocabulary import TokenizerError
 
 NAMED = ("bos", "eos", "unk", "pad")
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+SURROGATE = re.compile("[\ud800-\udfff]")  # lone ones are no text; the library cannot take them
+ID = re.compile("0|[1-9][0-9]{0,9}")  # one spelling for each
 REDOWNLOAD = "Download the tokenizer's files again, all of one revision"
 
 
@@ -117,6 +120,8 @@ def _further(own: Mapping[str, Any], older: Mapping[str, Any], path: Path) -> tu
     for file in (own, older):
         for key in ("additional_special_tokens", "extra_special_tokens"):
             values = file.get(key) or []
+            if not isinstance(values, list | dict):
+                refuse(path, f"{key} = {values!r}", "it is a list of tokens' texts")
             texts = [_text(v, path, key) for v in (values.values() if isinstance(values, dict) else values)]
             found += [text for text in texts if text is not None]
     return tuple(dict.fromkeys(found))
@@ -129,16 +134,18 @@ def _added(own: Mapping[str, Any], special: set[str], folder: Path) -> dict[int,
         path = folder / "added_tokens.json"
         added = {}
         for text, token_id in read_json_if_there(path).items():
-            if type(token_id) is not int:
+            if type(token_id) is not int or token_id < 0:
                 refuse(path, f"{text!r} has id {token_id!r}", "each token has a whole number")
+            _text(text, path, "a token")
             added[token_id] = AddedToken(text, special=text in special, normalized=text not in special)
         return added
     if not isinstance(entries, dict):
         refuse(path, f"{key} is a {type(entries).__name__}", "it maps ids to tokens")
     added = {}
     for index, fields in entries.items():
-        if not index.isdecimal() or not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+        if not ID.fullmatch(index) or not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
             refuse(path, f"{key}[{index!r}] = {fields!r}", "each entry is an id with a token's content and flags")
+        _text(fields, path, f"{key}[{index!r}]")
         added[int(index)] = added_token(fields)
     return added
 
@@ -152,7 +159,7 @@ def _text(value: Any, path: Path, key: str) -> str | None:
     """A token's text, which stands there plain or as an object with flags."""
     if isinstance(value, dict):
         value = value.get("content")
-    if value is not None and (not isinstance(value, str) or not value):
+    if value is not None and (not isinstance(value, str) or not value or SURROGATE.search(value)):
         refuse(path, f"{key} = {value!r}", "it is a token's text")
     return value
 
@@ -184,7 +191,7 @@ def _chat_template(own: Mapping[str, Any], folder: Path) -> str | None:
     if found is None or isinstance(found, str):
         return found
     entries = found if isinstance(found, list) else []
-    templates = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+    templates = {str(entry.get("name")): entry.get("template") for entry in entries if isinstance(entry, dict)}
     if not isinstance(templates.get("default"), str):
         names = ", ".join(map(repr, templates)) or "none"
         refuse(

@@ -47,7 +47,8 @@ def _check(condition: bool, found: str, rule: str, remedy: str = "Correct the mo
 
 def _check_positive(name: str, value: Any) -> None:
     real = isinstance(value, Real) and not isinstance(value, bool)
-    _check(real and math.isfinite(value) and value > 0, f"{name} is {value!r}", f"{name} is a finite number above 0")
+    rule = f"{name} is a finite number above 0, from 1e-30 to 1e30"
+    _check(real and 1e-30 <= value <= 1e30, f"{name} is {value!r}", rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +60,13 @@ class Scaling:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, tuple):
+            if field.type == "tuple[float, ...]":
+                _check(isinstance(value, tuple), f"{field.name} is {value!r}", f"{field.name} has one number a pair")
                 for entry in value:
                     _check_positive(f"an entry of {field.name}", entry)
-            elif value is not None and field.type != "bool":
+            elif field.type == "bool":
+                _check(isinstance(value, bool), f"{field.name} is {value!r}", f"{field.name} is true or false")
+            elif value is not None:
                 _check_positive(field.name, value)
 
     def frequencies(self, spec: RopeSpec, factor_set: FactorSet | None, seq_len: int | None) -> np.ndarray:
@@ -298,8 +302,10 @@ class RopeSpec:
         Raises:
             RopeError: an unknown type, a key that the type does not define, or values that contradict each other.
         """
+        _check(isinstance(rope_parameters or {}, Mapping), f"RoPE parameters {rope_parameters!r}", "they are a mapping")
         given = {key: value for key, value in (rope_parameters or {}).items() if value is not None}
-        names = {_HF_TYPES.get(name, name) for name in (given.pop("rope_type", None), given.pop("type", None)) if name}
+        names = {str(name) for name in (given.pop("rope_type", None), given.pop("type", None)) if name}
+        names = {_HF_TYPES.get(name, name) for name in names}
         _check(len(names) <= 1, f"rope_type and type are {sorted(names)}", "they name one kind")
         name = names.pop() if names else "default"
         _check(name in KINDS, f"rope_type {name!r}", f"the types are {', '.join(KINDS)}", "Add it to models/rope.py")
@@ -321,6 +327,7 @@ class RopeSpec:
             original = original_max_position_embeddings or inner_original
             values["original_context"] = max_position_embeddings if name == "dynamic" or not original else original
         if name in ("yarn", "longrope"):
+            _check_positive("original_max_position_embeddings", values["original_context"])
             values.setdefault("factor", max_position_embeddings / values["original_context"])
         missing = [field for field, required in known.items() if required and field not in values]
         _check(not missing, f"no {', '.join(missing)} in the RoPE parameters", f"rope_type {name!r} needs it")
@@ -334,11 +341,11 @@ _HF_ZERO_IS_ABSENT = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 
 def _agreed(name: str, inner: float | None, outer: float | None, *, default: float) -> float:
     """The number given inside the dictionary or outside it; both may be there if they are equal."""
-    given = {value for value in (inner, outer) if value is not None}
-    _check(len(given) <= 1, f"{name} is {outer} in the config, {inner} in its RoPE parameters", "they are equal")
-    value = given.pop() if given else default
-    _check_positive(name, value)
-    return value
+    given = [value for value in (inner, outer) if value is not None] or [default]
+    for value in given:
+        _check_positive(name, value)
+    _check(len({*given}) == 1, f"{name} is {outer} in the config, {inner} in its RoPE parameters", "they are equal")
+    return given[0]
 
 
 def choose_factor_set(spec: RopeSpec, planned_length: int, policy: FactorSetPolicy = "auto") -> FactorSet | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -90,16 +89,26 @@ def _require_writable(report: Path, model: str) -> None:
     """Raise ConfigError if the report has nowhere to go, or would replace a file of the checkpoint."""
     from rooflama.models import ConfigError
 
-    if report.exists() and report.resolve().is_relative_to(Path(model).resolve()):
-        found = "a file of the checkpoint itself"
-    elif report.exists() and not report.is_file():
-        found = "there, and no file"
-    elif not os.access(report if report.exists() else report.parent, os.W_OK):
-        found = "not writable, or in no folder that is"
-    else:
-        return
+    try:
+        if report.exists() and report.resolve().is_relative_to(Path(model).resolve()):
+            found = "a file of the checkpoint itself"
+        elif report.exists() and not report.is_file():
+            found = "there, and no file"
+        else:
+            _try_writing(report.resolve())
+            return
+    except OSError as error:
+        found = f"cannot be written ({error.strerror})"
     raise ConfigError(
         f"--report {report}: {found}",
         rule="a report is written to a file of its own",
         remedy="Name a new file, such as report.md",
     )
+
+
+def _try_writing(file: Path) -> None:
+    """Raise OSError if ``file`` cannot be written, and leave everything as it was."""
+    is_new = not file.exists()
+    file.open("a").close()
+    if is_new:
+        file.unlink()

@@ -282,15 +282,27 @@ def test_a_run_that_is_killed_leaves_the_report_of_what_came_before(sound, tmp_p
     assert "begun" not in target.read_text()
 
 
-@pytest.mark.parametrize("target", ["none/report.md", ".", "small.gguf"])
+@pytest.mark.parametrize("target", ["none/report.md", ".", "small.gguf", "x" * 300, "/proc/report.md"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(target, tmp_path, monkeypatch):
-    """No folder, a folder, and the checkpoint itself, which stays as it is."""
+    """No folder, a folder, the checkpoint itself, which stays as it is, a name too long, and no place for files."""
     path = Parts().write(tmp_path / "small.gguf")
     before = path.read_bytes()
     monkeypatch.setattr(sys.modules["rooflama.check"], "check", lambda *_, **__: pytest.fail("the list ran"))
     run = CliRunner().invoke(cli.app, ["check", str(path), "--report", str(tmp_path / target)])
     assert isinstance(run.exception, ConfigError), run.output
     assert path.read_bytes() == before
+
+
+def test_a_report_is_written_after_the_last_check_only(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("in the middle of the list")
+
+    monkeypatch.setattr(sys.modules["rooflama.check"], "check", fail)
+    (tmp_path / "older.md").write_text("older")
+    for name in ("older.md", "new.md"):
+        run = CliRunner().invoke(cli.app, ["check", "small.gguf", "--report", str(tmp_path / name)])
+        assert isinstance(run.exception, RuntimeError), run.output
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("older.md", "older")]
 
 
 def test_a_later_file_of_a_split_set_is_reported_without_its_folder(tmp_path, numpy_backend):

@@ -55,6 +55,11 @@ def test_what_no_plan_can_be_made_for(tmp_path, option, value):
     assert_one_line_error(rooflama("plan", str(path), option, value), value[:1])
 
 
+@pytest.mark.parametrize("arguments", [["plan"], ["check", "small.gguf", "--report"]])
+def test_names_too_long_are_one_line(arguments):
+    assert_one_line_error(rooflama(*arguments, "x" * 300), "File name too long")
+
+
 @pytest.mark.demo_checkpoint
 def test_truncated_file(tmp_path):
     short = tmp_path / "short.gguf"

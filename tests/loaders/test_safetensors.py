@@ -98,6 +98,10 @@ def folder(tmp_path):
         (one_tensor({"a": entry(offsets=(-8, 0))}), "has data_offsets [-8, 0]"),
         (one_tensor({"a": entry(offsets=(8, 0))}), "takes 8 bytes"),
         (one_tensor({"a": entry(shape=(2**40, 2**40))}), "takes 4835703278458516698824704 bytes"),
+        (one_tensor({"a": entry(shape=(2, *[1] * 7))}), "has no such tensor"),
+        (one_tensor({"a": entry(shape=(2, *[1] * 8))}), "shape is a list of 0 to 8 whole numbers"),
+        (one_tensor({"a": entry(shape=[10**39] * 8)}), "of shape [1000000000000000000000000000000000000000,"),
+        (one_tensor({"a": entry(shape=(10**40,))}), "a number of 41 digits"),
         (one_tensor({"a": entry(offsets=(8, 16))}), "tensors follow one another"),
         (one_tensor({"a": entry(), "b": entry()}), "tensors follow one another"),
         (one_tensor({"a": entry()}, data=bytes(9)), "the tensors end at byte"),
@@ -109,6 +113,19 @@ def folder(tmp_path):
 def test_damaged_files_are_refused(content, message, folder):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(HuggingFaceError, match=re.escape(message)):
+        read_safetensors(folder)
+
+
+def test_headers_of_more_than_a_mebibyte_are_a_small_part_of_the_file(folder):
+    """Else 14 MiB of empty lists would take 400 MiB of memory."""
+    path = folder / "model.safetensors"
+    nbytes = 16 * (2**20 + 1) - 8 - (2**20 + 1)
+    header = json.dumps({"a": entry("U8", (nbytes,), (0, nbytes))}).encode().ljust(2**20 + 1)
+    path.write_bytes(one_tensor(header, data=bytes(nbytes)))
+    with pytest.raises(HuggingFaceError, match="has no such tensor"):
+        read_safetensors(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(HuggingFaceError, match="of more than 1048576 is at most a sixteenth of its file"):
         read_safetensors(folder)
 
 
@@ -172,6 +189,7 @@ def metadata_of(name, **changes):
     [
         ("llama3", {"model_type": "mamba"}, "the types are llama, mistral, qwen2, qwen3, phi3"),
         ("llama3", {"model_type": DROPPED}, "model_type None"),
+        ("llama3", {"model_type": ["llama"]}, "model_type ['llama']"),
         ("llama3", {"rms_norm_eps": DROPPED, "hidden_size": DROPPED}, "no hidden_size, rms_norm_eps"),
         ("mistral-window", {"sliding_window": DROPPED}, "no sliding_window"),
         ("qwen3", {"head_dim": DROPPED}, "no head_dim"),
@@ -184,7 +202,13 @@ def metadata_of(name, **changes):
         ("llama3.2-tied", {"tie_word_embeddings": False}, "no lm_head.weight"),
         ("llama3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters that differ"),
         ("qwen2-window", {"layer_types": ["chunked_attention"] * 3}, "layers attend fully or in a sliding window"),
+        ("qwen2-window", {"layer_types": 3}, "layers attend fully or in a sliding window"),
+        ("qwen2-window", {"layer_types": [[], []]}, "layers attend fully or in a sliding window"),
         ("qwen2-window", {"layer_types": None, "max_window_layers": DROPPED}, "without max_window_layers"),
+        ("qwen2-window", {"layer_types": None, "max_window_layers": "1"}, "max_window_layers '1' of num_hidden_layers"),
+        ("qwen2-window", {"layer_types": None, "num_hidden_layers": None}, "of num_hidden_layers None"),
+        ("qwen2-window", {"layer_types": None, "num_hidden_layers": 1.5}, "of num_hidden_layers 1.5"),
+        ("qwen2-window", {"layer_types": None, "num_hidden_layers": 2**40}, "of at most 100000 layers"),
     ],
 )
 def test_configs_refused(name, changes, message):
@@ -267,10 +291,26 @@ def test_buffers_and_tied_outputs_in_the_file_do_not_count():
     assert sorted(gguf_names(config, stored)) == sorted(tensor_names("llama3.2-tied"))
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.0.w1.weight", "model.layers.0.self_attn.q_proj.scales"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.experts.0.w1.weight",
+        "model.layers.0.self_attn.q_proj.scales",
+        "model.layers.00.mlp.up_proj.weight",
+        "model.layers.\u0660.mlp.up_proj.weight",
+        f"model.layers.{'1' * 5000}.mlp.up_proj.weight",
+    ],
+    ids=lambda name: name[:40],
+)
 def test_unknown_tensors_are_refused(name):
     with pytest.raises(HuggingFaceError, match="nothing is dropped silently"):
         gguf_names(config_json("llama3"), [*tensor_names("llama3"), name])
+
+
+def test_two_tensors_that_are_one_in_gguf_are_refused():
+    stored = [*tensor_names("llama3"), "model.layers.1.mlp.gate_up_proj.weight"]
+    with pytest.raises(HuggingFaceError, match=r"gate_up_proj\.weight' and 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        gguf_names(config_json("llama3"), stored)
 
 
 def test_unknown_keys_are_named():

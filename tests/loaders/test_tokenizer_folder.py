@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast,
 
 from rooflama import RooflamaError
 from rooflama.loaders.tokenizer import TokenizerError
+from rooflama.loaders.tokenizer_bpe import panics_as_errors
 from rooflama.loaders.tokenizer_folder import read_folder_tokenizer
 from vocabularies import SPECIAL, byte_level_json, sentencepiece_json, texts
 
@@ -256,6 +257,13 @@ def word_as_control(content):
         (lambda f: change(f, "special_tokens_map.json", eos_token="<|eot|>"), "eos_token is '<|end|>', and '<|eot|>'"),
         (lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"3": {"content": "<|eot|>"}}),
          "and 3 as an added token"),
+        (lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"9" * 5000: {"content": "<|eot|>"}}),
+         "each entry is an id"),
+        (lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"00": {"content": "<|eot|>"}}),
+         "added_tokens_decoder['00']"),
+        (lambda f: change(f, "tokenizer_config.json", additional_special_tokens=5), "additional_special_tokens = 5"),
+        (lambda f: change(f, "special_tokens_map.json", extra_special_tokens=True), "extra_special_tokens = True"),
+        (lambda f: change(f, "tokenizer_config.json", pad_token="\ud800"), r"pad_token = '\ud800'"),
         (lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"x": {}}),
          "added_tokens_decoder['x'] = {}"),
         (lambda f: change(f, "tokenizer_config.json", chat_template=[{"name": "rag", "template": ""}]),
@@ -308,6 +316,24 @@ def test_without_unknown_token_and_byte_fallback_nothing_is_read(tmp_path):
     stored(tmp_path, lambda c: c["model"].update(unk_token=None, byte_fallback=False))
     with pytest.raises(TokenizerError, match="neither an unk_token nor byte_fallback"):
         read_folder_tokenizer(tmp_path)
+
+
+def test_a_pattern_that_backtracks_too_long_is_an_error(folder, capfd):
+    """The library panics then, with an exception that is no Exception; it works on for the next text."""
+    cut = {"type": "Split", "pattern": {"Regex": "(a|a|a)*(a|aa)*$x"}, "behavior": "Isolated", "invert": False}
+    stored(folder, lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, cut))
+    ours = read_folder_tokenizer(folder)
+    for _ in range(2):
+        assert ours.decode(ours.encode("roof"), skip_special=True) == "roof"
+        with pytest.raises(TokenizerError, match=r"gave up on the text \(.*retry-limit-in-match over"):
+            ours.encode("a" * 60 + " x")
+    capfd.readouterr()  # the library's own trace
+
+
+def test_only_panics_become_errors():
+    for kind in (KeyboardInterrupt, SystemExit, GeneratorExit, ValueError):
+        with pytest.raises(kind), panics_as_errors():
+            raise kind
 
 
 @pytest.mark.parametrize("index", [802, 2**32 - 1])
