@@ -56,7 +56,7 @@ from .quantized_tiles import (
 
 WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
 
-# The most tokens each regime serves; beyond both, matmul. Estimates: no crossover has been measured yet.
+# The most tokens each regime serves; beyond both, matmul. docs/LOG.md, 2026-11-26, has the crossovers of one shape.
 REGIMES = {"quantised": {"gemv": 8, "dot": 64}, "float": {"gemv": 8, "dot": 8}}
 
 
