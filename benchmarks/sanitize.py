@@ -116,12 +116,13 @@ def main() -> None:
     together = [name for name in ids if not APART.search(name)]
     shards = [together[start :: arguments.jobs] for start in range(arguments.jobs)]
     apart = [name for name in ids if APART.search(name)]
-    tasks = [(tool, shard, False) for tool in TOOLS for shard in shards if shard]
-    tasks += [(tool, [name], True) for tool in TOOLS for name in apart]  # which wait for one another by themselves
-    with ThreadPoolExecutor(arguments.jobs) as threads:
+    # Tests apart take turns for a GPU's memory by themselves: two more processes keep one starting while one runs.
+    with ThreadPoolExecutor(arguments.jobs) as threads, ThreadPoolExecutor(2) as threads_apart:
+        tasks = [(tool, threads, shard) for tool in TOOLS for shard in shards if shard]
+        tasks += [(tool, threads_apart, [name]) for tool in TOOLS for name in apart]
         jobs = [
-            (tool, threads.submit(run, tool, shard, gpu=i % gpus, caching=caching))
-            for i, (tool, shard, caching) in enumerate(tasks)
+            (tool, pool.submit(run, tool, names, gpu=i % gpus, caching=pool is threads_apart))
+            for i, (tool, pool, names) in enumerate(tasks)
         ]
         results = [(tool, job.result()) for tool, job in jobs]
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True).stdout
