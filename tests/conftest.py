@@ -11,6 +11,8 @@ if not torch.cuda.is_available():  # before rooflama.kernels is imported: Triton
 import pytest
 from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 
+from interpreter import use_ordered_dot
+
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("dev", max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate], **_common)
 settings.register_profile("smoke", max_examples=1, derandomize=True, **_common)  # under a sanitizer
@@ -19,6 +21,8 @@ settings.register_profile("deep", max_examples=20, print_blob=True, **_common)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 settings.load_profile(PROFILE)
 CASES_A_FILE = 500  # of the deep profile, at least, over all properties of a file that run its kernel
+
+use_ordered_dot()
 
 # torch.empty now hands out NaN (or the largest integer), so a kernel that leaves an element unwritten is seen.
 torch.use_deterministic_algorithms(True, warn_only=True)

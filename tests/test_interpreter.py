@@ -1,0 +1,41 @@
+"""The interpreter's tl.dot keeps what tests of single bits rely on, on any processor."""
+
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assertions import assert_bit_equal
+from strategies import DEVICE
+
+
+@triton.jit
+def _dot_kernel(a_ptr, b_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m = tl.arange(0, M)[:, None]
+    n = tl.arange(0, N)[None, :]
+    a = tl.load(a_ptr + m * K + tl.arange(0, K)[None, :])
+    b = tl.load(b_ptr + n * K + tl.arange(0, K)[:, None])  # [N, K], read transposed
+    tl.store(out_ptr + m * N + n, tl.dot(a, b, input_precision="ieee"))
+
+
+def dot(a, b):
+    out = torch.empty(a.shape[0], b.shape[0], device=DEVICE)
+    _dot_kernel[(1,)](a, b, out, *out.shape, a.shape[1])
+    return out
+
+
+def operands(m, n, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(size, k, generator=generator).to(DEVICE) for size in (m, n))
+
+
+sizes = st.sampled_from([16, 32, 64])
+
+
+@given(m=sizes, n=sizes, k=sizes, seed=st.integers(0, 99))
+def test_an_element_depends_on_its_row_and_column_alone(m, n, k, seed):
+    a, b = operands(m, n, k, seed)
+    whole = dot(a, b)
+    assert_bit_equal(dot(a.flip(0), b.roll(1, 0)), whole.flip(0).roll(1, 1), context="moved")
+    assert_bit_equal(dot(a[-16:].contiguous(), b[:16].contiguous()), whole[-16:, :16], context="in a smaller tile")
