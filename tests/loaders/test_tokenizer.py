@@ -2,7 +2,6 @@
 
 import re
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from assertions import within_seconds
 from rooflama import demo_checkpoint
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.opening import locate
@@ -247,7 +247,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_byte(key, changes, tmp_path):
 
 @pytest.mark.parametrize("source", ["file", "folder"])
 def test_a_vocabulary_of_150_thousand_loads_in_two_seconds(source, tmp_path):
-    """Qwen's size, from a GGUF file and from a folder. Seconds of CPU, so that a busy machine passes too."""
+    """Qwen's size, from a GGUF file and from a folder."""
     tokens, merges, level = list(BYTE_ALPHABET), [], BYTE_ALPHABET[33:127]
     while len(merges) < 150_000:
         pairs = [(left, right) for left in level for right in BYTE_ALPHABET[97:123]][: 150_000 - len(merges)]
@@ -263,8 +263,11 @@ def test_a_vocabulary_of_150_thousand_loads_in_two_seconds(source, tmp_path):
         made = HubTokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
         made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
         made.save(str(tmp_path / "tokenizer.json"))
-    start = time.process_time()
-    tokenizer = locate(path).read_tokenizer()
-    tokenizer.encode("the first text")
-    assert time.process_time() - start < 2.0
+
+    def load():
+        tokenizer = locate(path).read_tokenizer()
+        tokenizer.encode("the first text")
+        return tokenizer
+
+    tokenizer = within_seconds(2.0, load)
     assert tokenizer.vocab_size == 150_256
