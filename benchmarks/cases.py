@@ -1,6 +1,7 @@
 """What is measured: one registry of kernels, shapes, the bytes and operations each case needs, and its peers.
 
-Every case builds several sets of buffers, so that a replay never finds its data in the L2 cache.
+A case builds enough sets of buffers that a replay does not find what it reads in the L2 cache. Where a set is smaller
+than ``CACHE_BYTES / MOST_SETS``, 49 KB, it may: one token of a norm, of RoPE, of an embedding or of a page write.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rooflama.kernels.quantized_matmul import REGIMES
 CUDA = "cuda"
 BF16 = torch.bfloat16
 CACHE_BYTES = 200_000_000  # four times the L2 of an H100
+MOST_SETS = 4096  # each is a launch or more in one graph
 
 Calls = list[Callable[[], object]]
 
@@ -56,7 +58,7 @@ def random_weight(ggml_type: str, rows: int, columns: int) -> QuantizedTensor:
 
 
 def _copies(num_bytes: int) -> int:
-    return max(2, min(64, -(-CACHE_BYTES // num_bytes)))
+    return max(2, min(MOST_SETS, -(-CACHE_BYTES // num_bytes)))
 
 
 def quantized_matmul_cases() -> Iterator[Case]:
@@ -113,7 +115,7 @@ def regime_cases() -> Iterator[Case]:
 def _paged(num_seqs: int, context: int, kv_heads: int, head_dim: int, page_size: int) -> tuple[list, Tensor, Tensor]:
     num_pages = num_seqs * context // page_size
     shape = (num_pages, page_size, kv_heads, head_dim)
-    copies = min(8, _copies(4 * num_seqs * context * kv_heads * head_dim))
+    copies = _copies(4 * num_seqs * context * kv_heads * head_dim)
     pools = [tuple(torch.randn(shape, device=CUDA, dtype=BF16) for _ in range(2)) for _ in range(copies)]
     block_table = torch.randperm(num_pages, device=CUDA).to(torch.int32).view(num_seqs, -1)
     return pools, block_table, torch.full((num_seqs,), context, device=CUDA, dtype=torch.int32)
@@ -152,7 +154,7 @@ def attention_decode_cases() -> Iterator[Case]:
 
 
 def attention_prefill_cases() -> Iterator[Case]:
-    """A whole prompt over pages of 64; the peer is torch SDPA (its flash kernel)."""
+    """A whole prompt over pages of 64; the peer is torch SDPA, by whichever of its kernels torch picks."""
     for heads, kv_heads, head_dim in ((32, 8, 128), (32, 8, 64), (32, 32, 96)):
         for tokens in (1024, 4096, 16384):
             pools, block_table, seq_lens = _paged(1, tokens, kv_heads, head_dim, 64)
@@ -232,7 +234,7 @@ def rotary_and_page_cases() -> Iterator[Case]:
             )
             for _ in range(_copies(qkv_bytes))
         ]
-        slots = [torch.randperm(num_pages * page_size, device=CUDA)[:tokens] for _ in sets]
+        slots = [torch.randperm(num_pages * page_size, device=CUDA)[:tokens].clone() for _ in sets]
         positions = torch.arange(tokens, device=CUDA, dtype=torch.int32)
 
         def rope(q, positions=positions):

@@ -11,7 +11,8 @@ are held against the plan:
 The driver is asked twice, after the prompt and at the end, and the larger figure counts: before a capture torch gives
 back to the driver what the prompt's pass no longer needs.
 
-Exit status 1 if one of the first or the last is off by more than 2%. No other program may use the GPU meanwhile.
+Exit status 1 if one of the first or the last is off by more than 2%. No other program may use the GPU meanwhile, which
+is the first of those that CUDA_VISIBLE_DEVICES shows.
 """
 
 from __future__ import annotations
@@ -159,20 +160,25 @@ def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: 
     return plan
 
 
-def driver_used() -> int:
-    """Bytes in use on the first GPU, by every process, as the driver says."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+def first_gpu() -> str:
+    """The driver's name for torch's first GPU: nvidia-smi counts also those that CUDA_VISIBLE_DEVICES hides."""
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def driver_used(gpu: str) -> int:
+    """Bytes in use on a GPU, by every process, as the driver says."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
 
 
-def measure_case(name: str, context: int, kv_dtype: str) -> dict[str, int]:
-    """Planned and measured bytes of one case; for a fresh process."""
-    before = driver_used()
+def measure_case(name: str, context: int, kv_dtype: str, gpu: str) -> dict[str, int]:
+    """Planned and measured bytes of one case; for a process that has not used ``gpu``, its first, yet."""
+    before = driver_used(gpu)
     used: list[int] = []
 
     def ask_driver() -> None:
         torch.cuda.synchronize()
-        used.append(driver_used() - before)
+        used.append(driver_used(gpu) - before)
 
     with open_device("cuda") as device:
         plan = run_case(name, context, kv_dtype, device, ask_driver)
@@ -208,11 +214,11 @@ def within(row: Mapping[str, Any]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory_plan.csv")
-    parser.add_argument("--case", nargs=3, metavar=("MODEL", "CONTEXT", "KV_DTYPE"), help="one case, as JSON")
+    parser.add_argument("--case", nargs=4, metavar=("MODEL", "CONTEXT", "KV_DTYPE", "GPU"), help="one case, as JSON")
     arguments = parser.parse_args()
     if arguments.case:
-        name, context, kv_dtype = arguments.case
-        print(json.dumps(measure_case(name, int(context), kv_dtype)))
+        name, context, kv_dtype, gpu = arguments.case
+        print(json.dumps(measure_case(name, int(context), kv_dtype, gpu)))
         return
     if not torch.cuda.is_available():
         sys.exit("measuring needs a CUDA GPU")
@@ -220,12 +226,12 @@ def main() -> None:
     from timing import provenance
 
     arguments.out.parent.mkdir(exist_ok=True)
-    all_within = True
+    all_within, gpu = True, first_gpu()
     cases = [(name, context, kv) for name, contexts in CONTEXTS.items() for context in contexts for kv in KV_DTYPES]
     with arguments.out.open("w", newline="") as file:
         writer = None
         for name, context, kv_dtype in cases:
-            command = [sys.executable, __file__, "--case", name, str(context), kv_dtype]
+            command = [sys.executable, __file__, "--case", name, str(context), kv_dtype, gpu]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{name} at {context} with {kv_dtype}:\n{done.stderr}")

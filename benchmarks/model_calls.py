@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.planning import PAGE_SIZE
 
-BF16, F32, F8, INT8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+F8, INT8 = torch.float8_e4m3fn, torch.int8
 INT32, INT64 = torch.int32, torch.int64
-PAGE_SIZE = 16
 CONTEXT = 8192  # tokens
 BATCHES = (1, 8)  # sequences
 CHUNK = 512  # prompt tokens of each sequence in a prefill
@@ -96,9 +97,11 @@ def weight(ggml_type: str, rows: int, columns: int) -> QuantizedTensor:
     return QuantizedTensor(ggml_type, planes, (rows, columns))
 
 
-def pages(model: Model, dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+def pages(
+    model: Model, dtype: torch.dtype, page_size: int = PAGE_SIZE
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """((k_pages, v_pages), the scales that a dtype of codes needs)."""
-    shape = (CONTEXT // PAGE_SIZE, PAGE_SIZE, model.num_kv_heads, model.head_dim)
+    shape = (CONTEXT // page_size, page_size, model.num_kv_heads, model.head_dim)
     scales = {}
     if dtype in (F8, INT8):
         scales = {"k_scale": empty(*shape[:3], dtype=F32), "v_scale": empty(*shape[:3], dtype=F32)}
@@ -162,16 +165,33 @@ def page_calls(model: Model, everything: bool) -> Iterator[Call]:
 
 def attention_calls(model: Model, everything: bool) -> Iterator[Call]:
     for dtype in page_dtypes(everything):
-        kv, scales = pages(model, dtype)
         for window in sorted({0, model.sliding_window}):
             for num_seqs in BATCHES:
-                table, lens = empty(num_seqs, CONTEXT // PAGE_SIZE, dtype=INT32), empty(num_seqs, dtype=INT32)
-                starts = empty(num_seqs + 1, dtype=INT32)
-                q = empty(num_seqs * CHUNK, model.num_heads, model.head_dim)
                 note = f"{num_seqs} sequences {short(dtype)} pages" + (f" window {window}" if window else "")
-                options = {"softmax_scale": model.head_dim**-0.5, "sliding_window": window, **scales}
-                yield Call("attention_decode", note, (q.narrow(0, 0, num_seqs), *kv, table, lens), options)
-                yield Call("attention_prefill", note, (q, *kv, table, lens, starts), options)
+                yield from both_attentions(model, note, num_seqs, page_dtype=dtype, sliding_window=window)
+    if everything:
+        yield from both_attentions(model, "1 sequence softcap", 1, softcap=50.0)
+        yield from both_attentions(model, "1 sequence float16", 1, dtype=F16, page_dtype=F16)
+        yield from both_attentions(model, "1 sequence pages of 16", 1, page_size=16)
+
+
+def both_attentions(
+    model: Model,
+    note: str,
+    num_seqs: int,
+    *,
+    dtype: torch.dtype = BF16,
+    page_dtype: torch.dtype = BF16,
+    page_size: int = PAGE_SIZE,
+    **options: float,
+) -> Iterator[Call]:
+    kv, scales = pages(model, page_dtype, page_size)
+    table, lens = empty(num_seqs, CONTEXT // page_size, dtype=INT32), empty(num_seqs, dtype=INT32)
+    starts = empty(num_seqs + 1, dtype=INT32)
+    q = empty(num_seqs * CHUNK, model.num_heads, model.head_dim, dtype=dtype)
+    options = {"softmax_scale": model.head_dim**-0.5, **options, **scales}
+    yield Call("attention_decode", note, (q.narrow(0, 0, num_seqs), *kv, table, lens), options)
+    yield Call("attention_prefill", note, (q, *kv, table, lens, starts), options)
 
 
 def mlp_calls(model: Model, everything: bool) -> Iterator[Call]:

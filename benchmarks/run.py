@@ -1,19 +1,38 @@
 """Measure kernels against the roofline and their peers: ``python benchmarks/run.py [GROUP ...] [--out FILE.csv]``.
 
 Needs a CUDA GPU. Writes one row for each case and implementation: percentiles, and what fraction of the roofline it
-reaches (the slower of bytes over copy bandwidth and operations over bf16 matrix rate, both measured in the same run).
+reaches (the slower of bytes over memory rate and operations over bf16 matrix rate, both measured in the same run).
+
+A run of everything writes the file anew. A run of named groups replaces the rows of the cases it measures and keeps the
+others; each row says of which commit and date it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from cases import CASES
-from timing import ceilings, measure, provenance, write_rows
+from timing import ceilings, measure, provenance, read_rows, write_rows
+
+Row = Mapping[str, str]
+
+
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    cases: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        cases.setdefault((row["kernel"], row["case"]), []).append(row)
+    return cases
+
+
+def replaced(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
+    """``rows``, with ``measured`` in place of the rows of the same cases; cases that were not there come last."""
+    return list(chain(*{**by_case(rows), **by_case(measured)}.values()))
 
 
 def main() -> None:
@@ -27,12 +46,15 @@ def main() -> None:
         sys.exit("a benchmark needs a CUDA GPU; the interpreter's time says nothing")
 
     origin = provenance()
-    copy_rate, matrix_rate = ceilings()
-    print(f"{origin['gpu']}: copy {copy_rate / 1e12:.2f} TB/s, bf16 matrix product {matrix_rate / 1e12:.0f} TFLOP/s")
-    rows = []
+    memory_rate, matrix_rate = ceilings()
+    print(
+        f"{origin['gpu']}: memory {memory_rate / 1e12:.2f} TB/s, bf16 matrix product {matrix_rate / 1e12:.0f} TFLOP/s"
+    )
+    kept = read_rows(arguments.out) if arguments.groups else []
+    rows: list[Row] = []
     for group in arguments.groups or CASES:
         for case in CASES[group]():
-            floor_us = 1e6 * max(case.num_bytes / copy_rate, case.num_flops / matrix_rate)
+            floor_us = 1e6 * max(case.num_bytes / memory_rate, case.num_flops / matrix_rate)
             for name, calls in case.implementations.items():
                 time = measure(calls)
                 row = {
@@ -53,7 +75,8 @@ def main() -> None:
                     f"{row['gb_per_s']:>6s} GB/s {row['tflop_per_s']:>6s} TFLOP/s {float(row['of_roofline']):6.1%}",
                     flush=True,
                 )
-            write_rows(arguments.out, rows)  # after each case, so that a run cut short leaves what it measured
+            # After each case, so that a run cut short leaves what it measured.
+            write_rows(arguments.out, replaced(kept, rows))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import (
+    FLOATS,
+    check,
+    check_count,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from .paged_checks import check_block_table, check_kv_pages
 from .paged_common import LIMITS
 
@@ -164,7 +173,7 @@ def attend(
         if MASKED:
             visible = keys[None, :] <= positions[:, None]
             if SLIDING:
-                visible = visible & (keys[None, :] > positions[:, None] - window)
+                visible = visible & (positions[:, None] - keys[None, :] < window)
             scores = tl.where(visible, scores, float("-inf"))
 
         # fma by name: masked and unmasked tiles must round alike
@@ -187,12 +196,16 @@ def attend(
 
 
 @triton.jit
-def normalizer(row_sum, dtype: tl.constexpr, SCALED: tl.constexpr):
-    """[M] what the running values are divided by at the end; 1 for a row that saw no key, whose values are 0."""
+def normalized(acc, row_sum, dtype: tl.constexpr, SCALED: tl.constexpr):
+    """[M, BLOCK_D] the running values at the end over the sum of their weights; 0 for a row that saw no key.
+
+    Its values may be NaN: 0 times what another row of the block sees.
+    """
     total = row_sum
     if SCALED and dtype == tl.float16:
         total *= _HALF_LIFT
-    return tl.where(row_sum == 0.0, 1.0, total)
+    unseen = row_sum == 0.0
+    return tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 1.0, total)[:, None])
 
 
 @triton.jit
@@ -293,11 +306,6 @@ def check_attention(
         v_scale=v_scale,
     )
     check_last_dim_contiguous(q=q)
-    check(softmax_scale > 0, f"softmax_scale is {softmax_scale}", "softmax_scale must be positive", "Negate q instead")
-    check(softcap >= 0, f"softcap is {softcap}", "softcap must be positive, or 0 for none", "Pass its magnitude")
-    check(
-        0 <= sliding_window < 2**31,
-        f"sliding_window is {sliding_window}",
-        "sliding_window counts tokens, 0 for none",
-        "Pass 0",
-    )
+    check_number("softmax_scale", softmax_scale, positive=True)
+    check_number("softcap", softcap)
+    check_count("sliding_window", sliding_window, "tokens, 0 for all")

@@ -33,13 +33,13 @@ from .attention_common import (
     load_columns,
     log2_sum,
     natural,
-    normalizer,
+    normalized,
     paged_kv,
     store_columns,
     target,
 )
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import check
+from .checks import check, check_sequences
 from .operators import operator
 from .paged_checks import check_keys_in_pages
 from .paged_common import compact_pages
@@ -87,7 +87,7 @@ def _cut(seq_len, window, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SP
     return first_key, start, split_tokens, tl.maximum(tl.cdiv(seq_len - start, split_tokens), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grid_splits", "block_table_stride"])  # one code for every width of the table
 def _attention_decode_kernel(
     q_ptr,  # [num_seqs, num_heads, head_dim]
     k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim]
@@ -159,8 +159,7 @@ def _attention_decode_kernel(
     )  # fmt: skip
 
     out_rows = sequence * (num_kv_heads * group) + heads
-    total = normalizer(row_sum, dtype, SCALED)[:, None]
-    acc = acc / total
+    acc = normalized(acc, row_sum, dtype, SCALED)
     lse = log2_sum(row_max, row_sum)
     if num_splits == 1:
         store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc, BLOCK_D, HEAD_DIM)
@@ -171,7 +170,7 @@ def _attention_decode_kernel(
         tl.store(partial_lse_ptr + partial_rows, lse, mask=mask_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["grid_splits"])
 def _merge_splits_kernel(
     partial_ptr,  # [num_seqs, num_heads, grid_splits, head_dim] float32
     partial_lse_ptr,  # [num_seqs, num_heads, grid_splits] float32, base 2
@@ -198,20 +197,22 @@ def _merge_splits_kernel(
     mask_d = offs_d < HEAD_DIM
     offs_s = tl.arange(0, MAX_SPLITS)
     every_lse = tl.load(partial_lse_ptr + row * grid_splits + offs_s, mask=offs_s < num_splits, other=float("-inf"))
-    top = tl.max(every_lse, axis=0)  # finite: every split of a sequence holds a key in reach
-    total = tl.sum(tl.exp2(every_lse - top), axis=0)
+    top = tl.max(every_lse, axis=0)
+    shift = tl.where(top == float("-inf"), 0.0, top)  # every score was -inf
+    total = tl.sum(tl.exp2(every_lse - shift), axis=0)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for first in tl.range(0, num_splits, BLOCK_S):
         splits = first + tl.arange(0, BLOCK_S)
         mask_s = splits < num_splits
         rows = row * grid_splits + splits
-        weights = tl.exp2(tl.load(partial_lse_ptr + rows, mask=mask_s, other=float("-inf")) - top)
+        weights = tl.exp2(tl.load(partial_lse_ptr + rows, mask=mask_s, other=float("-inf")) - shift)
         values = tl.load(
             partial_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0
         )
         acc += tl.sum(weights[:, None] * values, axis=0)
-    tl.store(out_ptr + row * HEAD_DIM + offs_d, (acc / total).to(out_ptr.dtype.element_ty), mask=mask_d)
-    tl.store(lse_ptr + row, natural(top + tl.log2(total)))
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+    tl.store(lse_ptr + row, natural(log2_sum(top, total)))
 
 
 def _attention_decode_fake(
@@ -281,6 +282,7 @@ def attention_decode(
         "decode takes one token a sequence",
         "Call attention_prefill for several",
     )
+    check_sequences(num_seqs)
     if q.device.type == "cpu":
         first_keys = (seq_lens - sliding_window).clamp(min=0) if sliding_window else torch.zeros_like(seq_lens)
         check_keys_in_pages(block_table, seq_lens, first_keys, k_pages.shape[0], page_size)

@@ -37,7 +37,7 @@ from .attention_common import (
     load_columns,
     log2_sum,
     natural,
-    normalizer,
+    normalized,
     paged_kv,
     store_columns,
     target,
@@ -94,7 +94,9 @@ def _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M: tl.cons
     return low
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_seqs", "num_blocks"])  # one code for every batch
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_blocks", "block_table_stride"]
+)  # one code for every batch
 def _attention_prefill_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim]
@@ -172,9 +174,9 @@ def _attention_prefill_kernel(
     whole = 0
     diagonal = tl.maximum(nearest + 1, 0) // BLOCK_N * BLOCK_N
     if SLIDING:
-        first_key = tl.maximum(nearest - window + 1, 0)
+        first_key = tl.maximum(nearest + 1, window) - window
         start = first_key // BLOCK_N * BLOCK_N
-        whole = tl.minimum(tl.cdiv(tl.maximum(farthest - window + 1, 0), BLOCK_N) * BLOCK_N, diagonal)
+        whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 1, window) - window, BLOCK_N) * BLOCK_N, diagonal)
         row_max, row_sum, acc = attend(
             q, row_max, row_sum, acc, positions,
             k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, start, whole, first_key, end_key,
@@ -195,8 +197,8 @@ def _attention_prefill_kernel(
     )  # fmt: skip
 
     out_rows = tokens * (num_kv_heads * group) + heads
-    total = normalizer(row_sum, dtype, SCALED)[:, None]
-    store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc / total, BLOCK_D, HEAD_DIM)
+    acc = normalized(acc, row_sum, dtype, SCALED)
+    store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc, BLOCK_D, HEAD_DIM)
     tl.store(lse_ptr + out_rows, natural(log2_sum(row_max, row_sum)), mask=mask_rows)
 
 

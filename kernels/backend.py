@@ -7,7 +7,6 @@ or to the same Triton kernel under Triton's interpreter when the process was sta
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,13 +14,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from .errors import KernelInputError
 
 Backend = Literal["triton", "numpy"]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 
 _forced: ContextVar[Backend | None] = ContextVar("rooflama_forced_backend", default=None)
 
@@ -45,6 +45,12 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 def backend_for(device: torch.device) -> Backend:
     """The implementation that runs for tensors on ``device``."""
+    if device.type not in ("cpu", "cuda"):  # HIP devices are called cuda, too
+        raise KernelInputError(
+            f"tensors on {device}",
+            rule="kernels run on CUDA and HIP devices and on the CPU",
+            remedy="Move them with .to(device)",
+        )
     forced = _forced.get()
     if forced == "triton" and device.type == "cpu" and not INTERPRETED:
         raise KernelInputError(

@@ -9,6 +9,7 @@ from .errors import KernelInputError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+MOST_SEQUENCES = 65535  # of one launch: CUDA's limit for the second and third dimension of a grid
 
 
 def check(condition: bool, found: str, rule: str, remedy: str) -> None:
@@ -44,6 +45,24 @@ def check_same_device(**tensors: Tensor | None) -> None:
             "all tensors of one call live on one device",
             "Move them with .to(device)",
         )
+
+
+def check_sequences(count: int) -> None:
+    if count > MOST_SEQUENCES:
+        check(False, f"{count} sequences", f"one call takes at most {MOST_SEQUENCES}", "Split the batch")
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> None:
+    """Finite, and at least 0, or above it if ``positive``."""
+    if not (value > 0 or (value == 0 and not positive)) or value == float("inf"):
+        kind = "positive" if positive else "0 or more"
+        check(False, f"{name} is {value}", f"{name} must be {kind}, and finite", f"Pass another {name}")
+
+
+def check_count(name: str, value: int, what: str) -> None:
+    """A whole number that int32 holds, 0 or more; ``what`` it counts."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        check(False, f"{name} is {value!r}", f"{name} counts {what}: a whole number, 0 to 2^31 - 1", f"Change {name}")
 
 
 def check_last_dim_contiguous(**tensors: Tensor | None) -> None:

@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_tensor, runs_numpy
+from .backend import runs_numpy
 from .checks import FLOATS, check
 from .operators import operator
-from .quantized_tensor import QuantizedTensor, check_weight
+from .quantized_tensor import QuantizedTensor, check_quantized, check_weight
 from .quantized_tiles import load_tile, plane_arguments
 
 BLOCK_N = 8
@@ -108,7 +108,7 @@ def dequantize_planes(planes: list[Tensor], ggml_type: str, rows: int, columns: 
     check(dtype in FLOATS, f"dtype is {dtype}", "weights become float32, float16 or bfloat16", "Choose one of them")
     out = torch.empty((rows, columns), dtype=dtype, device=weight.device)
     if runs_numpy(out):
-        return as_tensor(reference.dequantize(weight.numpy()), like=out)
+        return out.copy_(torch.from_numpy(reference.dequantize(weight.numpy())))
     dequantize_rows(weight, 0, rows, out)
     return out
 
@@ -126,4 +126,5 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> T
     Raises:
         KernelInputError: an unknown type, planes that do not fit it, or another dtype.
     """
+    check_quantized("weight", weight)
     return dequantize_planes(list(weight.planes), weight.ggml_type, *weight.shape, dtype)

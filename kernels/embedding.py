@@ -16,7 +16,7 @@ from . import reference
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
-from .quantized_tensor import QuantizedTensor, check_weight
+from .quantized_tensor import QuantizedTensor, check_quantized, check_weight
 from .quantized_tiles import load_tile, plane_arguments
 
 
@@ -126,4 +126,5 @@ def embedding(token_ids: Tensor, table: QuantizedTensor, dtype: torch.dtype = to
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit, or (on the CPU) a token id is outside the table.
     """
+    check_quantized("table", table)
     return embedding_planes(token_ids, list(table.planes), table.ggml_type, *table.shape, dtype)

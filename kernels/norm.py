@@ -19,7 +19,15 @@ from torch import Tensor
 
 from . import reference
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import (
+    FLOATS,
+    check,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from .operators import operator
 
 
@@ -56,6 +64,12 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
     if num_tokens == 0:
         return
     block = triton.next_power_of_2(hidden)
+    check(
+        block <= tl.TRITON_MAX_TENSOR_NUMEL,
+        f"x has shape {list(x.shape)}",
+        f"one program holds a row: at most {tl.TRITON_MAX_TENSOR_NUMEL} columns",
+        "Norm shorter rows",
+    )
     _rms_norm_kernel[(num_tokens,)](
         x,
         residual,
@@ -72,7 +86,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
     )
 
 
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
+def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:
     check_shape("x", x, (None, None))
     if x.shape[1] == 0:
         check(False, f"x has shape {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
@@ -84,6 +98,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
         check_dtype("residual", residual, FLOATS)
     check_same_device(x=x, weight=weight, residual=residual)
     check_last_dim_contiguous(x=x, weight=weight, residual=residual)
+    check_number("eps", eps)
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -105,7 +120,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
     """
-    _check(x, weight)
+    _check(x, weight, eps)
     if runs_numpy(x, weight):
         return as_tensor(reference.rms_norm(as_array(x), as_array(weight), eps), like=x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -136,7 +151,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
     """
-    _check(x, weight, residual)
+    _check(x, weight, eps, residual)
     if runs_numpy(x, residual, weight):
         total = as_tensor(as_array(x) + as_array(residual), like=residual)
         return as_tensor(reference.rms_norm(as_array(total), as_array(weight), eps), like=x), total

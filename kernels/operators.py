@@ -1,14 +1,21 @@
-"""How a launcher becomes a torch operator, so that torch.compile can trace through it and opcheck can check it."""
+"""How a launcher becomes a torch operator, so that torch.compile can trace through it and opcheck can check it.
+
+What holds for every launcher stands here too: it runs on the device of its tensors, whichever is current, and refuses
+tensors that want a gradient.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .checks import check
 
 
 def operator(fake: Callable[..., Any], *, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
@@ -19,7 +26,7 @@ def operator(fake: Callable[..., Any], *, mutates: tuple[str, ...] = ()) -> Call
         mutates: names of the arguments that the launcher writes to.
 
     An eager call goes straight to the launcher: torch's dispatcher costs about 80 us a call from Python, more than most
-    kernels run. Under torch.compile the call goes through the registered operator.
+    kernels run. A call that is traced (torch.compile, make_fx, torch.jit.trace) goes through the registered operator.
     """
 
     def register(launcher: Callable) -> Callable:
@@ -28,7 +35,16 @@ def operator(fake: Callable[..., Any], *, mutates: tuple[str, ...] = ()) -> Call
             # torch drops trailing arguments that equal their default, and torch 2.11 then fails on a mutated one.
             positional, star, keyword = schema.partition(", *, ")
             schema = re.sub(r"=\w+", "", positional) + star + keyword
-        op = torch.library.custom_op(f"rooflama::{launcher.__name__}", launcher, mutates_args=mutates, schema=schema)
+
+        @functools.wraps(launcher)
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            device = next(_tensors((*args, *kwargs.values()))).device
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                return launcher(*args, **kwargs)
+            with torch.cuda.device(device):  # Triton launches on the current device
+                return launcher(*args, **kwargs)
+
+        op = torch.library.custom_op(f"rooflama::{launcher.__name__}", launch, mutates_args=mutates, schema=schema)
         op.register_fake(fake)
 
         defaults = [
@@ -39,11 +55,36 @@ def operator(fake: Callable[..., Any], *, mutates: tuple[str, ...] = ()) -> Call
 
         @functools.wraps(launcher)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling():
-                return launcher(*args, **kwargs)
+            if not is_traced():
+                if torch.is_grad_enabled():
+                    _refuse_gradients(launcher.__name__, (*args, *kwargs.values()))
+                return launch(*args, **kwargs)
             rest = [kwargs.pop(name, default) for name, default in defaults[len(args) :]]
             return op(*args, *rest, **kwargs)
 
         return call
 
     return register
+
+
+def is_traced() -> bool:
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from _tensors(value)
+
+
+def _refuse_gradients(name: str, values: Iterable[Any]) -> None:
+    for tensor in _tensors(values):
+        if tensor.requires_grad:
+            check(
+                False,
+                f"{name} of a tensor {list(tensor.shape)} that requires grad",
+                "kernels compute no gradients",
+                "Call it under torch.no_grad(), or detach the tensor",
+            )

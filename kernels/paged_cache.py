@@ -20,7 +20,17 @@ from torch import Tensor
 from . import reference
 from .attention_common import widen
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import (
+    FLOATS,
+    INTEGERS,
+    check,
+    check_count,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_same_device,
+    check_sequences,
+    check_shape,
+)
 from .operators import operator
 from .paged_checks import check_block_table, check_keys_in_pages, check_pages, check_write
 from .paged_common import LIMITS, as_codes, compact_pages, write_blocks, write_by_definition, write_heads
@@ -257,7 +267,8 @@ def gather_kv(
     check_same_device(pages=pages, block_table=block_table, seq_lens=seq_lens, scale=scale)
     out_dtype = _gather_dtype(pages, dtype)
     check(out_dtype in FLOATS, f"dtype is {dtype}", "keys become float32, float16 or bfloat16", "Choose one of them")
-    check(num_keys >= 0, f"num_keys is {num_keys}", "num_keys is the sum of seq_lens", "Pass the sum")
+    check_count("num_keys", num_keys, "the keys of all sequences")
+    check_sequences(block_table.shape[0])
     if pages.device.type == "cpu":
         check_keys_in_pages(block_table, seq_lens, torch.zeros_like(seq_lens), pages.shape[0], pages.shape[1])
         total = int(seq_lens.sum())

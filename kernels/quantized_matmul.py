@@ -21,8 +21,9 @@ is there. Elsewhere a tile's rows alternate between gate and up, so that each pa
 ``batch_invariant`` takes ``dot`` with one tile size for every number of tokens, so that a token's result does not
 depend, in any bit, on the tokens beside it.
 
-Numerics: float32 sums, in a fixed order within a regime; bias and residual join in float32 before the one rounding
-(``matmul``: as torch.addmm adds them).
+Numerics: float32 sums, in a fixed order within a regime; bias and residual join in float32 before the one rounding.
+In ``matmul`` all this is torch.addmm's, whose sums of parts may be 16 bits wide and whose float32 may be TF32:
+torch.backends.cuda.matmul says.
 Moves, at few tokens: the planes once, for 2 x num_tokens x rows x columns flops.
 """
 
@@ -37,12 +38,20 @@ from torch import Tensor
 
 from . import reference
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import (
+    FLOATS,
+    check,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from .dequantize import dequantize_rows
 from .mlp import swiglu
 from .norm import rms_norm
 from .operators import operator
-from .quantized_tensor import QuantizedTensor, check_weight
+from .quantized_tensor import QuantizedTensor, check_quantized, check_weight
 from .quantized_tiles import (
     each_vector,
     load_minima,
@@ -311,6 +320,7 @@ def quantized_matmul_planes(
     if residual is not None:
         check_shape("residual", residual, (x.shape[0], rows))
         check_dtype("residual", residual, FLOATS)
+    check_number("eps", eps)
     if norm_weight is not None and columns == 0:
         check(False, f"norm_weight of x {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
     if swiglu:
@@ -388,9 +398,10 @@ def quantized_matmul(
         [num_tokens, rows], with swiglu [num_tokens, rows / 2], dtype of ``x``. What is fused is not rounded in between.
 
     Raises:
-        KernelInputError: an unknown type, planes that do not fit it, shapes, dtypes or devices that do not fit, or
-            swiglu with an odd number of rows or a residual.
+        KernelInputError: an unknown type, planes that do not fit it, shapes, dtypes, devices or numbers that do not
+            fit, or swiglu with an odd number of rows or a residual.
     """
+    check_quantized("weight", weight)
     return quantized_matmul_planes(
         x,
         list(weight.planes),

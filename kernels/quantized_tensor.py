@@ -101,15 +101,27 @@ def check_weight(name: str, weight: QuantizedTensor) -> QuantLayout:
         [tuple(plane.shape) for plane in planes] != expected
         or [plane.dtype for plane in planes] != dtypes
         or not all(plane.is_contiguous() for plane in planes)
+        or any(plane.device != planes[0].device for plane in planes)
     ):
         check(
             False,
-            f"{name} has planes " + ", ".join(f"{list(p.shape)} {p.dtype} strides {p.stride()}" for p in planes),
-            f"{ggml_type} [{rows}, {columns}] has contiguous planes "
+            f"{name} has planes "
+            + ", ".join(f"{list(p.shape)} {p.dtype} strides {p.stride()} on {p.device}" for p in planes),
+            f"{ggml_type} [{rows}, {columns}] has contiguous planes on one device, "
             + ", ".join(f"{p.name} {list(s)} {p.dtype}" for p, s in zip(layout.planes, expected, strict=True)),
             "Make it with rooflama.loaders.quant_layout.repack",
         )
     return layout
+
+
+def check_quantized(name: str, weight: object) -> None:
+    if not isinstance(weight, QuantizedTensor):
+        check(
+            False,
+            f"{name} is a {type(weight).__name__}",
+            f"{name} must be a QuantizedTensor; plain numbers are of type F32, F16 or BF16",
+            "Wrap it: QuantizedTensor('F32', (tensor,), tensor.shape)",
+        )
 
 
 def resident_form(weight: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_number, check_same_device, check_shape
 from .operators import operator
 from .paged_checks import check_write
 from .paged_common import (
@@ -257,6 +257,7 @@ def rope_and_cache_write(
             check_shape(name, weight, (head_dim,))
             check_dtype(name, weight, FLOATS)
             check_last_dim_contiguous(**{name: weight})
+    check_number("eps", eps)
     check_same_device(q=q, k=k, q_norm=q_norm, k_norm=k_norm)
     if runs_numpy(q, q_norm, k_norm, k_pages):
         inputs = [as_array(t) for t in (q, k, v, cos, sin, positions)]

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from . import reference
 from .backend import as_array, as_tensor, runs_numpy
-from .checks import FLOATS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import (
+    FLOATS,
+    check,
+    check_count,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_same_device,
+    check_sequences,
+    check_shape,
+)
 from .operators import operator
 from .sampling_filters import _image, _load_chunk, _relative, _row_max, raise_floor
 
@@ -244,6 +253,8 @@ def _check(
     vocab_size: int,
 ) -> None:
     num_seqs, vocab = logits.shape
+    check_sequences(num_seqs)
+    check_count("vocab_size", vocab_size, "tokens")
     check_dtype("logits", logits, FLOATS)
     check_last_dim_contiguous(logits=logits)
     check(

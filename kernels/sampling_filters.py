@@ -113,7 +113,7 @@ def _resume_search(
     return prefix, above, bound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])  # one code for every batch
 def _narrow_kernel(
     logits_ptr,  # [num_seqs, vocab]
     seen_ptr,  # [num_seqs, vocab], read if PENALISED
@@ -177,7 +177,7 @@ def _narrow_kernel(
         tl.store(sums_ptr + ((LEVEL * num_seqs + row) * num_chunks + chunk) * _DIGITS + digits, sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _raise_floor_kernel(
     temperature_ptr,  # [num_seqs]
     limit_ptr,  # [num_seqs]

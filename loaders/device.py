@@ -262,7 +262,7 @@ class Device:
         """
         with self.guard("capturing a CUDA graph"):
             device_raw.keep_graph_state(self.torch_device)
-            return device_raw.capture(work)
+            return device_raw.capture(work, self.torch_device)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

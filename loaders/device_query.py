@@ -14,6 +14,8 @@ from .device_errors import DeviceUnavailable
 def find_device(spec: str) -> tuple[torch.device, str]:
     """The torch device and its kind, "cpu", "cuda" or "hip", for "auto", "cpu", "cuda[:n]" or "hip[:n]".
 
+    Without a number it is torch's current device, the first one unless somebody chose another.
+
     Raises:
         DeviceUnavailable: unknown name, no such device, no driver, or a torch built without it.
     """
@@ -42,7 +44,7 @@ def find_device(spec: str) -> tuple[torch.device, str]:
             remedy="Install a ROCm build of torch, or use device='cuda'",
         )
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(number or 0)
+    index = int(number) if number else torch.cuda.current_device() if count else 0
     if index >= count:
         raise DeviceUnavailable(
             f"device {spec!r}, where the driver shows {count} devices",

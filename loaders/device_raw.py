@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ def before_operation(operation: str, label: str, nbytes: int) -> None:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, label: str, nbytes: int) -> Tensor:
-    """Memory with undefined contents."""
+    """Memory with undefined contents; whoever allocates it inside torch.inference_mode can use it outside, too."""
     before_operation("allocate", label, nbytes)
-    return torch.empty(shape, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 class Staging:
@@ -112,28 +114,40 @@ def keep_graph_state(device: torch.device) -> torch.cuda.CUDAGraph:
         target, *state = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3))
         del state  # freed into this stream's cache, where torch's two allocations find them
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
-        target.zero_()
-        graph.capture_end()
+        with _no_collection():
+            graph.capture_begin()
+            target.zero_()
+            graph.capture_end()
     return graph
 
 
-def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of what ``work`` launches.
-
-    Python's garbage collector rests meanwhile: a cycle that it finds may hold pinned memory or another graph, whose end
-    the driver does not allow during a capture.
-    """
+def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
+    """A graph of what ``work`` launches on ``device``."""
     graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), _no_collection(), torch.cuda.graph(graph, stream=_capture_stream(device)):
+        work()
+    return graph
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream. torch's own is on the first device it met."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage collector rests during a capture.
+
+    A cycle that it finds may hold pinned memory or another graph, whose end the driver does not allow then.
+    """
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph):
-            work()
+        yield
     finally:
         if collecting:
             gc.enable()
-    return graph
 
 
 def host_tensor(source: Tensor | np.ndarray, label: str) -> Tensor:

@@ -121,7 +121,8 @@ class Generation(Iterator[tuple[int, int]]):
             raise ConfigError(
                 "a closed generation", rule="it ends with its model", remedy="Start another on a model that is open"
             )
-        return next(self._tokens)
+        with torch.inference_mode(False):  # else what one token leaves behind could not be changed for the next
+            return next(self._tokens)
 
     def _groups(self) -> Generator[tuple[int, int]]:
         waiting = deque(range(len(self.requests)))
@@ -214,7 +215,7 @@ class _Readback:
         self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self._host.copy_(tokens, non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(tokens.device))
 
     def wait(self) -> list[int]:
         if self._event is not None:

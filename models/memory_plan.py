@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from rooflama.kernels import checks
 from rooflama.loaders.device import Device, DeviceOutOfMemory
 
 from . import memory_display, memory_remedies, memory_terms
@@ -106,7 +107,7 @@ class MemoryPlan:
     limit: int | None = None
     free_bytes: int | None = None
 
-    MOST_SEQUENCES: ClassVar[int] = 1 << 16  # that can be planned for
+    MOST_SEQUENCES: ClassVar[int] = checks.MOST_SEQUENCES  # that can be planned for
 
     def __post_init__(self) -> None:
         trained = self.config.context_length

@@ -42,6 +42,11 @@ CARDS: dict[str, tuple[str, ...]] = {
 }
 
 
+ROOFLINE = """Of roofline: the time that the bytes take at the memory rate, or the operations at the matrix rate where
+that is longer, over the time taken. The memory rate is what plain passes over memory reached in the same run
+(`benchmarks/results/README.md`), so a kernel can come out above 100%."""
+
+
 @dataclass(frozen=True)
 class KernelCard:
     """One kernel of ``rooflama.kernels``. Shows itself in a terminal and in Jupyter."""
@@ -58,7 +63,8 @@ class KernelCard:
             parts += ["### Definition", f"```python\n{_definition(getattr(reference, function))}\n```"]
         parts += ["## Laws tested", *(self._laws() or ["The tests are in the repository, not in the wheel."])]
         parts += ["## What it compiles to", _table(self._compiled()) or "Not in the compile matrix."]
-        parts += ["## Measured", _table(self._measured()) or "No committed measurement."]
+        measured = _table(self._measured())
+        parts += ["## Measured", *((ROOFLINE, measured) if measured else ("No committed measurement.",))]
         return "\n\n".join(parts) + "\n"
 
     def _modules(self) -> list[ModuleType]:

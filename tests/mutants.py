@@ -1,7 +1,7 @@
 """Does the suite notice? Plants one bug at a time in a copy of the kernels and runs the tests that should fail.
 
     python tests/mutants.py                every mutant
-    python tests/mutants.py norm rope      those whose name contains one of the words
+    python tests/mutants.py norm rope      those of these groups: what stands before the colon of a mutant's name
 
 First every test file named must pass as it is. Then each mutant must make its own fail: exit status 1 if one survives,
 runs out of time, or if the text it replaces is no longer there exactly once. Nothing is changed in place.
@@ -26,11 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 class Mutant(NamedTuple):
     """A bug: in ``file``, ``old`` (there exactly once) becomes ``new``. ``tests``, a file or one test, must fail."""
 
-    name: str
+    name: str  # "group: what is wrong"
     file: str
     old: str
     new: str
     tests: str
+
+    @property
+    def group(self) -> str:
+        return self.name.partition(":")[0]
 
 
 MIXED = "tests/kernels/test_sampling_filters.py::test_a_mixture_of_rows_keeps_and_draws_what_the_definition_does"
@@ -195,8 +199,8 @@ MUTANTS = [
     Mutant(
         "attention: window off by one",
         "kernels/attention_common.py",
-        "keys[None, :] > positions[:, None] - window",
-        "keys[None, :] >= positions[:, None] - window",
+        "positions[:, None] - keys[None, :] < window",
+        "positions[:, None] - keys[None, :] <= window",
         "tests/kernels/test_attention_prefill.py",
     ),
     Mutant(
@@ -508,6 +512,90 @@ MUTANTS = [
         "    mask = offs < vocab_size + 1\n",
         "tests/kernels/test_sampling.py",
     ),
+    Mutant(
+        "gemv: only the last tile of columns counts",
+        "kernels/quantized_matmul.py",
+        "acc += sums",
+        "acc = sums",
+        "tests/kernels/test_quantized_matmul.py::test_quantized_matmul_equals_definition",
+    ),
+    Mutant(
+        "embedding: only the first block of columns",
+        "kernels/embedding.py",
+        "step = tl.program_id(1)",
+        "step = tl.program_id(1) * 0",
+        "tests/kernels/test_embedding.py",
+    ),
+    Mutant(
+        "decode: only the last splits are merged",
+        "kernels/attention_decode.py",
+        "acc += tl.sum(weights[:, None] * values, axis=0)",
+        "acc = tl.sum(weights[:, None] * values, axis=0)",
+        "tests/kernels/test_attention_edges.py",
+    ),
+    Mutant(
+        "decode: the running maximum starts at 0",
+        "kernels/attention_decode.py",
+        'row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)',
+        "row_max = tl.full([BLOCK_M], 0.0, tl.float32)",
+        "tests/kernels/test_attention_edges.py",
+    ),
+    Mutant(
+        "prefill: the running maximum starts at 0",
+        "kernels/attention_prefill.py",
+        'row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)',
+        "row_max = tl.full([BLOCK_M], 0.0, tl.float32)",
+        "tests/kernels/test_attention_edges.py",
+    ),
+    Mutant(
+        "attention: a row without keys is not set to 0",
+        "kernels/attention_common.py",
+        "tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 1.0, total)[:, None])",
+        "acc / tl.where(unseen, 1.0, total)[:, None]",
+        "tests/kernels/test_attention_edges.py",
+    ),
+    Mutant(
+        "attention: K/V heads taken to fill a place in a page",
+        "kernels/attention_common.py",
+        "slots.to(tl.int64) * slot_stride",
+        "slots.to(tl.int64) * num_kv_heads * HEAD_DIM",
+        "tests/kernels/test_strides.py",
+    ),
+    Mutant(
+        "pages: v read by the strides of k",
+        "kernels/paged_cache.py",
+        "v_ptr + token * v_token_stride, v_head_stride,",
+        "v_ptr + token * k_token_stride, k_head_stride,",
+        "tests/kernels/test_strides.py",
+    ),
+    Mutant(
+        "pages: heads gathered as if nothing lay between them",
+        "kernels/paged_cache.py",
+        "places * place_stride + heads * head_stride",
+        "places * num_kv_heads * HEAD_DIM + heads * HEAD_DIM",
+        "tests/kernels/test_strides.py",
+    ),
+    Mutant(
+        "pages: only the first block of a page is copied",
+        "kernels/paged_cache.py",
+        "offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)",
+        "offs = tl.arange(0, BLOCK)",
+        "tests/kernels/test_strides.py",
+    ),
+    Mutant(
+        "rope: v read by the stride of k",
+        "kernels/rope_cache_write.py",
+        "v_ptr + token * v_token_stride",
+        "v_ptr + token * k_token_stride",
+        "tests/kernels/test_strides.py",
+    ),
+    Mutant(
+        "sampling: seen read by the stride of the logits",
+        "kernels/sampling_filters.py",
+        "seen_ptr + row * seen_stride",
+        "seen_ptr + row * logits_stride",
+        "tests/kernels/test_strides.py",
+    ),
 ]
 
 
@@ -568,11 +656,14 @@ def passes(tests: str, seconds: float) -> tuple[bool, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("words", nargs="*", help="only mutants whose name contains one of these")
+    groups = sorted({mutant.group for mutant in MUTANTS})
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(groups)}; all by default")
     parser.add_argument("--seconds", type=float, default=600, help="time limit of one test run")
     parser.add_argument("--no-baseline", action="store_true", help="trust that the tests pass as they are")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if not options.words or any(word in m.name for word in options.words)]
+    if unknown := set(options.groups) - set(groups):
+        parser.error(f"unknown groups {sorted(unknown)}; there are {', '.join(groups)}")
+    chosen = [mutant for mutant in MUTANTS if mutant.group in (options.groups or groups)]
 
     with ThreadPoolExecutor(2) as pool:
         if not options.no_baseline:

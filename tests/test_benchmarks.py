@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,45 @@ def test_every_kernel_has_a_committed_measurement():
         rows = list(csv.DictReader(file))
     assert set(CARDS) <= {row["kernel"] for row in rows}
     assert all(float(row["us_p50"]) > 0 and row["gpu"] and row["commit"] for row in rows)
+
+
+def test_a_run_of_one_group_keeps_the_rows_of_the_others(cases, monkeypatch, tmp_path):
+    run, timing = (importlib.import_module(name) for name in ("run", "timing"))
+    table = tmp_path / "kernels.csv"
+    clock = {"ours": 1.0, "peer": 2.0}
+
+    def case(kernel, label, *names):
+        return cases.Case(kernel, label, 1, 1, {name: [name] for name in names})
+
+    def run_groups(*groups):
+        monkeypatch.setattr(sys, "argv", ["run.py", *groups, "--out", str(table)])
+        run.main()
+        with table.open(newline="") as file:
+            return [(r["kernel"], r["case"], r["implementation"], float(r["us_p50"])) for r in csv.DictReader(file)]
+
+    groups = {
+        "a": lambda: [case("norm", "first", "ours", "peer"), case("norm", "second", "ours")],
+        "b": lambda: [case("norm", "third", "ours")],
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "CASES", groups)
+    monkeypatch.setattr(run, "ceilings", lambda: (1e12, 1e15))
+    monkeypatch.setattr(run, "provenance", lambda: {"gpu": "none", "commit": "none"})
+    monkeypatch.setattr(run, "measure", lambda calls: timing.Measured(*[clock[calls[0]]] * 3))
+    assert run_groups("a") == [
+        ("norm", "first", "ours", 1.0),
+        ("norm", "first", "peer", 2.0),
+        ("norm", "second", "ours", 1.0),
+    ]
+    everything = run_groups()
+    assert run_groups("b") == everything
+
+    clock["ours"] = 3.0
+    groups["a"] = lambda: [case("norm", "first", "ours"), case("norm", "fourth", "ours")]
+    assert run_groups("a") == [
+        ("norm", "first", "ours", 3.0),
+        ("norm", "second", "ours", 1.0),
+        ("norm", "third", "ours", 1.0),
+        ("norm", "fourth", "ours", 3.0),
+    ]
+    assert {row[1] for row in run_groups()} == {"first", "third", "fourth"}

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,3 +64,17 @@ def test_rows_say_how_far_off(benchmark):
     assert benchmark.within(row)
     assert not benchmark.within(benchmark.as_row("tiny", 1024, "int8", {**FIGURES, "planned_total": 613 * 2**20}))
     assert not benchmark.within(benchmark.as_row("tiny", 1024, "int8", {**FIGURES, "planned_allocated": 97 * 2**20}))
+
+
+def test_the_driver_is_asked_about_the_gpu_that_torch_uses(benchmark, monkeypatch):
+    properties = {0: SimpleNamespace(uuid="ffc79498-8ff3-c2dc-3b0d-fafd804516ae")}
+    asked = []
+
+    def run(query, **_):
+        asked.extend(query)
+        return SimpleNamespace(stdout="600\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.get)
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    assert benchmark.driver_used(benchmark.first_gpu()) == 600 * 2**20
+    assert "--id=GPU-ffc79498-8ff3-c2dc-3b0d-fafd804516ae" in asked

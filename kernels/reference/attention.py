@@ -111,8 +111,8 @@ def _attend(
     top = np.max(scores, axis=-1, keepdims=True)
     weights = np.exp(scores - np.where(top == -np.inf, 0, top))
     total = np.sum(weights, axis=-1, keepdims=True)
-    seen = total > 0
+    seen = total != 0  # a NaN stays one
     mixed = weights.reshape(num_kv_heads, group * num_tokens, -1) @ v.transpose(1, 0, 2)
-    out = mixed.reshape(num_kv_heads, group, num_tokens, head_dim) / np.where(seen, total, 1)
+    out = np.where(seen, mixed.reshape(num_kv_heads, group, num_tokens, head_dim) / np.where(seen, total, 1), 0)
     lse = np.where(seen, top + np.log(np.where(seen, total, 1)), -np.inf)[..., 0]
     return out.transpose(2, 0, 1, 3).reshape(q.shape), lse.transpose(2, 0, 1).reshape(num_tokens, num_heads)

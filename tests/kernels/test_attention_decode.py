@@ -295,7 +295,7 @@ def test_graph_is_replayed_with_other_lengths():
         ({"seq_lens": torch.zeros(8, dtype=torch.int32, device=DEVICE)[::2]}, "dimension of seq_lens must be contig"),
         ({"v_scale": torch.zeros(1)}, "v_scale is given with torch.float32 pages"),
         ({"softmax_scale": 0.0}, "softmax_scale must be positive"),
-        ({"softcap": -1.0}, "softcap must be positive, or 0"),
+        ({"softcap": -1.0}, "softcap must be 0 or more"),
         ({"sliding_window": -1}, "sliding_window counts tokens"),
     ],
 )

@@ -107,10 +107,12 @@ def test_bad_input_is_refused_before_a_launch():
     for broken, message in [
         (weight._replace(ggml_type="IQ1_S"), "a type is one of F32, F16"),
         (weight._replace(shape=(3, 48)), "Q4_1 comes in whole blocks of 32 columns"),
-        (weight._replace(shape=(4, 64)), r"has contiguous planes low \[4, 8\]"),
-        (weight._replace(planes=(low, d)), "has contiguous planes low"),
+        (weight._replace(shape=(4, 64)), r"has contiguous planes on one device, low \[4, 8\]"),
+        (weight._replace(planes=(low, d)), "has contiguous planes on one device, low"),
         (weight._replace(planes=(low, d.float(), m)), "torch.float32"),
         (weight._replace(planes=(low.T.contiguous().T, d, m)), r"strides \(1, 3\)"),
+        (weight._replace(planes=(low, d.to("meta"), m)), "on meta"),
+        (torch.ones(3, 64), "weight is a Tensor: weight must be a QuantizedTensor"),
     ]:
         with pytest.raises(KernelInputError, match=message):
             dequantize(broken)

@@ -169,6 +169,22 @@ def test_fused_equals_rope_then_write(
         assert_bit_equal(got, want, context=f"{dims=} {num_tokens=} {page_dtype=} {page_size=} {seed=}")
 
 
+@pytest.mark.parametrize("page_dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("place", [3, 40, 70])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_fused_writes_what_is_no_number_as_the_two_do(page_dtype, place, value):
+    """Wherever in a head it stands, the half that turns, the other, or the tail: its codes say that all is lost."""
+    step = Step(0, 1, 2, 2, 80, 64, torch.float32, page_dtype)
+    step.slots.fill_(5)
+    step.k[0, 1, place] = value
+    _, written = step.fused()
+    pages = step.pages()
+    write_kv(rope(step.k, *step.tables, step.positions), step.v, *pages[:2], step.slots, *pages[2:])
+    for got, want in zip(written, [t.float() for t in pages], strict=True):
+        assert_bit_equal(got, want)
+    assert written[2][0, 5].isnan().tolist() == [False, True]
+
+
 @given(
     dims=rotary_dims(), num_tokens=st.integers(1, 4), interleaved=st.booleans(), dtype=dtypes, page_size=page_sizes,
     seed=seeds,

@@ -1,6 +1,7 @@
 """Generation as a user meets it: streaming, stops, seeds, batches, bad parameters; on a small checkpoint."""
 
 import pytest
+import torch
 
 import rooflama
 from rooflama import ConfigError, RooflamaError
@@ -138,3 +139,18 @@ def test_a_limit_may_be_text(tmp_path, numpy_backend):
         assert model.plan.limit == 8 * 2**30
     with pytest.raises(RooflamaError, match="'much'"):
         rooflama.load(path, device="cpu", memory_limit="much", progress=False)
+
+
+@pytest.mark.parametrize("inside", [{"load"}, {"first"}, {"rest"}, {"load", "first"}], ids=str)
+def test_inference_mode_may_begin_and_end_anywhere(tmp_path, numpy_backend, inside):
+    path = write_small(tmp_path / "small.gguf")
+    with torch.inference_mode("load" in inside):
+        model = rooflama.load(path, device="cpu", max_context=96, progress=False)
+    with model:
+        want = model.generate(PROMPT, max_new_tokens=8).text
+        stream = iter(model.stream(PROMPT, max_new_tokens=8))
+        with torch.inference_mode("first" in inside):
+            pieces = [next(stream)]
+        with torch.inference_mode("rest" in inside):
+            pieces += stream
+        assert "".join(pieces) == want

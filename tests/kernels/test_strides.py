@@ -1,0 +1,93 @@
+"""Tensors laid out as serving code lays them out: K/V of all heads in one pool, v and seen of strides of their own."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from assertions import assert_bit_equal
+from attention_cases import Drawn, arguments
+from rooflama.kernels import (
+    attention_decode,
+    attention_prefill,
+    copy_pages,
+    gather_kv,
+    rope_and_cache_write,
+    sample,
+    write_kv,
+)
+from rope_cases import Step
+from sampling_cases import random_parameters
+from strategies import DEVICE, normal
+
+GQA = Drawn(query_lens=(1, 1, 1), seq_lens=(37, 0, 90), num_kv_heads=3, group=2, head_dim=48)
+PAGE_DTYPES = [None, torch.int8, torch.float8_e4m3fn]
+
+
+def one_pool(k_pages, v_pages):
+    """The same pages as halves of [num_pages, page_size, 2 * num_kv_heads, head_dim]."""
+    return torch.cat([k_pages.view(torch.uint8), v_pages.view(torch.uint8)], dim=2).view(k_pages.dtype).chunk(2, dim=2)
+
+
+def apart(x):
+    """The same [num_tokens, heads, head_dim] inside a wider tensor, with a token and a head stride of its own."""
+    wide = torch.full((len(x), x.shape[1] + 2, x.shape[2] + 8), torch.nan, dtype=x.dtype, device=x.device)
+    inner = wide[:, 1:-1, 8:]
+    inner.copy_(x)
+    return inner
+
+
+@pytest.mark.parametrize("page_dtype", PAGE_DTYPES)
+@pytest.mark.parametrize("decode", [True, False])
+def test_attention_over_one_pool(page_dtype, decode):
+    fields = arguments(replace(GQA, page_dtype=page_dtype), decode=decode)
+    attention = attention_decode if decode else attention_prefill
+    k_pages, v_pages = one_pool(fields["k_pages"], fields["v_pages"])
+    got = attention(**fields | {"k_pages": k_pages, "v_pages": v_pages, "q": apart(fields["q"])})
+    for one, other in zip(got, attention(**fields), strict=True):
+        assert_bit_equal(one, other)
+
+
+@pytest.mark.parametrize("page_dtype", PAGE_DTYPES)
+@pytest.mark.parametrize("fused", [True, False])
+def test_writing_into_one_pool(page_dtype, fused):
+    """From a v whose strides are not those of k; and both are gathered again."""
+    step = Step(0, 5, 6, 3, 48, 48, torch.float32, page_dtype)
+    step.slots = torch.tensor([3, 20, 17, 16, -1], device=DEVICE)
+
+    def write(v, k_pages, v_pages, *scales):
+        if fused:
+            rope_and_cache_write(step.q, step.k, v, *step.tables, step.positions, step.slots, k_pages, v_pages,
+                                 None, None, *scales)  # fmt: skip
+        else:
+            write_kv(step.k, v, k_pages, v_pages, step.slots, *scales)
+
+    want, (k_pages, v_pages, *scales) = step.pages(), step.pages()
+    write(step.v, *want)
+    pool = one_pool(k_pages, v_pages)
+    write(apart(step.v), *pool, *scales)
+    for got, expected in zip((*pool, *scales), want, strict=True):
+        if expected is not None:
+            assert_bit_equal(got.float(), expected.float())
+    table, lengths = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([[1, 0]], [20]))
+    for got, expected, scale in zip(pool, want, scales, strict=False):
+        keys = gather_kv(got, table, lengths, scale, num_keys=20)
+        assert_bit_equal(keys, gather_kv(expected, table, lengths, scale, num_keys=20))
+
+
+def test_seen_of_another_stride_than_logits():
+    parameters = random_parameters(np.random.default_rng(0), 4, 30)
+    logits = normal(np.random.default_rng(1), 4, 30)
+    wide = torch.ones(4, 50, dtype=torch.bool, device=DEVICE)
+    wide[:, :30] = parameters["seen"]
+    want = sample(logits, **parameters)
+    assert_bit_equal(sample(logits, **parameters | {"seen": wide[:, :30]}), want)
+
+
+def test_pages_longer_than_a_block_are_copied_whole():
+    pages = normal(np.random.default_rng(0), 3, 256, 2, 96)
+    want = pages.clone()
+    want[2] = want[0]
+    copy_pages(pages, torch.tensor([0], device=DEVICE), torch.tensor([2], device=DEVICE))
+    assert_bit_equal(pages, want)
