@@ -116,8 +116,8 @@ def main() -> None:
     together = [name for name in ids if not APART.search(name)]
     shards = [together[start :: arguments.jobs] for start in range(arguments.jobs)]
     apart = [name for name in ids if APART.search(name)]
-    # Tests apart take turns for a GPU's memory by themselves: four processes hide how long each takes to start.
-    with ThreadPoolExecutor(arguments.jobs) as threads, ThreadPoolExecutor(4) as threads_apart:
+    # Tests apart take turns for a GPU's memory by themselves: six processes hide how long each takes to start.
+    with ThreadPoolExecutor(arguments.jobs) as threads, ThreadPoolExecutor(6) as threads_apart:
         tasks = [(tool, threads, shard) for tool in TOOLS for shard in shards if shard]
         tasks += [(tool, threads_apart, [name]) for tool in TOOLS for name in apart]
         jobs = [

@@ -117,7 +117,7 @@ def test_a_table_that_does_not_fit_its_type_is_refused():
     table, token_ids = random_weight(np.random.default_rng(0), "Q4_1", 7, 64), torch.zeros(2, device=DEVICE).long()
     for broken, message in [
         (table._replace(ggml_type="IQ1_S"), "a type is one of F32, F16"),
-        (table._replace(shape=(8, 64)), r"table has planes .* has contiguous planes low \[8, 8\]"),
+        (table._replace(shape=(8, 64)), r"table has planes .* has contiguous planes on one device, low \[8, 8\]"),
     ]:
         with pytest.raises(KernelInputError, match=message):
             embedding(token_ids, broken)

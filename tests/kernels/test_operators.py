@@ -105,5 +105,5 @@ def test_kernels_run_where_their_tensors_are():
             out = rms_norm(x, weight, 1e-5)
             compiled = torch.compile(lambda x: rms_norm(x, weight, 1e-5), fullgraph=True, backend="aot_eager")  # noqa: B023
             assert out.device == x.device
-            assert_bit_equal(out.to(DEVICE), norm(X))
+            assert_bit_equal(out.to(X.device), norm(X))
             assert_bit_equal(compiled(x), out)

@@ -77,7 +77,7 @@ def test_a_weight_that_does_not_fit_its_type_is_refused():
     weight, x = random_weight(np.random.default_rng(0), "Q4_1", 3, 64), torch.zeros(2, 64, device=DEVICE)
     with pytest.raises(KernelInputError, match="a type is one of F32, F16"):
         quantized_matmul(x, weight._replace(ggml_type="IQ1_S"))
-    with pytest.raises(KernelInputError, match=r"has contiguous planes low \[4, 8\]"):
+    with pytest.raises(KernelInputError, match=r"has contiguous planes on one device, low \[4, 8\]"):
         quantized_matmul(x, weight._replace(shape=(4, 64)))
 
 
