@@ -9,8 +9,8 @@ buffer; but a CUDA graph cannot be captured without it, so the tests of ``APART`
 its own: under the sanitizer their gigabytes stay allocated when the test is over (72.5 GiB after eleven of them). And
 torch's own kernels (at::native) are not looked at.
 
-racecheck leaves out the tests of ``OUTPUTS``, launches of hundreds of thousands of programs, minutes each under it: what
-is new there is offsets, which are memcheck's matter, and the same kernels are looked at elsewhere.
+racecheck leaves out the tests of ``OUTPUTS``, launches of hundreds of thousands of programs that take minutes under it:
+what is new there is offsets, which are memcheck's matter, and the same kernels are looked at elsewhere.
 
 Exit status 1 if a test fails or a sanitizer reports anything. The result is written as a row for each tool.
 """
