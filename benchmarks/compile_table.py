@@ -7,6 +7,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from timing import read_rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -30,16 +32,9 @@ COLUMNS = [field.name for field in dataclasses.fields(Row) if field.name not in 
 LAUNCH = COLUMNS[:5]  # what is known without compiling; a row's alone
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write(rows: list[Row], path: Path, pattern: str) -> None:
     """Write ``rows`` in place of the table's rows of kernels whose name matches ``pattern``; "" is every kernel."""
-    lines = [row for row in read(path) if not re.search(pattern, row["kernel"])]
+    lines = [row for row in read_rows(path) if not re.search(pattern, row["kernel"])]
     lines += [{column: str(getattr(row, column)) for column in COLUMNS} for row in rows]
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
@@ -50,7 +45,7 @@ def write(rows: list[Row], path: Path, pattern: str) -> None:
 
 def launches_in(path: Path) -> set[tuple[str, ...]]:
     """The ``LAUNCH`` columns of the table's rows."""
-    return {tuple(row[column] for column in LAUNCH) for row in read(path)}
+    return {tuple(row[column] for column in LAUNCH) for row in read_rows(path)}
 
 
 def differences(written: set[tuple[str, ...]], launched: set[tuple[str, ...]]) -> list[str]:

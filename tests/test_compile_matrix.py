@@ -55,12 +55,12 @@ def test_kernels_compiled_by_themselves_replace_their_rows_alone(table, tmp_path
     table.write([], path, "^_gone_kernel$")
     assert path.read_text() == before
     table.write([row(table, "_norm_kernel", registers=64)], path, "^_norm")
-    assert [(line["kernel"], line["registers"], line["triton"]) for line in table.read(path)] == [
+    assert [(line["kernel"], line["registers"], line["triton"]) for line in table.read_rows(path)] == [
         ("_norm_kernel", "64", "3.7.1"),
         ("_rope_kernel", "32", "3.7.1"),
     ]
     table.write([row(table, "_new_kernel")], path, "")
-    assert [line["kernel"] for line in table.read(path)] == ["_new_kernel"]
+    assert [line["kernel"] for line in table.read_rows(path)] == ["_new_kernel"]
 
 
 def test_rows_that_differ_in_options_alone_look_different(table, tmp_path):

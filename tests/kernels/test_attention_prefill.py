@@ -206,12 +206,13 @@ def test_a_finite_future_changes_no_bit_of_the_past(drawn, cut):
 def test_equal_values_come_out_unchanged(drawn, value):
     """Weights sum to one: a mean of equal numbers is that number.
 
-    To the rounding of the weights and of the result, half an eps each, and of a float32 sum of 160 keys at most.
+    To the rounding of the weights and of the result, half an eps each, and of a float32 sum of 160 keys at most;
+    bfloat16 is held to half of that, as seen on a GPU: its weights do not all err one way.
     """
     dense = [replace(s, v=torch.full_like(s.v, value)) for s in sequences(drawn)]
     out, lse = run_prefill(attention_prefill, drawn, dense)
     seen = lse.isfinite()[..., None].expand_as(out)
-    rounding = torch.finfo(out.dtype).eps + 160 * torch.finfo(torch.float32).eps
+    rounding = min(4e-3, torch.finfo(out.dtype).eps + 160 * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(out[seen], torch.full_like(out[seen], value), rtol=rounding, atol=0)
     assert bool((out[~seen] == 0).all())
 

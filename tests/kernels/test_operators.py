@@ -103,7 +103,7 @@ def test_kernels_run_where_their_tensors_are():
         with torch.cuda.device(current):
             x, weight = X.to(f"cuda:{other}"), WEIGHT.to(f"cuda:{other}")
             out = rms_norm(x, weight, 1e-5)
-            compiled = torch.compile(lambda x: rms_norm(x, weight, 1e-5), fullgraph=True, backend="aot_eager")  # noqa: B023
+            compiled = torch.compile(lambda x: rms_norm(x, weight, 1e-5), fullgraph=True, backend="aot_eager")  # noqa: B023 (called in the same turn)
             assert out.device == x.device
             assert_bit_equal(out.to(X.device), norm(X))
             assert_bit_equal(compiled(x), out)
