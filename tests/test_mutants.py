@@ -5,12 +5,13 @@ import sys
 import pytest
 
 import mutants
-from mutants import MUTANTS, ROOT
+from mutant_table import MUTANTS
+from mutants import ROOT
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_a_mutant_replaces_text_that_is_there_once(mutant):
-    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, f"update {mutant.name!r} in tests/mutants.py"
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, f"update {mutant.name!r} in tests/mutant_table.py"
     assert (ROOT / mutant.tests.split("::")[0]).exists()
 
 
