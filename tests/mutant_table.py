@@ -1,4 +1,4 @@
-"""The seeded bugs that ``tests/mutants.py`` plants: a place in the kernels, what it becomes, the tests that must fail."""
+"""The bugs that ``tests/mutants.py`` plants: a place in the kernels, what it becomes, the tests that must fail."""
 
 from __future__ import annotations
 
