@@ -1,20 +1,20 @@
 """What a Hugging Face config.json says, under GGUF's keys; its tensors' names, as GGUF has them.
 
-One key has no counterpart in GGUF: ``<architecture>.rope.huggingface`` carries the rotary parameters whole, since they
-say more than GGUF's keys can. The models read them with ``RopeSpec.from_hf``.
+Three keys have no counterpart in GGUF. ``<architecture>.rope.huggingface`` carries the rotary parameters whole, since
+they say more than GGUF's keys can; the models read them with ``RopeSpec.from_hf``. ``feed_forward.activation`` and
+``rope.layers`` are in ``RESULT_KEYS``.
 """
 
 from __future__ import annotations
 
+import math
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from rooflama.kernels.errors import shorten
-
 from .hf_json import HuggingFaceError
+from .hf_unread import check_unread
 
 LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")  # one spelling for each layer
 MOST_LAYERS = 100_000
@@ -50,14 +50,28 @@ REQUIRED = {
 }
 OPTIONAL = {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length"}
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-OTHERS_READ = ("model_type", "hidden_act", "tie_word_embeddings", "quantization_config", "attention_bias", "mlp_bias")
-NO_EFFECT = {
-    "architectures", "attention_dropout", "bos_token_id", "dtype", "embd_pdrop", "eos_token_id", "initializer_range",
-    "pad_token_id", "pretraining_tp", "resid_pdrop", "torch_dtype", "transformers_version", "use_cache",
-    "auto_map", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "output_attentions",
-    "output_hidden_states", "return_dict", "problem_type",
-}  # fmt: skip
-"""Keys that decide nothing about the logits."""
+OTHERS_READ = ("model_type", "tie_word_embeddings", "quantization_config")
+
+RESULT_KEYS = {
+    "logits_scaling": "logit_scale",
+    "logit_scale": "logit_scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "query_pre_attn_scalar": "attention.scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "clip_qkv": "attention.clamp_kqv",
+    "hidden_act": "feed_forward.activation",
+    "hidden_activation": "feed_forward.activation",
+    "no_rope_layers": "rope.layers",
+}
+"""Keys that change the logits -> the key under which an adapter reads them, if its family's ``result_keys`` list them.
+
+The value is the config's own, as GGUF's converters write it: Granite's ``logit_scale`` divides, Cohere's multiplies.
+Two differ: ``query_pre_attn_scalar`` s becomes the scale s^-1/2, and ``no_rope_layers`` becomes one boolean per layer,
+whether the layer rotates.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,10 @@ class HFFamily:
         required: keys without which transformers assumes the numbers of one particular model.
         biases: config keys that say whether projections have biases -> the tensor that shows it.
         window_keys: config keys that decide about sliding windows; any other is as unknown to this type.
+        result_keys: keys of ``RESULT_KEYS`` that the adapter reads. Where one is missing, null, or not listed here, the
+            adapter's default holds; list those whose default in transformers is another one in ``required`` too.
+        unused_keys: further keys that change no result of this type, whatever they hold.
+        tied_by_default: what a missing ``tie_word_embeddings`` means.
         tensor_names: as ``TENSOR_NAMES``.
     """
 
@@ -76,6 +94,9 @@ class HFFamily:
     required: tuple[str, ...] = ()
     biases: Mapping[str, str] = field(default_factory=dict)
     window_keys: tuple[str, ...] = ()
+    result_keys: tuple[str, ...] = ()
+    unused_keys: tuple[str, ...] = ()
+    tied_by_default: bool = False
     tensor_names: Mapping[str, str] = field(default_factory=lambda: TENSOR_NAMES)
 
 
@@ -111,7 +132,7 @@ def gguf_names(config: Mapping[str, Any], stored: Collection[str]) -> dict[str, 
         HuggingFaceError: a tensor that no model of this type has, two that are one in GGUF, or a missing output matrix.
     """
     family = family_of(config)
-    tied = config.get("tie_word_embeddings", False)
+    tied = config.get("tie_word_embeddings", family.tied_by_default)
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for name in stored:
@@ -157,8 +178,6 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
         _refuse(
             f"no {', '.join(missing)}", "the model's shape depends on it", "Complete the file from the model's page"
         )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        _refuse(f"hidden_act {config['hidden_act']!r}", "the feed-forward's gate is silu", "Use another model")
     if config.get("quantization_config") is not None:
         _refuse(
             "a quantization_config", "weights are F32, F16 or BF16", "Use the unquantised checkpoint, or a GGUF file"
@@ -170,10 +189,11 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
                 "a bias that the config names is in the files, and no other",
                 "The config and the weights disagree; download both again",
             )
-    _warn_of_unread(config, family)
+    windows = _windows(config, family)
+    check_unread(config, _keys_read(family), windowed="attention.sliding_window" in windows)
     keys = {gguf: config[key] for key, gguf in {**REQUIRED, **OPTIONAL}.items() if config.get(key) is not None}
     keys["rope.huggingface"] = _rope(config)
-    keys |= _windows(config, family)
+    keys |= windows | _result_keys(config, family)
     arch = family.architecture
     return {"general.architecture": arch, "general.name": name, **{f"{arch}.{key}": v for key, v in keys.items()}}
 
@@ -222,18 +242,32 @@ def _windows(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
     return {"attention.sliding_window": window, "attention.sliding_window_pattern": slides}
 
 
-def _warn_of_unread(config: Mapping[str, Any], family: HFFamily) -> None:
-    """transformers ignores keys that its class for this type does not define; a model's own code may not."""
-    known = {*REQUIRED, *OPTIONAL, *ROPE, *family.window_keys, *OTHERS_READ, *NO_EFFECT}
-    unread = sorted(
-        key for key, value in config.items() if value is not None and key not in known and not key.startswith("_")
-    )
-    if unread:
-        warnings.warn(
-            f"config.json has keys that model_type {config['model_type']} does not define, and that are not read: "
-            f"{shorten(', '.join(unread))}",
-            stacklevel=5,
-        )
+def _keys_read(family: HFFamily) -> set[str]:
+    """Every key that is read for this type, or that is known to change nothing in it."""
+    shape = {*REQUIRED, *OPTIONAL, *ROPE, *OTHERS_READ}
+    return shape | {*family.biases, *family.window_keys, *family.result_keys, *family.unused_keys}
+
+
+def _result_keys(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
+    """What ``result_keys`` give, under the adapter's names. Two keys of one name must agree."""
+    found: dict[str, Any] = {}
+    for key in family.result_keys:
+        value = config.get(key)
+        if value is None:
+            continue
+        if key == "query_pre_attn_scalar":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                _refuse(f"{key} {value!r}", "it is a number above 0", "Correct the file from the model's page")
+            value = value**-0.5
+        if key == "no_rope_layers":
+            if not isinstance(value, list) or any(entry not in (0, 1) for entry in value):
+                _refuse(f"{key} {value!r}", "it holds 0 or 1 for each layer", "Correct the file from the model's page")
+            value = [bool(entry) for entry in value]
+        name = RESULT_KEYS[key]
+        if found.setdefault(name, value) != value:
+            both = [other for other in family.result_keys if RESULT_KEYS[other] == name]
+            _refuse(f"{' and '.join(both)} that differ", "they say the same", "Remove the one that is wrong")
+    return found
 
 
 def _refuse(found: str, rule: str, remedy: str) -> NoReturn:

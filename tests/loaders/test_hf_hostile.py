@@ -132,7 +132,12 @@ def test_errors_about_long_values_are_short(file, content, tmp_path):
 def test_a_long_key_that_is_not_read_is_named_short(tmp_path):
     folder = write_case("llama3", tmp_path, "safetensors")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, LONG: 1}))
+    (folder / "config.json").write_text(json.dumps({**config, LONG: False}))
     with pytest.warns(UserWarning, match="does not define") as caught:
         read_safetensors(folder).close()
     assert len(str(caught[0].message)) < LONGEST_ERROR
+    for odd in ({LONG: 1}, {"a": LONG}, {"a": [LONG]}, {"no_rope_layers": [LONG]}):
+        (folder / "config.json").write_text(json.dumps({**config, **odd}))
+        with pytest.raises(RooflamaError, match="result") as refused:
+            read_safetensors(folder)
+        assert len(str(refused.value)) < LONGEST_ERROR

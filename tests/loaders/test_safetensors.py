@@ -5,6 +5,7 @@ import copy
 import json
 import re
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from rooflama.loaders import hf_config
 from rooflama.loaders.hf_config import gguf_metadata, gguf_names
 from rooflama.loaders.hf_json import HuggingFaceError
 from rooflama.loaders.safetensors import read_safetensors
@@ -194,7 +196,7 @@ def metadata_of(name, **changes):
         ("mistral-window", {"sliding_window": DROPPED}, "no sliding_window"),
         ("qwen3", {"head_dim": DROPPED}, "no head_dim"),
         ("phi3-128k", {"original_max_position_embeddings": DROPPED}, "no original_max_position_embeddings"),
-        ("llama3", {"hidden_act": "gelu"}, "the feed-forward's gate is silu"),
+        ("llama3", {"hidden_act": "gelu"}, "hidden_act 'gelu': model_type 'llama' is computed without, and it changes"),
         ("llama3", {"quantization_config": {"bits": 4}}, "a quantization_config"),
         ("llama3", {"attention_bias": True}, "blk.0.attn_q.bias is not there"),
         ("llama-biases", {"attention_bias": False}, "blk.0.attn_q.bias is there"),
@@ -245,8 +247,8 @@ def test_windows(name, changes, windows, tmp_path):
         ("mistral-window", {"use_sliding_window": False}, "use_sliding_window"),
         ("mistral-window", {"layer_types": ["full_attention", "sliding_attention"]}, None),
         ("phi3-4k", {"use_sliding_window": False}, "use_sliding_window"),
-        ("phi3-4k", {"layer_types": ["full_attention"] * 2}, "layer_types"),
-        ("llama3", {"sliding_window": 9}, "sliding_window"),
+        ("llama3", {"use_sliding_window": False, "max_window_layers": 1}, "max_window_layers, sliding_window, use_sli"),
+        ("llama3", {"sliding_window": 4096, "layer_types": ["full_attention"] * 2}, "sliding_window"),
         ("qwen3", {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}, None),
     ],
 )
@@ -257,7 +259,7 @@ def test_windows_of_odd_configs_are_those_of_transformers(name, changes, unread,
     (folder / "config.json").write_text(json.dumps(config_json(name, **{"sliding_window": 9, **changes})))
     tokens = random_tokens(20)
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    said = pytest.warns(UserWarning, match=f"not read: {unread}$") if unread else contextlib.nullcontext()
+    said = pytest.warns(UserWarning, match=f"not read: {unread}") if unread else contextlib.nullcontext()
     with said, read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
         (logits,) = prefill_logits(engine, [tokens], 1024)
     assert_parity(logits, reference_logits(oracle.eval(), tokens), f"{name} with {changes}")
@@ -313,9 +315,79 @@ def test_two_tensors_that_are_one_in_gguf_are_refused():
         gguf_names(config_json("llama3"), stored)
 
 
-def test_unknown_keys_are_named():
-    with pytest.warns(UserWarning, match="does not define, and that are not read: sliding_window_of_my_own"):
-        metadata_of("llama3", sliding_window_of_my_own=3)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logits_scaling": 8.0},
+        {"logits_scaling": 0},
+        {"embedding_multiplier": 12},
+        {"residual_multiplier": 0.22},
+        {"attention_multiplier": 0.0078125},
+        {"attention_multiplier": 1.0},
+        {"query_pre_attn_scalar": 256},
+        {"attn_logit_softcapping": 50.0},
+        {"final_logit_softcapping": 30.0},
+        {"hidden_activation": "gelu_pytorch_tanh"},
+        {"use_qk_norm": True},
+        {"no_rope_layers": [1, 0]},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"sliding_window": 9},
+        {"clip_qkv": 8},
+        {"is_causal": False},
+        {"num_local_experts": 8},
+        {"per_layer_config": {"0": {"intermediate_size": 8}}},
+        {"scaling_of_my_own": 3},
+    ],
+    ids=str,
+)
+def test_keys_that_may_change_the_logits_are_refused(changes):
+    (key,) = changes
+    with pytest.raises(HuggingFaceError, match=f"{key} .*: model_type 'llama' is computed without, and it "):
+        metadata_of("llama3", **changes)
+
+
+def test_keys_that_cannot_change_the_logits_are_passed_over(recwarn):
+    neutral = {
+        "logits_scaling": 1.0, "embedding_multiplier": 1, "attn_logit_softcapping": None, "hidden_activation": "silu",
+        "activation": "swiglu", "no_rope_layers": [1, 1], "layer_types": ["full_attention"] * 2, "num_local_experts": 0,
+        "attention_bias": False, "full_attn_mod": 1, "use_mrope": False, "unsloth_version": "2026.1", "top_p": 0.6,
+        "torch_dtype": "float16", "dtype": "float32", "transformers.js_config": {"dtype": "q4"}, "pretraining_tp": 8,
+        "max_sequence_length": 7, "attn_implementation": "sdpa", "_flash_attn_2_enabled": True, "eos_token_id": [1, 2],
+        "attention_dropout": 0.5,
+    }  # fmt: skip
+    assert metadata_of("llama3", **neutral) == metadata_of("llama3")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("value", [False, "", [], {}])
+def test_unknown_keys_that_ask_for_nothing_are_named(value):
+    with pytest.warns(UserWarning, match="does not define, and that are not read: something_of_my_own"):
+        metadata_of("llama3", something_of_my_own=value)
+
+
+def test_a_family_reads_the_keys_that_it_lists(monkeypatch):
+    keys = {
+        "logits_scaling": 8.0, "embedding_multiplier": 12.0, "attention_multiplier": 0.5, "query_pre_attn_scalar": 4,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "no_rope_layers": [1, 0],
+        "final_logit_softcapping": None, "muon": 3,
+    }  # fmt: skip
+    plain = metadata_of("llama3")
+    family = replace(hf_config.FAMILIES["llama"], result_keys=tuple(keys)[:-1], unused_keys=("muon",))
+    monkeypatch.setitem(hf_config.FAMILIES, "llama", family)
+    read = {key: value for key, value in metadata_of("llama3", **keys).items() if key not in plain}
+    assert read == {
+        "llama.logit_scale": 8.0, "llama.embedding_scale": 12.0, "llama.attention.scale": 0.5,
+        "llama.feed_forward.activation": "gelu_pytorch_tanh", "llama.rope.layers": [True, False],
+    }  # fmt: skip
+    for changes, message in [
+        ({"query_pre_attn_scalar": 16}, "attention_multiplier and query_pre_attn_scalar that differ"),
+        ({"hidden_activation": "silu"}, "hidden_act and hidden_activation that differ"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar 0: it is a number above 0"),
+        ({"query_pre_attn_scalar": "4"}, "query_pre_attn_scalar '4'"),
+        ({"no_rope_layers": [2]}, r"no_rope_layers \[2\]: it holds 0 or 1"),
+    ]:
+        with pytest.raises(HuggingFaceError, match=message):
+            metadata_of("llama3", **{**keys, **changes})
 
 
 def test_configs_of_transformers_hold_no_unknown_key(recwarn):
