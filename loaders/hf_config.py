@@ -18,6 +18,12 @@ from .hf_unread import check_unread
 
 LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")  # one spelling for each layer
 MOST_LAYERS = 100_000
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+LEFTOVERS = re.compile(
+    r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(.+\.)?(position_ids|masked_bias|_extra_state)"
+    r"|v_head\..+"
+)
+"""Tensors that change no logits: buffers of older releases, which the config decides, and a trainer's value head."""
 
 TENSOR_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -125,28 +131,26 @@ def family_of(config: Mapping[str, Any]) -> HFFamily:
 def gguf_names(config: Mapping[str, Any], stored: Collection[str]) -> dict[str, str]:
     """Stored name -> GGUF's name, of every tensor that counts.
 
-    Left out are ``rotary_emb.inv_freq``, which old checkpoints hold and the config decides, and a tied output, which is
-    the embedding whatever the file holds.
+    A name may lack the prefix ``model.``, as a base model saved without its head has it. Left out are ``LEFTOVERS``. Of
+    a tied model, ``lm_head.weight`` alone is the embedding; where the file holds both, both are named, and the reader
+    compares them.
 
     Raises:
         HuggingFaceError: a tensor that no model of this type has, two that are one in GGUF, or a missing output matrix.
     """
     family = family_of(config)
-    tied = config.get("tie_word_embeddings", family.tied_by_default)
     names: dict[str, str] = {}
     taken: dict[str, str] = {}
     for name in stored:
-        if name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+        if LEFTOVERS.fullmatch(name):
             continue
-        layer = LAYER_TENSOR.fullmatch(name)
-        stem, _, kind = (layer[2] if layer else name).rpartition(".")
-        if stem not in family.tensor_names or kind not in ("weight", "bias"):
+        canonical = _gguf_name(family, name) or _gguf_name(family, f"model.{name}")
+        if canonical is None:
             _refuse(
                 f"tensor {name!r}",
                 f"model_type {config['model_type']} has no such tensor, and nothing is dropped silently",
                 "The checkpoint is of another type or variant, or quantised; report it",
             )
-        canonical = f"{f'blk.{layer[1]}.' if layer else ''}{family.tensor_names[stem]}.{kind}"
         if (other := taken.setdefault(canonical, name)) != name:
             _refuse(
                 f"tensors {min(name, other)!r} and {max(name, other)!r}",
@@ -154,11 +158,26 @@ def gguf_names(config: Mapping[str, Any], stored: Collection[str]) -> dict[str, 
                 "The checkpoint is of another type or variant; report it",
             )
         names[name] = canonical
-    if not tied and "lm_head.weight" not in stored:
+    if OUTPUT not in taken and not is_tied(config):
         _refuse(
             "no lm_head.weight", "tie_word_embeddings is not true", "The checkpoint is incomplete: download it again"
         )
+    if OUTPUT in taken and EMBEDDING not in taken and is_tied(config):
+        names[taken[OUTPUT]] = EMBEDDING
     return names
+
+
+def _gguf_name(family: HFFamily, name: str) -> str | None:
+    layer = LAYER_TENSOR.fullmatch(name)
+    stem, _, kind = (layer[2] if layer else name).rpartition(".")
+    if stem not in family.tensor_names or kind not in ("weight", "bias"):
+        return None
+    return f"{f'blk.{layer[1]}.' if layer else ''}{family.tensor_names[stem]}.{kind}"
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the config says that the output matrix is the embedding."""
+    return bool(config.get("tie_word_embeddings", family_of(config).tied_by_default))
 
 
 def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: str) -> dict[str, Any]:

@@ -6,47 +6,67 @@
 
 A safetensors file is a length (8 bytes, little-endian), a JSON header of that length, and the tensors' bytes. The
 header says for each tensor its dtype, its shape and its place; the places cover the rest of the file without gap or
-overlap. Opening checks all of that and reads no weights. What the names and numbers mean is in ``hf_config``.
+overlap. Opening checks all of that and reads no weights, unless two tensors must be compared. Which files count is in
+``weight_files``, what the names and numbers mean in ``hf_config``.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from .hf_config import gguf_metadata, gguf_names
+from rooflama.kernels.errors import shorten
+
+from .hf_config import EMBEDDING, OUTPUT, gguf_metadata, gguf_names, is_tied
 from .hf_json import HuggingFaceError, parse_json, read_json, readable, refuse
 from .tokenizer import Tokenizer
 from .tokenizer_folder import read_folder_tokenizer, tokenizer_file
+from .weight_files import refuse_without_weights, weight_files
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
 SMALL_HEADER = 2**20  # bytes; a larger one is a small part of its file, since JSON takes up to 50 times that in memory
 MOST_DIMENSIONS = 8
 ITEMSIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2}
 ITEMSIZES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
-GGML_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+GGML_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F32"}
+"""dtype of the file -> type of what is read; float64 is rounded, since nothing computes in it."""
+CHUNK = 2**24  # bytes compared at a time
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: ``start`` is a byte offset in its file."""
+    """Where a tensor lies, and its dtype there: ``start`` is a byte offset in its file."""
 
     name: str
-    ggml_type: str
+    dtype: str
     shape: tuple[int, ...]
-    nbytes: int
     path: Path
     start: int
 
     @property
     def n_elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def stored_nbytes(self) -> int:
+        return self.n_elements * ITEMSIZES[self.dtype]
+
+    @property
+    def ggml_type(self) -> str:
+        """Of the bytes that ``data`` gives."""
+        return GGML_TYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the bytes that ``data`` gives."""
+        return self.n_elements * ITEMSIZES[self.ggml_type]
 
 
 class SafetensorsCheckpoint:
@@ -89,6 +109,8 @@ class SafetensorsCheckpoint:
     def data(self, name: str) -> np.ndarray:
         """The tensor's bytes, uint8 [rows, bytes of a row], read-only; [1, nbytes] for a vector.
 
+        The file's own mapped pages, or of a float64 tensor a copy in float32.
+
         Raises:
             HuggingFaceError: the checkpoint is closed.
             KeyError: no such tensor.
@@ -100,7 +122,11 @@ class SafetensorsCheckpoint:
                 remedy="Read inside the with block, or call read_safetensors again",
             )
         info = self.tensors[name]
-        raw = self._maps[info.path][info.start : info.start + info.nbytes]
+        raw = self._maps[info.path][info.start : info.start + info.stored_nbytes]
+        if info.dtype == "F64":
+            with np.errstate(over="ignore"):
+                raw = raw.copy().view("<f8").astype("<f4").view(np.uint8)
+            raw.flags.writeable = False
         return raw.reshape(1 if len(info.shape) < 2 else math.prod(info.shape[:-1]), -1)
 
     def close(self) -> None:
@@ -132,73 +158,72 @@ def read_safetensors(path: str | Path, *, name: str | None = None) -> Safetensor
 
 def _read_folder(folder: Path, name: str) -> SafetensorsCheckpoint:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        _refuse_without_weights(folder)
+        refuse_without_weights(folder)
     config = read_json(folder / "config.json")
-    entries: dict[str, TensorInfo] = {}
     maps: dict[Path, np.ndarray] = {}
-    for file in _weight_files(folder):
+    entries: dict[str, TensorInfo] = {}
+    for file in weight_files(folder, config):
         maps[file], found = _read_file(file)
-        for repeated in found.keys() & entries.keys():
-            refuse(file, f"tensor {repeated!r} a second time", "a name occurs once in all files")
+        if repeated := [stored for stored in found if stored in entries]:
+            _check_repeated([(entries[stored], found[stored]) for stored in repeated], maps)
         entries |= found
     tensors = {}
     for stored, canonical in gguf_names(config, set(entries)).items():
         info = entries[stored]
-        if info.ggml_type not in GGML_TYPES:
+        if info.dtype not in GGML_TYPES:
             refuse(
                 info.path,
-                f"tensor {stored!r} has dtype {info.ggml_type}",
+                f"tensor {stored!r} has dtype {info.dtype}",
                 f"weights are {', '.join(GGML_TYPES)}",
                 "Use the unquantised checkpoint, or a GGUF file",
             )
-        tensors[canonical] = TensorInfo(
-            canonical, GGML_TYPES[info.ggml_type], info.shape, info.nbytes, info.path, info.start
+        tensors[canonical] = replace(info, name=canonical)
+    if is_tied(config) and OUTPUT in tensors:
+        _untie(config, tensors, maps)
+    if wide := [stored for stored, info in entries.items() if info.dtype == "F64"]:
+        warnings.warn(
+            f"{name}: {shorten(', '.join(wide))} stored as float64, and rounded to float32 when read", stacklevel=4
         )
     metadata = gguf_metadata(config, tensors, name=name)
     return SafetensorsCheckpoint(folder, metadata, tensors, maps)
 
 
-def _refuse_without_weights(folder: Path) -> NoReturn:
-    """Say what the folder holds instead."""
-    rule = "a folder holds config.json and model.safetensors"
-    names = sorted(file.name for file in folder.iterdir())
-    if not names:
-        refuse(folder, "an empty folder", rule, "Check the path, and that the download finished")
-    if gguf := [name for name in names if name.endswith(".gguf")]:
-        refuse(folder, f"a folder of GGUF files ({_some(gguf)})", rule, f"Name the file: {folder / gguf[0]}")
-    if pickled := [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]:
-        refuse(
-            folder,
-            f"no safetensors file, but {_some(pickled)}",
-            f"{rule}; pickled weights can run any code and are not read",
-            "Get the safetensors, or convert: transformers' save_pretrained writes them",
-        )
-    refuse(folder, "no safetensors file", rule, "Download the weights too")
+def _check_repeated(pairs: list[tuple[TensorInfo, TensorInfo]], maps: Mapping[Path, np.ndarray]) -> None:
+    """A tensor may be stored in two files, as long as it is the same."""
+    for first, second in pairs:
+        if not _equal(first, second, maps):
+            refuse(
+                second.path,
+                f"tensor {second.name!r} a second time, with other values than in {first.path.name}",
+                "a tensor that occurs in two files is the same in both",
+                "The files are of different checkpoints: download them again",
+            )
+    files = f"{pairs[0][0].path.name} and {pairs[0][1].path.name}"
+    warnings.warn(f"{files} hold the same {len(pairs)} tensors, of which one copy is read", stacklevel=5)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _untie(config: Mapping[str, Any], tensors: dict[str, TensorInfo], maps: Mapping[Path, np.ndarray]) -> None:
+    """Of a tied model that stores its output too: drop one that equals the embedding, keep another, as transformers."""
+    if _equal(tensors[EMBEDDING], tensors[OUTPUT], maps):
+        del tensors[OUTPUT]
+        return
+    warnings.warn(
+        "tie_word_embeddings is true, but lm_head.weight is stored and differs from the embedding: it is the output "
+        "matrix, as in transformers",
+        stacklevel=5,
+    )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that the index names, or without an index all there are."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        refuse(index, "no weight_map", "an index names the file of each tensor")
-    names = sorted({str(name) for name in weight_map.values()})
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            refuse(index, f"file {name!r}", "the files lie beside the index", "Distrust this checkpoint")
-        if not (folder / name).is_file():
-            refuse(index, f"{name} is missing", "every file that the index names is there", "Download it too")
-    return [folder / name for name in names]
+def _equal(first: TensorInfo, second: TensorInfo, maps: Mapping[Path, np.ndarray]) -> bool:
+    """Whether two tensors are stored alike, byte for byte."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    left, right = (maps[info.path][info.start :][: info.stored_nbytes] for info in (first, second))
+    return all(np.array_equal(left[i : i + CHUNK], right[i : i + CHUNK]) for i in range(0, len(left), CHUNK))
 
 
 def _read_file(path: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
-    """Map one file and check its header; ``ggml_type`` of these infos is still safetensors' own dtype."""
+    """Map one file and check its header."""
     size = path.stat().st_size
     if size < 8:
         refuse(path, f"{size} bytes", "a safetensors file starts with the length of its header")
@@ -215,10 +240,10 @@ def _read_file(path: Path) -> tuple[np.ndarray, dict[str, TensorInfo]]:
     data_start = 8 + header_nbytes
     infos = {name: _tensor_info(name, entry, data_start, path) for name, entry in header.items()}
     end = data_start
-    for info in sorted(infos.values(), key=lambda info: (info.start, info.nbytes)):
+    for info in sorted(infos.values(), key=lambda info: (info.start, info.stored_nbytes)):
         if info.start != end:
             refuse(path, f"tensor {info.name!r} at byte {info.start}", f"tensors follow one another, here at {end}")
-        end += info.nbytes
+        end += info.stored_nbytes
     if end != size:
         refuse(path, f"{size} bytes", f"the tensors end at byte {end}, and the file with them")
     return mapped, infos
@@ -242,4 +267,4 @@ def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
     nbytes = math.prod(shape) * ITEMSIZES[dtype]
     if offsets[1] - offsets[0] != nbytes:
         refuse(path, f"tensor {name!r} has data_offsets {offsets}", f"{dtype} of shape {shape} takes {nbytes} bytes")
-    return TensorInfo(name, dtype, tuple(shape), nbytes, path, data_start + offsets[0])
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0])

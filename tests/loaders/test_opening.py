@@ -74,6 +74,7 @@ def test_what_is_no_checkpoint_is_refused(ask, make, message, tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     folder = write_case("llama3", tmp_path, "safetensors")
     index = '{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(RooflamaError, match=r"model-00002-of-00002\.safetensors is missing"):
         rooflama.inspect(folder)

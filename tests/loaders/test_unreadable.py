@@ -100,6 +100,7 @@ def test_weights_that_are_no_file(put, why, folder):
 
 def test_an_index_that_names_a_file_too_long(folder):
     name = f"{'x' * 300}.safetensors"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
     with pytest.raises(RooflamaError, match=rf"{name}: cannot be read \(File name too long\)"):
         read_safetensors(folder)
