@@ -84,7 +84,7 @@ def agree(folder, said=""):
     [
         ("consolidated.safetensors", ""),
         ("consolidated-00001-of-00002.safetensors", ""),
-        ("model.fp16.safetensors", r"read from model\.safetensors, .* not read is model\.fp16\.safetensors$"),
+        ("model.fp16.safetensors", r"read from model\.safetensors; not read is model\.fp16\.safetensors$"),
         ("adapter_model.safetensors", r"not read is adapter_model\.safetensors$"),
         ("a_checkpoint_of_training.safetensors", r"not read is a_checkpoint_of_training\.safetensors$"),
     ],
@@ -110,7 +110,7 @@ def test_the_index_decides_where_there_is_no_single_file(folder):
     (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
     agree(folder)
     store(folder, "model-00003-of-00003.safetensors", {"older": torch.ones(2)})
-    agree(folder, r"read from model-00001-of-00002.safetensors, .* not read is model-00003-of-00003\.safetensors$")
+    agree(folder, r"read from model-00001-of-00002.safetensors, .*; not read is model-00003-of-00003\.safetensors$")
 
 
 def test_the_config_may_name_the_file(folder):
