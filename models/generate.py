@@ -60,8 +60,8 @@ class Request:
         if unknown:
             raise ConfigError(
                 f"token id {unknown[0]}",
-                rule=f"ids of this vocabulary are 0 to {vocab_size - 1}",
-                remedy="Encode the prompt with this model's own tokenizer",
+                rule=f"the embedding has rows for ids 0 to {vocab_size - 1}",
+                remedy="Encode the prompt with this model's own tokenizer, and leave out tokens that have no row",
             )
         if self.planned_tokens > engine.max_context:
             raise ConfigError(

@@ -20,10 +20,10 @@ from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.opening import Location, locate
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
 from rooflama.loaders.tokenizer import Tokenizer
-from rooflama.models import Adapter, CheckpointReader, ModelConfig, checkpoint_weights, rope_tables
+from rooflama.models import Adapter, CheckpointReader, ConfigError, ModelConfig, checkpoint_weights, rope_tables
 from rooflama.models.memory_display import size
 
-from .loading import load
+from .loading import check_vocabulary, load
 from .model import Model
 from .planning import adapter_of
 
@@ -255,9 +255,12 @@ def tokenizer(subject: Subject) -> Finding:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         tokens = subject.tokenizer
-    rows = subject.file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in subject.file.tensors else 0
-    if rows and tokens.vocab_size > rows:
-        return Finding("FAIL", f"{tokens.vocab_size} tokens but {rows} rows in token_embd.weight: they must be as many")
+        info = subject.file.tensors.get("token_embd.weight")
+        rows = info.shape[0] if info is not None else tokens.vocab_size
+        try:
+            check_vocabulary(tokens, rows)
+        except ConfigError as error:
+            return Finding("FAIL", str(error))
     for text in ROUND_TRIPS:
         ids = tokens.encode(text, add_special=False)
         back = tokens.decode(ids)

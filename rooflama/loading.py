@@ -22,6 +22,8 @@ from rooflama.models.rope import FactorSetPolicy
 from .model import Model
 from .planning import adapter_of, parse_bytes, plan_for_device
 
+MOST_WITHOUT_ROWS = 16  # tokens that a fine-tune adds without enlarging the embedding: padding, turns of a chat
+
 
 def load(
     path: str | os.PathLike[str],
@@ -104,11 +106,13 @@ def _load(
             checkpoint, device, lambda nbytes: bar.advance(task, nbytes), batch_invariant=batch_invariant
         )
         config = adapter.read_config(source)
-        _check_vocabulary(tokenizer, config)
+        check_vocabulary(tokenizer, config.vocab_size)
         plan = _plan(source, config, device, max_context, dtype, kv_dtype)
         decoder = Decoder.load(source, config, adapter)
     weight_bytes = device.held_bytes
-    engine = start_engine(decoder, plan, device, longrope=longrope, num_tokens=tokenizer.vocab_size)
+    engine = start_engine(
+        decoder, plan, device, longrope=longrope, num_tokens=min(tokenizer.vocab_size, config.vocab_size)
+    )
     return Model(
         name=checkpoint.name, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan
     )
@@ -142,12 +146,27 @@ def start_engine(
     )
 
 
-def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
+def check_vocabulary(tokenizer: Tokenizer, num_rows: int) -> None:
+    """Compare a tokenizer with the rows of an embedding.
+
+    A few tokens more than rows are a fine-tune's additions for which the embedding was not enlarged: the model runs as
+    long as nobody feeds them, so they are warned of. More than ``MOST_WITHOUT_ROWS`` are another model's tokenizer.
+
+    Raises:
+        ConfigError: the tokenizer is another model's.
+    """
+    without = range(num_rows, tokenizer.vocab_size)
+    if len(without) > MOST_WITHOUT_ROWS:
         raise ConfigError(
-            f"{tokenizer.vocab_size} tokens, with {config.vocab_size} embedding rows",
-            rule="there is a row for every token; more are padding",
+            f"{tokenizer.vocab_size} tokens, with {num_rows} embedding rows",
+            rule=f"there is a row for every token but {MOST_WITHOUT_ROWS} additions; more rows are padding",
             remedy="The tokenizer is another model's, or has tokens that the model was not trained with",
+        )
+    if without:
+        named = ", ".join(f"{tokenizer.tokens[i]!r} ({i})" for i in without)
+        warnings.warn(
+            f"the embedding has {num_rows} rows for {tokenizer.vocab_size} tokens: {named} cannot be fed or generated",
+            stacklevel=4,
         )
 
 

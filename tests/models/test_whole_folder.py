@@ -129,16 +129,39 @@ def test_half_precision_weights_run(tmp_path):
         assert_parity(model.logits(ids), reference_logits(half.float(), ids), "bfloat16 weights")
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    write_folder("llama3", tmp_path)
-    path = tmp_path / "tokenizer.json"
+def with_added_tokens(folder, count):
+    path = write_folder("llama3", folder) / "tokenizer.json"
     content = json.loads(path.read_text())
     flags = content["added_tokens"][0]
-    content["added_tokens"] += [{**flags, "content": f"<{i}>", "id": 403 + i} for i in range(60)]
+    content["added_tokens"] += [{**flags, "content": f"<{i}>", "id": 403 + i} for i in range(count)]
     path.write_text(json.dumps(content))
-    with pytest.raises(rooflama.ConfigError, match="463 tokens, with 403 embedding rows"):
+    return folder
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    with_added_tokens(tmp_path, 17)
+    with pytest.raises(rooflama.ConfigError, match="420 tokens, with 403 embedding rows"):
         rooflama.load(tmp_path, device="cpu", progress=False)
-    assert "463 tokens but 403 rows" in rooflama.check(tmp_path, device="cpu").of("tokenizer").reason
+    found = rooflama.check(tmp_path, device="cpu").of("tokenizer")
+    assert (found.status, found.reason[:37]) == ("FAIL", "420 tokens, with 403 embedding rows: ")
+
+
+@pytest.mark.parametrize("count", [1, 16])
+def test_a_few_tokens_without_a_row_are_never_fed(count, tmp_path):
+    """A fine-tune's [PAD]: transformers runs such a model as long as nobody feeds the token."""
+    with_added_tokens(tmp_path, count)
+    with pytest.warns(UserWarning, match=r"403 rows for 4\d\d tokens: '<0>' \(403\).* cannot be fed or generated"):
+        model = rooflama.load(tmp_path, device="cpu", progress=False)
+    with model:
+        ids = model.tokenizer.encode(PROMPT)
+        assert_parity(model.logits(ids), reference_logits(module("llama3"), ids), "with tokens beyond the rows")
+        drawn = model.generate(ids, max_new_tokens=40, temperature=1e6, seed=1).token_ids
+        assert drawn
+        assert max(drawn) < 403
+        for ask in (model.generate, lambda text: model.logits(model.tokenizer.encode(text, parse_special=True))):
+            with pytest.raises(rooflama.ConfigError, match="token id 403: the embedding has rows for ids 0 to 402"):
+                ask("walks <0>")
+    assert rooflama.check(tmp_path, device="cpu").of("tokenizer").status == "WARN"
 
 
 def test_commands_take_a_folder(folders):
