@@ -1,7 +1,7 @@
 """What a Hugging Face config.json says, under GGUF's keys; its tensors' names, as GGUF has them.
 
 Three keys have no counterpart in GGUF. ``<architecture>.rope.huggingface`` carries the rotary parameters whole, since
-they say more than GGUF's keys can; the models read them with ``RopeSpec.from_hf``. ``feed_forward.activation`` and
+they say more than GGUF's keys can; the models read them with ``rope_from_hf``. ``feed_forward.activation`` and
 ``rope.layers`` are in ``RESULT_KEYS``.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -218,14 +219,26 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``RopeSpec.from_hf`` that the config gives."""
+    """The arguments of ``rope_from_hf`` that the config gives."""
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
-        _refuse(
-            "rope_scaling and rope_parameters that differ", "they name one rotation", "Remove the one that is wrong"
+        both = isinstance(old, Mapping) and isinstance(new, Mapping)
+        if both and "rope_theta" in new and "rope_theta" not in {*old, *config}:
+            _refuse(
+                "rope_scaling and rope_parameters that differ, and rope_theta only in rope_parameters",
+                "transformers takes rope_scaling alone, and with it the default rope_theta",
+                "Move what is meant into rope_parameters and remove rope_scaling",
+            )
+        warnings.warn(
+            "config.json has rope_scaling and rope_parameters that differ: rope_scaling counts, as in transformers",
+            stacklevel=5,
         )
+    parameters = old or new
+    types = [parameters.get(key) for key in ("rope_type", "type")] if isinstance(parameters, Mapping) else []
+    if config["model_type"] == "phi3" and "yarn" in types:  # the first Phi-3 configs say so and mean LongRoPE
+        parameters = {key: value for key, value in parameters.items() if key != "type"} | {"rope_type": "longrope"}
     return {
-        "rope_parameters": old or new,
+        "rope_parameters": parameters,
         "theta": config.get("rope_theta"),
         "partial_rotary_factor": config.get("partial_rotary_factor"),
         "original_max_position_embeddings": config.get("original_max_position_embeddings"),

@@ -58,11 +58,11 @@ class Hyperparameters:
             )
         return int(entries[0])
 
-    def real(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A finite float > 0; the default as it is."""
+    def real(self, key: str, default: Any = _REQUIRED, *, positive: bool = True) -> Any:
+        """A finite float, > 0 unless ``positive`` is False; the default as it is."""
         value = self._get(key, default)
-        if self.has(key) and (not _is_number(value) or not math.isfinite(value) or value <= 0):
-            self._refuse_value(key, value, "must be a finite number > 0", DAMAGED)
+        if self.has(key) and (not _is_number(value) or not math.isfinite(value) or (positive and value <= 0)):
+            self._refuse_value(key, value, "must be a finite number" + " > 0" * positive, DAMAGED)
         return float(value) if self.has(key) else value
 
     def booleans(self, key: str, default: tuple[bool, ...], *, length: int) -> tuple[bool, ...]:

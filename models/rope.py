@@ -23,8 +23,7 @@ twice what rounding cos to bfloat16 costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -40,34 +39,39 @@ class RopeError(RooflamaError, ValueError):
     """Rotary parameters that describe no rotation, or one that this package does not compute."""
 
 
-def _check(condition: bool, found: str, rule: str, remedy: str = "Correct the model's rotary parameters") -> None:
+def check(condition: bool, found: str, rule: str, remedy: str = "Correct the model's rotary parameters") -> None:
     if not condition:
         raise RopeError(found, rule=rule, remedy=remedy)
 
 
-def _check_positive(name: str, value: Any) -> None:
+def check_positive(name: str, value: Any) -> None:
     real = isinstance(value, Real) and not isinstance(value, bool)
     rule = f"{name} is a finite number above 0, from 1e-30 to 1e30"
-    _check(real and 1e-30 <= value <= 1e30, f"{name} is {value!r}", rule)
+    check(real and 1e-30 <= value <= 1e30, f"{name} is {value!r}", rule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """The default kind, and what every kind offers: the frequencies w from the plain ones, and the attention factor."""
+    """The default kind, and what every kind offers: the frequencies w from the plain ones, and the attention factor.
+
+    ``attention_factor`` is used as given; without it, the kind derives it, and where a kind says nothing it is 1.
+    """
 
     kind: ClassVar[str] = "default"
+    zero_allowed: ClassVar[tuple[str, ...]] = ()
+    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "tuple[float, ...]":
-                _check(isinstance(value, tuple), f"{field.name} is {value!r}", f"{field.name} has one number a pair")
+                check(isinstance(value, tuple), f"{field.name} is {value!r}", f"{field.name} has one number a pair")
                 for entry in value:
-                    _check_positive(f"an entry of {field.name}", entry)
+                    check_positive(f"an entry of {field.name}", entry)
             elif field.type == "bool":
-                _check(isinstance(value, bool), f"{field.name} is {value!r}", f"{field.name} is true or false")
-            elif value is not None:
-                _check_positive(field.name, value)
+                check(isinstance(value, bool), f"{field.name} is {value!r}", f"{field.name} is true or false")
+            elif value is not None and not (value == 0 and field.name in self.zero_allowed):
+                check_positive(field.name, value)
 
     def frequencies(self, spec: RopeSpec, factor_set: FactorSet | None, seq_len: int | None) -> np.ndarray:
         return spec.plain_frequencies()
@@ -97,7 +101,7 @@ class Dynamic(Scaling):
 
     def frequencies(self, spec: RopeSpec, factor_set: FactorSet | None, seq_len: int | None) -> np.ndarray:
         d = spec.rotary_dim
-        _check(d > 2, f"rotary_dim {d}", "dynamic scaling raises to d / (d - 2), so rotary_dim is at least 4")
+        check(d > 2, f"rotary_dim {d}", "dynamic scaling raises to d / (d - 2), so rotary_dim is at least 4")
         stretch = self.factor * max(seq_len or 0, self.original_context) / self.original_context - (self.factor - 1)
         return spec.plain_frequencies(spec.base * stretch ** (d / (d - 2)))
 
@@ -107,25 +111,27 @@ class Yarn(Scaling):
     """w = f * keep + f / factor * (1 - keep), where keep falls from 1 to 0 along a ramp over the pairs.
 
     The pair that makes r turns within the original context is c(r) = d ln(original / (2 pi r)) / (2 ln base). The ramp
-    runs from c(beta_fast) to c(beta_slow), rounded outwards to whole pairs if ``truncate``.
+    runs from c(beta_fast) to c(beta_slow), rounded outwards to whole pairs if ``truncate``. ``extrapolation_factor``
+    multiplies keep (llama.cpp's yarn_ext_factor; transformers has none): at 0 every pair is divided by factor.
 
-    ``attention_factor`` is used as given. Without it, it is g(mscale) / g(mscale_all_dim) if both are given, else g(1),
-    with g(m) = 1 + 0.1 m ln(factor), and 1 for factor <= 1.
+    Without a given ``attention_factor``, it is g(mscale) / g(mscale_all_dim) if both are given, else g(1), with
+    g(m) = 1 + 0.1 m ln(factor), and 1 for factor <= 1. It is 1 for extrapolation_factor 0, as in llama.cpp.
     """
 
     kind: ClassVar[str] = "yarn"
+    zero_allowed: ClassVar[tuple[str, ...]] = ("extrapolation_factor",)
     factor: float
     original_context: int
-    attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    extrapolation_factor: float = 1.0
     truncate: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
+        check(
             self.beta_fast >= self.beta_slow,
             f"beta_fast {self.beta_fast} and beta_slow {self.beta_slow}",
             "beta_fast is at least beta_slow",
@@ -143,7 +149,7 @@ class Yarn(Scaling):
         low, high = max(low, 0), min(high, d - 1)
         if low == high:
             high += 0.001
-        keep = 1 - np.clip((np.arange(d // 2) - low) / (high - low), 0, 1)
+        keep = self.extrapolation_factor * (1 - np.clip((np.arange(d // 2) - low) / (high - low), 0, 1))
         plain = spec.plain_frequencies()
         return plain * keep + plain / self.factor * (1 - keep)
 
@@ -151,6 +157,8 @@ class Yarn(Scaling):
         def g(m: float) -> float:
             return 1.0 + 0.1 * m * math.log(self.factor) if self.factor > 1 else 1.0
 
+        if self.extrapolation_factor == 0:
+            return 1.0
         if self.mscale is not None and self.mscale_all_dim is not None:
             return g(self.mscale) / g(self.mscale_all_dim)
         return g(1.0)
@@ -160,8 +168,8 @@ class Yarn(Scaling):
 class LongRope(Scaling):
     """w = f / short_factors or f / long_factors: see ``choose_factor_set``.
 
-    ``attention_factor`` is used as given; without it, it is sqrt(1 + ln(factor) / ln(original)), and 1 for factor <= 1.
-    It is the same for both lists. ``factor`` is how much longer the context became, and decides nothing else.
+    Without a given ``attention_factor``, it is sqrt(1 + ln(factor) / ln(original)), and 1 for factor <= 1. It is
+    the same for both lists. ``factor`` is how much longer the context became, and decides nothing else.
     """
 
     kind: ClassVar[str] = "longrope"
@@ -169,11 +177,10 @@ class LongRope(Scaling):
     original_context: int
     short_factors: tuple[float, ...]
     long_factors: tuple[float, ...]
-    attention_factor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.original_context > 1, "original_context is 1", "its logarithm divides, so it is at least 2")
+        check(self.original_context > 1, "original_context is 1", "its logarithm divides, so it is at least 2")
 
     def frequencies(self, spec: RopeSpec, factor_set: FactorSet | None, seq_len: int | None) -> np.ndarray:
         divisors = self.long_factors if factor_set == "long" else self.short_factors
@@ -198,7 +205,7 @@ class Llama3(Scaling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
+        check(
             self.low_freq_factor < self.high_freq_factor,
             f"low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}",
             "low is below high",
@@ -238,23 +245,23 @@ class RopeSpec:
     frequency_divisors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.rotary_dim % 2 == 0 and 2 <= self.rotary_dim <= self.head_dim,
             f"rotary_dim {self.rotary_dim} of head_dim {self.head_dim}",
             "rotary_dim is even and between 2 and head_dim",
         )
-        _check_positive("the RoPE base", self.base)
-        _check(self.base > 1, f"the RoPE base is {self.base}", "the base is above 1, so that frequencies fall")
+        check_positive("the RoPE base", self.base)
+        check(self.base > 1, f"the RoPE base is {self.base}", "the base is above 1, so that frequencies fall")
         lists = {field.name: getattr(self.scaling, field.name) for field in fields(self.scaling)}
         if self.frequency_divisors is not None:
             allowed = (Scaling.kind, Linear.kind, Yarn.kind)
-            _check(self.kind in allowed, f"frequency_divisors with kind {self.kind!r}", f"they go with {allowed}")
+            check(self.kind in allowed, f"frequency_divisors with kind {self.kind!r}", f"they go with {allowed}")
             for entry in self.frequency_divisors:
-                _check_positive("an entry of frequency_divisors", entry)
+                check_positive("an entry of frequency_divisors", entry)
         for name, value in {**lists, "frequency_divisors": self.frequency_divisors}.items():
             if isinstance(value, tuple):
                 pairs = self.rotary_dim // 2
-                _check(len(value) == pairs, f"{name} has {len(value)} entries", f"there are {pairs}, one for each pair")
+                check(len(value) == pairs, f"{name} has {len(value)} entries", f"there are {pairs}, one for each pair")
 
     @property
     def kind(self) -> str:
@@ -268,6 +275,9 @@ class RopeSpec:
     def describe(self) -> str:
         """One line for people: the kind with its parameters, the base, and how much of a head rotates."""
         values = {field.name: getattr(self.scaling, field.name) for field in fields(self.scaling)}
+        del values["attention_factor"]
+        if (factor := attention_factor(self)) != 1:
+            values["attention_factor"] = factor
         values["frequency_divisors"] = self.frequency_divisors
         shown = [
             f"{len(value)} {name}" if isinstance(value, tuple) else f"{name} {value:g}"
@@ -277,75 +287,6 @@ class RopeSpec:
         kind = f"{self.kind} ({', '.join(shown)})" if shown else self.kind
         part = "" if self.rotary_dim == self.head_dim else f", {self.rotary_dim} of {self.head_dim} dimensions"
         return f"{kind}, base {self.base:g}{part}"
-
-    @classmethod
-    def from_hf(
-        cls,
-        rope_parameters: Mapping[str, Any] | None,
-        *,
-        head_dim: int,
-        max_position_embeddings: int,
-        theta: float | None = None,
-        partial_rotary_factor: float | None = None,
-        original_max_position_embeddings: int | None = None,
-    ) -> RopeSpec:
-        """The rotation that a Hugging Face config describes.
-
-        Args:
-            rope_parameters: the config's ``rope_parameters`` (``rope_scaling`` in older files), None if it has none.
-            head_dim: dimensions of a head.
-            max_position_embeddings: the config's context length, tokens.
-            theta: the config's own ``rope_theta``, where it stands outside the dictionary.
-            partial_rotary_factor: likewise.
-            original_max_position_embeddings: likewise; the outer one wins over the inner, as in transformers.
-
-        Raises:
-            RopeError: an unknown type, a key that the type does not define, or values that contradict each other.
-        """
-        _check(isinstance(rope_parameters or {}, Mapping), f"RoPE parameters {rope_parameters!r}", "they are a mapping")
-        given = {key: value for key, value in (rope_parameters or {}).items() if value is not None}
-        names = {str(name) for name in (given.pop("rope_type", None), given.pop("type", None)) if name}
-        names = {_HF_TYPES.get(name, name) for name in names}
-        _check(len(names) <= 1, f"rope_type and type are {sorted(names)}", "they name one kind")
-        name = names.pop() if names else "default"
-        _check(name in KINDS, f"rope_type {name!r}", f"the types are {', '.join(KINDS)}", "Add it to models/rope.py")
-
-        base = _agreed("rope_theta", given.pop("rope_theta", None), theta, default=10_000.0)
-        inner_part = given.pop("partial_rotary_factor", None)
-        part = _agreed("partial_rotary_factor", inner_part, partial_rotary_factor, default=1.0)
-        inner_original = given.pop("original_max_position_embeddings", None)
-        given.pop("finetuned", None)  # tells how the weights were made, not how to rotate
-        values: dict[str, Any] = {}
-        known = {field.name: field.default is MISSING for field in fields(KINDS[name])}  # name: whether it is required
-        for key, value in given.items():
-            field = _HF_FIELDS.get(key, key)
-            _check(field in known, f"{key} = {value!r} in the RoPE parameters", f"rope_type {name!r} has no such key")
-            if value == 0 and key in _HF_ZERO_IS_ABSENT:
-                continue
-            values[field] = tuple(value) if isinstance(value, list | tuple) else value
-        if "original_context" in known:
-            original = original_max_position_embeddings or inner_original
-            values["original_context"] = max_position_embeddings if name == "dynamic" or not original else original
-        if name in ("yarn", "longrope"):
-            _check_positive("original_max_position_embeddings", values["original_context"])
-            values.setdefault("factor", max_position_embeddings / values["original_context"])
-        missing = [field for field, required in known.items() if required and field not in values]
-        _check(not missing, f"no {', '.join(missing)} in the RoPE parameters", f"rope_type {name!r} needs it")
-        return cls(head_dim=head_dim, rotary_dim=int(head_dim * part), base=float(base), scaling=KINDS[name](**values))
-
-
-_HF_TYPES = {"su": "longrope"}
-_HF_FIELDS = {"short_factor": "short_factors", "long_factor": "long_factors"}
-_HF_ZERO_IS_ABSENT = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
-
-
-def _agreed(name: str, inner: float | None, outer: float | None, *, default: float) -> float:
-    """The number given inside the dictionary or outside it; both may be there if they are equal."""
-    given = [value for value in (inner, outer) if value is not None] or [default]
-    for value in given:
-        _check_positive(name, value)
-    _check(len({*given}) == 1, f"{name} is {outer} in the config, {inner} in its RoPE parameters", "they are equal")
-    return given[0]
 
 
 def choose_factor_set(spec: RopeSpec, planned_length: int, policy: FactorSetPolicy = "auto") -> FactorSet | None:
@@ -361,7 +302,7 @@ def choose_factor_set(spec: RopeSpec, planned_length: int, policy: FactorSetPoli
         planned_length: tokens, the prompt and the most that may be generated together.
         policy: "short" and "long" force one list whatever the length.
     """
-    _check(policy in ("auto", "short", "long"), f"longrope policy {policy!r}", "it is auto, short or long", "Name one")
+    check(policy in ("auto", "short", "long"), f"longrope policy {policy!r}", "it is auto, short or long", "Name one")
     if not isinstance(spec.scaling, LongRope):
         return None
     if policy != "auto":
@@ -382,17 +323,17 @@ def inverse_frequencies(
     """
     remedy = "Pass what choose_factor_set gives"
     if spec.kind == "longrope":
-        _check(factor_set in ("short", "long"), f"factor_set {factor_set!r}", "longrope is short or long", remedy)
+        check(factor_set in ("short", "long"), f"factor_set {factor_set!r}", "longrope is short or long", remedy)
     else:
-        _check(factor_set is None, f"factor_set {factor_set!r}", f"RoPE kind {spec.kind!r} has one set", remedy)
-    _check(seq_len is None or spec.kind == "dynamic", f"seq_len {seq_len}", f"{spec.kind!r} ignores it", "Leave it out")
+        check(factor_set is None, f"factor_set {factor_set!r}", f"RoPE kind {spec.kind!r} has one set", remedy)
+    check(seq_len is None or spec.kind == "dynamic", f"seq_len {seq_len}", f"{spec.kind!r} ignores it", "Leave it out")
     inverse = spec.scaling.frequencies(spec, factor_set, seq_len)
     return inverse if spec.frequency_divisors is None else inverse / np.array(spec.frequency_divisors, dtype=np.float64)
 
 
 def attention_factor(spec: RopeSpec) -> float:
     """What multiplies cos and sin: as given, else derived (yarn, longrope), else 1."""
-    given = getattr(spec.scaling, "attention_factor", None)
+    given = spec.scaling.attention_factor
     return float(given) if given is not None else spec.scaling.derived_attention_factor()
 
 

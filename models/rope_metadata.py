@@ -6,10 +6,12 @@ A GGUF file's keys are read as llama.cpp reads them. A Hugging Face folder's own
 
 from __future__ import annotations
 
-import math
+import warnings
+from dataclasses import replace
 
 from .metadata import Hyperparameters
-from .rope import Linear, LongRope, RopeSpec, Yarn
+from .rope import Linear, LongRope, RopeSpec, Scaling, Yarn
+from .rope_hf import rope_from_hf
 
 
 def read_rope(
@@ -35,7 +37,7 @@ def read_rope(
         RopeError: numbers that describe no rotation.
     """
     if (parameters := keys.mapping("rope.huggingface")) is not None:
-        return RopeSpec.from_hf(**parameters, head_dim=head_dim, max_position_embeddings=context_length)
+        return rope_from_hf(**parameters, head_dim=head_dim, max_position_embeddings=context_length)
     common = {
         "head_dim": head_dim,
         "rotary_dim": keys.integer("rope.dimension_count", head_dim),
@@ -62,6 +64,16 @@ def read_rope(
             "longrope divides each pair by its own factor, and by no common one",
             "Convert the checkpoint again",
         )
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        keys.refuse(
+            "rope.scaling.type",
+            f"rope.scaling.type {kind!r}",
+            "GGUF's types are none, linear, yarn and longrope",
+            "The file is newer than this release, or damaged",
+        )
+    yarn_keys = _yarn_keys(keys)
+    given = None if magnitude == 1.0 else magnitude
+    scaling = Scaling(attention_factor=given)
     if short_factors is not None and long_factors is not None:
         scaling = LongRope(
             factor=max(1.0, context_length / original_context),
@@ -70,32 +82,60 @@ def read_rope(
             short_factors=short_factors,
             long_factors=long_factors,
         )
-        return RopeSpec(**common, scaling=scaling)
-    if kind == "yarn":
-        # llama.cpp's kernels imply 1 + 0.1 ln(factor) and multiply the file's attn_factor on top.
-        implied = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-        yarn = Yarn(
-            factor=factor,
-            original_context=original_context,
-            attention_factor=implied * (magnitude or 1.0),
-            beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0),
-        )
-        return RopeSpec(**common, scaling=yarn, frequency_divisors=divisors)
-    if kind not in ("none", "linear"):
-        keys.refuse(
-            "rope.scaling.type",
-            f"rope.scaling.type {kind!r}",
-            "GGUF's types are none, linear, yarn and longrope",
-            "The file is newer than this release, or damaged",
-        )
-    if magnitude not in (None, 1.0):
-        keys.refuse(
-            "rope.scaling.attn_factor",
-            f"rope.scaling.attn_factor {magnitude} with scaling type {kind!r}",
-            "only yarn and longrope scale the attention",
-            "Convert the checkpoint again, naming its scaling type",
-        )
-    if kind == "linear" and factor != 1.0:
-        return RopeSpec(**common, scaling=Linear(factor=factor), frequency_divisors=divisors)
-    return RopeSpec(**common, frequency_divisors=divisors)
+    elif kind == "yarn":
+        if "yarn_log_multiplier" in yarn_keys:
+            keys.refuse(
+                "rope.scaling.yarn_log_multiplier",
+                f"rope.scaling.yarn_log_multiplier = {yarn_keys['yarn_log_multiplier']:g}",
+                "it is mscale_all_dim in some architectures' files and a tenth of it in others', and in none of these",
+                "Convert the checkpoint again with a current converter",
+            )
+        scaling = _yarn(factor, original_context, magnitude, yarn_keys)
+    elif kind == "linear" and factor != 1.0:
+        scaling = Linear(factor=factor, attention_factor=given)
+    if yarn_keys:
+        shown = ", ".join(f"rope.scaling.{key} = {value:g}" for key, value in yarn_keys.items())
+        warnings.warn(f"{shown} in the file changes nothing with scaling type {kind!r}, as in llama.cpp", stacklevel=2)
+    return RopeSpec(**common, scaling=scaling, frequency_divisors=divisors)
+
+
+YARN_DEFAULTS = {
+    "yarn_ext_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_log_multiplier": 0.0,
+}
+"""llama.cpp's. A negative yarn_ext_factor stands for the default."""
+
+
+def _yarn_keys(keys: Hyperparameters) -> dict[str, float]:
+    """The file's ``rope.scaling.yarn_*`` that differ from their defaults."""
+    found = {}
+    for key, default in YARN_DEFAULTS.items():
+        value = keys.real(f"rope.scaling.{key}", default, positive="beta" in key)
+        if key == "yarn_ext_factor" and value < 0:
+            value = default
+        if value != default:
+            found[key] = value
+    return found
+
+
+def _yarn(factor: float, original_context: int, magnitude: float | None, yarn_keys: dict[str, float]) -> Yarn:
+    """YaRN as llama.cpp computes it; takes the keys that count out of ``yarn_keys``.
+
+    Its kernels imply 1 + 0.1 ln(factor), and multiply the file's attn_factor on top. yarn_attn_factor replaces the
+    implied factor where yarn_ext_factor is 0, and else has no effect: converters write transformers' attention_factor
+    and other tools' attn_factor under this one name, which mean different things.
+    """
+    extrapolation = yarn_keys.pop("yarn_ext_factor", 1.0)
+    yarn = Yarn(
+        factor=factor,
+        original_context=original_context,
+        beta_fast=yarn_keys.pop("yarn_beta_fast", 32.0),
+        beta_slow=yarn_keys.pop("yarn_beta_slow", 1.0),
+        extrapolation_factor=extrapolation,
+    )
+    implied = yarn_keys.pop("yarn_attn_factor", 1.0) if extrapolation == 0 else yarn.derived_attention_factor()
+    given = implied * (magnitude or 1.0)
+    return yarn if given == yarn.derived_attention_factor() else replace(yarn, attention_factor=given)

@@ -1,5 +1,6 @@
 """What a config reader makes of unusual metadata: read right, or refused with the key, the rule and the remedy."""
 
+import math
 import re
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from rooflama.loaders.device import open_device
 from rooflama.models import CheckpointReader, ConfigError, Decoder, TensorSource, adapter_for
-from rooflama.models.rope import RopeError, attention_factor
+from rooflama.models.rope import RopeError, attention_factor, inverse_frequencies, rope_tables
 from running_models import prefill_logits, running, worst_row_error
 from tiny_checkpoints import MemoryCheckpoint, cases, gguf_metadata, gguf_tensors, module, random_tokens
 
@@ -250,7 +251,6 @@ def test_a_vocabulary_that_is_no_list_is_refused(tokens):
         "residual_scale",
         "attention.clamp_kqv",
         "rope.scaling.alpha",
-        "rope.scaling.yarn_log_multiplier",
         "rope.dimension_sections",
         "a_key_of_the_future",
     ],
@@ -328,7 +328,10 @@ def test_tensors_missing_misshapen_or_left_over_are_refused(name, tensors, witho
         ("llama3", {"rope.scaling.type": "longrope"}, ConfigError, "longrope needs both factor tensors"),
         ("phi3-128k", {"rope.scaling.type": "linear"}, ConfigError, "longrope needs both factor tensors"),
         ("phi3-128k", {"rope.scaling.factor": 4.0}, ConfigError, "factor 4.0 with scaling type 'longrope'"),
-        ("llama3", {"rope.scaling.attn_factor": 1.2}, ConfigError, "only yarn and longrope scale the attention"),
+        ("llama3", {"rope.scaling.yarn_attn_factor": "1.2"}, ConfigError, "must be a finite number"),
+        ("qwen2-yarn", {"rope.scaling.yarn_beta_fast": -1.0}, ConfigError, "must be a finite number > 0"),
+        ("qwen2-yarn", {"rope.scaling.yarn_ext_factor": float("nan")}, ConfigError, "must be a finite number"),
+        ("qwen2-yarn", {"rope.scaling.yarn_log_multiplier": 0.1}, ConfigError, "yarn_log_multiplier = 0.1"),
         ("llama3", {"rope.freq_base": 0.0}, ConfigError, "must be a finite number > 0"),
         ("llama3", {"rope.freq_base": float("inf")}, ConfigError, "must be a finite number > 0"),
         ("llama3", {"rope.freq_base": float("nan")}, ConfigError, "must be a finite number > 0"),
@@ -360,6 +363,66 @@ def test_rotary_parameters_refused(name, changes, error, message):
 def test_rotary_factor_tensors_refused(name, tensors, without, error, message):
     with pytest.raises(error, match=re.escape(message)):
         config_of(checkpoint(name, {}, tensors, without=without))
+
+
+@pytest.mark.parametrize("attn_factor", [None, 1.3])
+@pytest.mark.parametrize(
+    ("changes", "unread"),
+    [
+        ({}, None),
+        ({"yarn_ext_factor": -1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}, None),
+        ({"yarn_beta_fast": 0.05, "yarn_beta_slow": 0.01}, None),
+        ({"yarn_ext_factor": 0.5}, None),
+        ({"yarn_attn_factor": 0.878}, "yarn_attn_factor = 0.878"),
+        ({"yarn_ext_factor": 0.0, "yarn_attn_factor": 0.878}, None),
+    ],
+)
+def test_yarn_keys_are_those_of_llama_cpp(changes, unread, attn_factor, recwarn):
+    """The ramp and the magnitude, operation by operation as in ggml's rope_yarn and llama_context."""
+    factor, original, dims, base = 4.0, 32, 8, 1e6
+    extra = {} if attn_factor is None else {"rope.scaling.attn_factor": attn_factor}
+    keys = {f"rope.scaling.{key}": value for key, value in changes.items()} | extra
+    spec = config_of(checkpoint("qwen2-yarn", keys)).rope
+    assert (spec.scaling.factor, spec.scaling.original_context) == (factor, original)
+    assert (spec.rotary_dim, spec.base) == (dims, base)
+    assert [str(warning.message).split(" in the file")[0] for warning in recwarn] == (
+        [f"rope.scaling.{unread}"] if unread else []
+    )
+
+    given = {"yarn_ext_factor": -1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, **changes}
+    ext_factor = given["yarn_ext_factor"] if given["yarn_ext_factor"] >= 0 else 1.0
+    magnitude = given["yarn_attn_factor"]
+    implied = 1 + 0.1 * math.log(factor)
+    if ext_factor != 0:
+        magnitude = implied * (1 / implied)
+    magnitude *= attn_factor or 1.0
+    edges = [
+        dims * math.log(original / (given[key] * 2 * math.pi)) / (2 * math.log(base))
+        for key in ("yarn_beta_fast", "yarn_beta_slow")
+    ]
+    low, high = max(0, math.floor(edges[0])), min(dims - 1, math.ceil(edges[1]))
+    expected = []
+    for j in range(dims // 2):
+        extrapolated = base ** (-2 * j / dims)
+        mix = (1 - min(1, max(0, (j - low) / max(0.001, high - low)))) * ext_factor
+        expected.append(extrapolated / factor * (1 - mix) + extrapolated * mix)
+    if ext_factor != 0:
+        magnitude *= implied
+    np.testing.assert_allclose(inverse_frequencies(spec), expected, rtol=1e-12)
+    assert attention_factor(spec) == pytest.approx(magnitude, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-linear"])
+def test_attn_factor_counts_in_every_kind_and_yarn_keys_only_in_yarn(name):
+    plain = config_of(checkpoint(name)).rope
+    louder = config_of(checkpoint(name, {"rope.scaling.attn_factor": 1.2})).rope
+    assert attention_factor(louder) == 1.2
+    np.testing.assert_array_equal(inverse_frequencies(louder), inverse_frequencies(plain))
+    for table, reference in zip(rope_tables(louder, 5), rope_tables(plain, 5), strict=True):
+        np.testing.assert_allclose(table, 1.2 * reference, rtol=1e-6, atol=1e-7)
+    stray = {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_log_multiplier": 0.1}
+    with pytest.warns(UserWarning, match=r"yarn_beta_fast = 8, rope\.scaling\.yarn_log_multiplier = 0\.1 in the file"):
+        assert config_of(checkpoint(name, stray)).rope == plain
 
 
 def test_phi3_longrope_is_told_by_its_tensors_alone():

@@ -27,6 +27,7 @@ from rooflama.models.rope import (
     inverse_frequencies,
     rope_tables,
 )
+from rooflama.models.rope_hf import rope_from_hf
 
 EPS32 = 2.0**-23
 
@@ -40,7 +41,7 @@ shapes = st.sampled_from([(64, 1.0), (96, 1.0), (128, 1.0), (80, 1.0), (128, 0.7
 def both(kind, parameters, *, head_dim, part, base, context, seq_len=None):
     """(our frequencies and factor in float64, transformers' in float32) for one dictionary of parameters."""
     parameters = {"rope_type": kind, **parameters}
-    spec = RopeSpec.from_hf(
+    spec = rope_from_hf(
         parameters, head_dim=head_dim, max_position_embeddings=context, theta=base, partial_rotary_factor=part
     )
     config = LlamaConfig(
@@ -68,7 +69,7 @@ def assert_same(ours, theirs, *, base, blend=0.0):
 @given(shape=shapes, base=bases)
 def test_default_equals_transformers(shape, base):
     head_dim, part = shape
-    spec = RopeSpec.from_hf(None, head_dim=head_dim, max_position_embeddings=64, theta=base, partial_rotary_factor=part)
+    spec = rope_from_hf(None, head_dim=head_dim, max_position_embeddings=64, theta=base, partial_rotary_factor=part)
     dims = spec.rotary_dim
     config = LlamaConfig(hidden_size=dims, num_attention_heads=1, rope_parameters={"rope_theta": base})
     frequencies, scale = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
@@ -294,7 +295,7 @@ def test_tables_equal_the_cos_and_sin_of_transformers(length):
         pad_token_id=0,
     )
     cos, sin = Phi3RotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
-    spec = RopeSpec.from_hf(
+    spec = rope_from_hf(
         parameters,
         head_dim=48,
         max_position_embeddings=4096,
@@ -378,46 +379,3 @@ def test_numbers_out_of_range_are_refused(bad):
 def test_contradictions_are_refused(make, message):
     with pytest.raises(RopeError, match=message):
         make()
-
-
-@pytest.mark.parametrize(
-    ("parameters", "outer", "message"),
-    [
-        ({"rope_type": "proportional"}, {}, "the types are default, linear"),
-        ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, {}, "they name one kind"),
-        ({"rope_type": "default", "factor": 2.0}, {}, "factor = 2.0 in the RoPE parameters"),
-        ({"rope_type": "yarn", "factor": 2.0, "mrope_section": [1, 1]}, {}, "has no such key"),
-        ({"rope_type": "linear", "factor": 2.0, "frequency_divisors": [1.0] * 4}, {}, "has no such key"),
-        ({"rope_type": "linear", "factor": 2.0, "attention_factor": 2.0}, {}, "has no such key"),
-        ({"rope_type": "linear"}, {}, "no factor in the RoPE parameters"),
-        ({"rope_type": "longrope", "long_factor": [1.0] * 4}, {}, "no short_factors"),
-        ({"rope_theta": 1e4}, {"theta": 1e6}, "they are equal"),
-        ({"rope_theta": []}, {}, r"rope_theta is \[\]: rope_theta is a finite number above 0"),
-        ({}, {"theta": {}}, "rope_theta is {}"),
-        (True, {}, "RoPE parameters True: they are a mapping"),
-        ([1], {}, r"RoPE parameters \[1\]"),
-        ({"rope_type": ["yarn"]}, {}, r"rope_type \"\['yarn'\]\""),
-        ({"rope_type": "yarn", "factor": 1e308}, {}, "from 1e-30 to 1e30"),
-        ({"rope_type": "yarn", "factor": [2.0]}, {}, r"factor is \(2.0,\)"),
-        ({"rope_type": "yarn"}, {"original_max_position_embeddings": "8"}, "original_max_position_embeddings is '8'"),
-        ({"rope_type": "yarn", "factor": 2.0, "truncate": "no"}, {}, "truncate is 'no': truncate is true or false"),
-        ({"rope_type": "longrope", "short_factor": 1.0, "long_factor": [1.0] * 4}, {}, "one number a pair"),
-        ({}, {"partial_rotary_factor": 0.0}, "above 0"),
-        ({}, {"partial_rotary_factor": 1.5}, "between 2 and head_dim"),
-    ],
-)
-def test_from_hf_drops_nothing_silently(parameters, outer, message):
-    with pytest.raises(RopeError, match=message):
-        RopeSpec.from_hf(parameters, head_dim=8, max_position_embeddings=64, **outer)
-
-
-def test_from_hf_reads_older_files():
-    """``type`` for ``rope_type``, ``su`` for longrope, theta beside the dictionary, nulls for absent keys."""
-    parameters = {"type": "su", "short_factor": [1.0, 1.0], "long_factor": [2.0, 3.0], "attention_factor": None}
-    spec = RopeSpec.from_hf(
-        parameters, head_dim=4, max_position_embeddings=131072, theta=1e4, original_max_position_embeddings=4096
-    )
-    assert spec.scaling == LongRope(
-        factor=32.0, original_context=4096, short_factors=(1.0, 1.0), long_factors=(2.0, 3.0)
-    )
-    assert RopeSpec.from_hf(None, head_dim=4, max_position_embeddings=8) == RopeSpec(head_dim=4, rotary_dim=4)
