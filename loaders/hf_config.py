@@ -234,9 +234,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
             stacklevel=5,
         )
     parameters = old or new
-    types = [parameters.get(key) for key in ("rope_type", "type")] if isinstance(parameters, Mapping) else []
-    if config["model_type"] == "phi3" and "yarn" in types:  # the first Phi-3 configs say so and mean LongRoPE
-        parameters = {key: value for key, value in parameters.items() if key != "type"} | {"rope_type": "longrope"}
+    if config["model_type"] == "phi3" and isinstance(parameters, Mapping):
+        types = {key: "longrope" for key in ("rope_type", "type") if parameters.get(key) == "yarn"}
+        parameters = {**parameters, **types}  # the first Phi-3 configs say yarn and mean LongRoPE
     return {
         "rope_parameters": parameters,
         "theta": config.get("rope_theta"),

@@ -70,7 +70,7 @@ def rope_from_hf(
     kind = _kind(given)
     base = _one_of("rope_theta", given.pop("rope_theta", None), theta, 10_000.0)
     part = _one_of("partial_rotary_factor", given.pop("partial_rotary_factor", None), partial_rotary_factor, 1.0)
-    values = {
+    values: dict[str, Any] = {
         field: tuple(given[key]) if isinstance(given[key], list | tuple) else given[key]
         for key, field in KEYS[kind].items()
         if key in given and not (given[key] == 0 and key in ZERO_IS_ABSENT)

@@ -411,9 +411,3 @@ def test_the_first_phi3_configs_say_yarn_and_mean_longrope():
     given = metadata_of("phi3-128k", **changes)["phi3.rope.huggingface"]
     spec = rope_from_hf(**given, head_dim=16, max_position_embeddings=256)
     assert (spec.kind, spec.scaling.original_context, spec.scaling.factor) == ("longrope", 32, 8.0)
-
-
-def test_buffers_and_tied_outputs_in_the_file_do_not_count():
-    config = config_json("llama3.2-tied")
-    stored = [*tensor_names("llama3.2-tied"), "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
-    assert sorted(gguf_names(config, stored)) == sorted(tensor_names("llama3.2-tied"))
