@@ -19,7 +19,8 @@ from rooflama.kernels import sample
 from .decoder import Decoder, Step
 from .kv_cache import PagedKVCache
 from .metadata import ConfigError
-from .rope import FactorSet, FactorSetPolicy, choose_factor_set, rope_tables
+from .rope import FactorSetPolicy
+from .rotation import make_rotation
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def chunks(lengths: list[int], limit: int) -> Iterator[list[Span]]:
 
 
 class Engine:
-    """A decoder with its cache and rotary tables.
+    """A decoder with its cache and rotation.
 
     Args:
         decoder: the weights.
@@ -99,25 +100,12 @@ class Engine:
         longrope: FactorSetPolicy = "auto",
         num_tokens: int | None = None,
     ):
-        choose_factor_set(decoder.config.rope, 0, longrope)  # refuses an unknown policy
-        self.longrope = longrope
         self.decoder, self.cache, self.num_tokens = decoder, cache, num_tokens
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
-        spec = decoder.config.rope
-        # A sequence keeps one LongRoPE set for life; long sequences read the second half of the stacked tables.
-        sets: tuple[FactorSet | None, ...] = ("short", "long") if spec.kind == "longrope" else (None,)
-        tables = [rope_tables(spec, max_context, factor_set=factor_set) for factor_set in sets]
-        cos, sin = (np.concatenate(table) for table in zip(*tables, strict=True))
-        self.cos = cache.device.upload(cos, label="rotary cosines").tensor
-        self.sin = cache.device.upload(sin, label="rotary sines").tensor
-
-    def rope_offset(self, planned_tokens: int) -> int:
-        """First table row of a sequence that will hold ``planned_tokens`` tokens."""
-        spec = self.decoder.config.rope
-        if spec.kind != "longrope":
-            return 0
-        return self.max_context if choose_factor_set(spec, planned_tokens, self.longrope) == "long" else 0
+        self.rotation = make_rotation(
+            decoder.config.rope, max_context=max_context, longrope=longrope, device=cache.device
+        )
 
     def block_table(self, sequence_ids: list[int]) -> Tensor:
         width = -(-self.max_context // self.cache.page_size)
@@ -127,24 +115,28 @@ class Engine:
         self,
         sequence_ids: list[int],
         prompts: list[list[int]],
-        rope_offsets: list[int],
+        planned: list[int],
         observe: Callable[[int, Tensor], None] | None = None,
     ) -> Iterator[tuple[list[Span], Tensor]]:
         """Run prompts through the layers, appending to the cache.
 
         Yields for each chunk which tokens it held, and their residual stream [num_tokens, hidden_size] after the last
-        layer. ``observe`` is passed on to ``Decoder.hidden_states``.
+        layer. ``planned`` is how many tokens each sequence may reach; it pins the sequence's rotation. ``observe`` is
+        passed on to ``Decoder.hidden_states``.
         """
+        pins = self.rotation.pin(planned)
         cached = [self.cache.length(sequence_id) for sequence_id in sequence_ids]
         for chunk in chunks([len(prompt) for prompt in prompts], self.prefill_chunk):
             slots = [self.cache.append(sequence_ids[span.index], span.num_tokens) for span in chunk]
             tokens = [token for span in chunk for token in prompts[span.index][span.start : span.end]]
-            first_row = [rope_offsets[span.index] + cached[span.index] for span in chunk]
-            rows = [first + np.arange(span.start, span.end) for first, span in zip(first_row, chunk, strict=True)]
+            positions = [cached[span.index] + np.arange(span.start, span.end) for span in chunk]
+            sequence_of = np.repeat([span.index for span in chunk], [span.num_tokens for span in chunk])
             starts = np.cumsum([0, *(span.num_tokens for span in chunk)])
             batch = {
                 "token_ids": self._int32(tokens),
-                "rope_rows": self._int32(np.concatenate(rows)),
+                **self.rotation.rows(
+                    pins[torch.from_numpy(sequence_of).to(self.device)], self._int32(np.concatenate(positions))
+                ),
                 "slot_mapping": torch.from_numpy(np.concatenate(slots)).to(self.device),
                 "block_table": self.block_table([sequence_ids[span.index] for span in chunk]),
                 "seq_lens": self._int32([cached[span.index] + span.end for span in chunk]),
@@ -157,7 +149,7 @@ class Engine:
 
         ``batch`` holds the tensors of ``Step`` that change from one pass to the next.
         """
-        step = Step(config=self.decoder.config, cache=self.cache, cos=self.cos, sin=self.sin, **batch)
+        step = Step(config=self.decoder.config, cache=self.cache, **batch)
         return self.decoder.hidden_states(step, self.dtype, observe)
 
     def _int32(self, values: list[int] | np.ndarray) -> Tensor:
@@ -171,7 +163,7 @@ class DecodeBatch:
         engine: the model.
         sequence_ids: in the cache; each has pages for all the tokens up to its limit.
         limits: tokens a sequence may hold in the cache; a row at its limit rests: it writes nothing and stays put.
-        rope_offsets: as given to ``Engine.prefill``.
+        planned: as given to ``Engine.prefill``.
         params: one for each sequence.
     """
 
@@ -180,7 +172,7 @@ class DecodeBatch:
         engine: Engine,
         sequence_ids: list[int],
         limits: list[int],
-        rope_offsets: list[int],
+        planned: list[int],
         params: list[SamplingParams],
     ):
         device = engine.device
@@ -194,7 +186,7 @@ class DecodeBatch:
         self.token_ids = column([0] * len(sequence_ids), torch.int32)
         self.lengths = column(lengths, torch.int32)  # tokens in the cache
         self.limits = column(limits, torch.int32)
-        self.rope_offsets = column(rope_offsets, torch.int32)
+        self.pins = engine.rotation.pin(planned)
         self.steps = column([0] * len(sequence_ids), torch.int64)  # tokens drawn
         self.sampling: dict[str, Tensor] = {}  # without them the sampler is greedy; what is off for all costs nothing
         if any(p.temperature > 0 for p in params):
@@ -242,8 +234,9 @@ class DecodeBatch:
         slot = page.long() * page_size + position % page_size
         self.lengths += active
         hidden = engine.hidden_states(
+            None,
             token_ids=self.token_ids,
-            rope_rows=position + self.rope_offsets,
+            **engine.rotation.rows(self.pins, position),
             slot_mapping=torch.where(active, slot, -1),
             block_table=self.block_table,
             seq_lens=self.lengths,

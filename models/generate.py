@@ -153,18 +153,17 @@ class Generation(Iterator[tuple[int, int]]):
     def _decode(self, group: list[int], sequence_ids: list[int]) -> Iterator[tuple[int, int]]:
         engine = self.engine
         requests = [self.requests[number] for number in group]
-        offsets = [engine.rope_offset(request.planned_tokens) for request in requests]
+        planned = [request.planned_tokens for request in requests]
         clock = time.perf_counter()
 
         last_hidden: list[Tensor] = [torch.empty(0)] * len(group)
-        for chunk, hidden in engine.prefill(sequence_ids, [request.prompt for request in requests], offsets):
+        for chunk, hidden in engine.prefill(sequence_ids, [request.prompt for request in requests], planned):
             end = 0
             for span in chunk:
                 end += span.num_tokens
                 last_hidden[span.index] = hidden[end - 1].clone()  # a view would keep the whole chunk
             del hidden  # else the next chunk would be computed beside it
-        limits = [request.planned_tokens for request in requests]
-        batch = DecodeBatch(engine, sequence_ids, limits, offsets, [request.params for request in requests])
+        batch = DecodeBatch(engine, sequence_ids, planned, planned, [request.params for request in requests])
         tokens = batch.draw(engine.decoder.logits(torch.stack(last_hidden)))
 
         self._open.update(group)

@@ -31,7 +31,7 @@ from . import memory_display, memory_remedies, memory_terms
 from .allocator import Segments
 from .config import ModelConfig
 from .kv_cache import is_scaled
-from .memory_terms import FORMULAS, Moment, pages_a_sequence
+from .memory_terms import FORMULAS, ROTARY_FORMULAS, Moment, pages_a_sequence
 from .memory_weights import Backend, Matrix, WeightBytes, form_on_device
 from .metadata import ConfigError
 
@@ -150,7 +150,7 @@ class MemoryPlan:
             ),
             Line("keys and values", "tokens", tokens * token, f"{tokens:,} tokens x {token:,} bytes = {heads}"),
             Line("keys and values", "rest of last pages", (slots - tokens) * token, f"{slots - tokens:,} tokens"),
-            Line("tables", "rotary tables", tables, "2 x 4 x tokens x rotary_dim / 2, for each factor set"),
+            Line("tables", "rotary tables", tables, ROTARY_FORMULAS.get(config.rope.kind, ROTARY_FORMULAS["default"])),
             Line("tables", "block tables", blocks, "2 x 4 x sequences x pages of a context"),
             *(Line("workspace", name, nbytes, FORMULAS[name]) for name, nbytes in self._prefill.items()),
         ]
@@ -198,7 +198,8 @@ class MemoryPlan:
     def _table_bytes(self) -> tuple[int, int]:
         """(rotary tables, block tables)."""
         blocks = memory_terms.block_table_bytes(self.context, self.sequences, self.page_size)
-        return memory_terms.rope_table_bytes(self.config, self.context), blocks
+        rotary = memory_terms.rope_table_bytes(self.config, self.context, self.pass_tokens, self.sequences)
+        return rotary, blocks
 
     @cached_property
     def _lasting_segments(self) -> Segments:

@@ -39,6 +39,13 @@ FORMULAS = {
 }
 """One line for each term of a moment; where a family of moments differs, that of the commonest."""
 
+ROTARY_FORMULAS = {
+    "default": "2 x 4 x tokens x rotary_dim / 2",
+    "longrope": "2 x 4 x tokens x rotary_dim / 2, for each factor set",
+    "dynamic": "32 x tokens of a pass and a step x rotary_dim / 2",
+}
+"""By the kind of scaling; the default's for those that are not here."""
+
 
 def kv_token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
     """2 L Hkv (D c + 4 where elements are codes): a token's keys and values with their scales, in all layers."""
@@ -58,10 +65,16 @@ def kv_allocations(config: ModelConfig, kv_dtype: torch.dtype, num_pages: int, p
     return pools + [elements * 4] * (2 * config.num_layers) * is_scaled(kv_dtype)
 
 
-def rope_table_bytes(config: ModelConfig, context: int) -> int:
-    """2 x 4 x T d / 2 (cos and sin in float32), twice that for LongRoPE's two sets."""
-    sets = 2 if config.rope.kind == "longrope" else 1
-    return 2 * 4 * sets * context * (config.rope.rotary_dim // 2)
+def rope_table_bytes(config: ModelConfig, context: int, pass_tokens: int, sequences: int) -> int:
+    """2 x 4 T d / 2 (cos and sin in float32), twice that for LongRoPE's two sets.
+
+    For dynamic scaling, whose tables no plan could hold, 32 (n + S) d / 2 whatever the context: cos and sin of a pass's
+    and of a step's tokens, and the float64 angles that they come from.
+    """
+    pairs = config.rope.rotary_dim // 2
+    if config.rope.kind == "dynamic":
+        return 32 * (pass_tokens + sequences) * pairs
+    return 2 * 4 * (2 if config.rope.kind == "longrope" else 1) * context * pairs
 
 
 def block_table_bytes(context: int, sequences: int, page_size: int) -> int:

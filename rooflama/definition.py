@@ -30,9 +30,12 @@ class Definition:
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, num_tokens: int):
         self.checkpoint, self.config = checkpoint, config
-        longrope = config.rope.kind == "longrope"
-        factor_set = choose_factor_set(config.rope, num_tokens) if longrope else None
-        self.cos, self.sin = rope_tables(config.rope, num_tokens, factor_set=factor_set)
+        self.cos, self.sin = rope_tables(
+            config.rope,
+            num_tokens,
+            factor_set=choose_factor_set(config.rope, num_tokens),
+            seq_len=num_tokens if config.rope.kind == "dynamic" else None,
+        )
         self.positions = np.arange(num_tokens)
 
     def vector(self, name: str) -> np.ndarray:

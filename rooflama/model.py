@@ -98,8 +98,7 @@ class Model:
         cache = self.engine.cache
         sequence_id = cache.add()
         try:
-            offset = self.engine.rope_offset(len(request.prompt))
-            passes = self.engine.prefill([sequence_id], [request.prompt], [offset], observe)
+            passes = self.engine.prefill([sequence_id], [request.prompt], [request.planned_tokens], observe)
             with self.device.guard("logits"):
                 rows = (part for _, hidden in passes for part in hidden.split(LOGITS_ROWS))
                 return torch.cat([self.engine.decoder.logits(part).cpu() for part in rows])

@@ -54,9 +54,9 @@ def prefill_logits(
     """Teacher-forced logits of each sequence, float32 [num_tokens, vocab_size], in passes of ``chunk`` tokens."""
     engine.prefill_chunk = chunk
     ids = [engine.cache.add() for _ in sequences]
-    offsets = [engine.rope_offset(planned or len(tokens)) for tokens in sequences]
+    lengths = [planned or len(tokens) for tokens in sequences]
     rows: list[list[Tensor]] = [[] for _ in sequences]
-    for spans, hidden in engine.prefill(ids, sequences, offsets):
+    for spans, hidden in engine.prefill(ids, sequences, lengths):
         logits = engine.decoder.logits(hidden).cpu()
         for span, part in zip(spans, logits.split([span.num_tokens for span in spans]), strict=True):
             rows[span.index].append(part)
@@ -91,11 +91,10 @@ def decode_logits(engine: Engine, sequences: list[list[int]], prompt_lengths: li
     lengths = [len(tokens) for tokens in sequences]
     for sequence_id, length in zip(ids, lengths, strict=True):
         engine.cache.reserve(sequence_id, length)
-    offsets = [engine.rope_offset(length) for length in lengths]
     prompts = [tokens[:length] for tokens, length in zip(sequences, prompt_lengths, strict=True)]
-    for _ in engine.prefill(ids, prompts, offsets):
+    for _ in engine.prefill(ids, prompts, lengths):
         pass
-    batch = _ForcedBatch(engine, ids, lengths, offsets, [SamplingParams()] * len(ids))
+    batch = _ForcedBatch(engine, ids, lengths, lengths, [SamplingParams()] * len(ids))
     logits = batch.force([tokens[length:] for tokens, length in zip(sequences, prompt_lengths, strict=True)])
     for sequence_id in ids:
         engine.cache.free(sequence_id)

@@ -9,7 +9,7 @@ from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.safetensors import read_safetensors
 from rooflama.models.rope import RopeError
 from running_models import assert_parity, decode_logits, prefill_logits, running
-from tiny_checkpoints import ORIGINAL, cases, make_module, module, random_tokens, reference_logits, write_case
+from tiny_checkpoints import ORIGINAL, SIZES, cases, make_module, module, random_tokens, reference_logits, write_case
 
 pytestmark = pytest.mark.usefixtures("numpy_backend")
 
@@ -99,6 +99,61 @@ def test_an_unknown_longrope_policy_is_refused(folder):
         running(checkpoint, longrope="medium"),
     ):
         pass
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory):
+    """A folder with dynamic scaling and a short context, and a new module of the same weights: it keeps a state."""
+    config = copy.deepcopy(cases()["llama-dynamic"].config)
+    config.max_position_embeddings = ORIGINAL
+    folder = tmp_path_factory.mktemp("dynamic")
+    make_module(config).save_pretrained(folder)
+    return folder, lambda rope: make_module(
+        copy.deepcopy(config).from_dict(config.to_dict() | {"rope_parameters": rope})
+    )
+
+
+@pytest.mark.parametrize("length", [ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, 72])
+def test_dynamic_scaling_stretches_as_in_transformers(length, dynamic):
+    folder, made = dynamic
+    tokens = tokens_of("llama-dynamic", length)
+    expected = reference_logits(made(DYNAMIC), tokens)
+    with read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
+        for chunk in (7, 1024):
+            (logits,) = prefill_logits(engine, [tokens], chunk)
+            assert_parity(logits, expected, f"{length} tokens in passes of {chunk}")
+        (logits,) = decode_logits(engine, [tokens], [length // 2])
+        assert_parity(logits, expected[length // 2 :], f"{length} tokens, decoded")
+
+
+@pytest.mark.parametrize("planned", [20, ORIGINAL, ORIGINAL + 1, 96])
+def test_a_sequence_keeps_the_base_of_its_planned_length(planned, dynamic):
+    """The oracle has the stretched base from the start, so that its own stretching changes nothing."""
+    folder, made = dynamic
+    stretch = 4.0 * max(planned, ORIGINAL) / ORIGINAL - 3.0
+    head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
+    base = 1e4 * stretch ** (head_dim / (head_dim - 2))
+    tokens = tokens_of("llama-dynamic", 20)
+    expected = reference_logits(made({"rope_type": "default", "rope_theta": base}), tokens)
+    with read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
+        (logits,) = prefill_logits(engine, [tokens], 7, planned=planned)
+    assert_parity(logits, expected, f"20 tokens of {planned} planned")
+
+
+def test_sequences_of_a_batch_keep_their_own_base(dynamic):
+    folder, _ = dynamic
+    lengths, prompt_lengths = [5, 72, 33, 2, 90], [2, 40, 32, 1, 9]
+    sequences = [tokens_of("llama-dynamic", length) for length in lengths]
+    with read_safetensors(folder) as checkpoint, running(checkpoint, num_seqs=len(lengths)) as engine:
+        together = prefill_logits(engine, sequences, 64)
+        decoded = decode_logits(engine, sequences, prompt_lengths)
+        for tokens, prompt, prefilled, stepped in zip(sequences, prompt_lengths, together, decoded, strict=True):
+            (alone,) = prefill_logits(engine, [tokens], 1024)
+            assert_parity(prefilled, alone, f"{len(tokens)} tokens, in a batch against alone", 2e-6)
+            assert_parity(stepped, alone[prompt:], f"{len(tokens)} tokens, decoded in a batch", 2e-5)
 
 
 def test_the_cache_is_free_again_after_use(folder):

@@ -1,0 +1,97 @@
+"""The rotation of each sequence in a running model: the rows of cos and sin that its tokens read.
+
+Keys are cached already rotated, so a sequence never changes its rotation. It is pinned when the sequence is admitted,
+by the length that is planned for it: the prompt and the most that may be generated. The consequence: a sequence that
+may fill the context rotates like a long one from its first token on.
+
+    LongRoPE  one of two lists of divisors, short or long; each has a table
+    dynamic   a base of its own for each planned length above the original context; no tables: cos and sin are
+              computed for the tokens of each pass from the sequence's frequencies
+    others    one table for all
+
+transformers decides anew at each step from the current length. The two agree where the current length is the planned
+one. What a sequence computes does not depend on the sequences beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rooflama.loaders.device import Device
+
+from .rope import (
+    Dynamic,
+    FactorSet,
+    FactorSetPolicy,
+    RopeSpec,
+    attention_factor,
+    choose_factor_set,
+    inverse_frequencies,
+    rope_tables,
+)
+
+
+class Rotation(Protocol):
+    """What an engine needs of a model's rotary embedding."""
+
+    def pin(self, planned: list[int]) -> Tensor:
+        """What each sequence of so many planned tokens keeps for life: a tensor [num_seqs, ...] on the device."""
+
+    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """``Step``'s cos, sin and rope_rows for tokens at ``positions``, int32 [num_tokens], with a pin each."""
+
+
+def make_rotation(spec: RopeSpec, *, max_context: int, longrope: FactorSetPolicy, device: Device) -> Rotation:
+    """The rotation of a model whose sequences reach at most ``max_context`` tokens.
+
+    Raises RopeError if ``longrope`` is no policy.
+    """
+    choose_factor_set(spec, 0, longrope)  # refuses an unknown policy
+    if isinstance(spec.scaling, Dynamic):
+        return _Computed(spec, device)
+    return _Tables(spec, max_context, longrope, device)
+
+
+class _Tables:
+    """Tables made once; where there are two, the second follows the first. A pin is a sequence's first row, int32."""
+
+    def __init__(self, spec: RopeSpec, max_context: int, longrope: FactorSetPolicy, device: Device):
+        self._spec, self._max_context, self._longrope = spec, max_context, longrope
+        sets: tuple[FactorSet | None, ...] = ("short", "long") if spec.kind == "longrope" else (None,)
+        tables = [rope_tables(spec, max_context, factor_set=factor_set) for factor_set in sets]
+        cos, sin = (np.concatenate(table) for table in zip(*tables, strict=True))
+        self._cos = device.upload(cos, label="rotary cosines").tensor
+        self._sin = device.upload(sin, label="rotary sines").tensor
+
+    def pin(self, planned: list[int]) -> Tensor:
+        long = [choose_factor_set(self._spec, length, self._longrope) == "long" for length in planned]
+        return torch.tensor(long, device=self._cos.device).int() * self._max_context
+
+    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        return {"cos": self._cos, "sin": self._sin, "rope_rows": pins + positions}
+
+
+class _Computed:
+    """cos and sin of a pass's tokens, in float64, rounded once. A pin is a sequence's w, float64 [rotary_dim / 2]."""
+
+    def __init__(self, spec: RopeSpec, device: Device):
+        self._spec, self._device = spec, device.torch_device
+
+    def pin(self, planned: list[int]) -> Tensor:
+        return torch.from_numpy(np.stack([inverse_frequencies(self._spec, seq_len=length) for length in planned])).to(
+            self._device
+        )
+
+    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        angles = pins * positions.unsqueeze(1)
+        scale = attention_factor(self._spec)
+        cos, sin = ((table(angles) * scale).float() for table in (torch.cos, torch.sin))
+        return {
+            "cos": cos,
+            "sin": sin,
+            "rope_rows": torch.arange(len(positions), dtype=torch.int32, device=pins.device),
+        }
