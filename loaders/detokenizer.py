@@ -10,7 +10,7 @@ class Piece(NamedTuple):
     """What one id contributes to the text."""
 
     data: bytes
-    special: bool  # control, unknown or unused: left out by skip_special
+    special: bool  # ends generation, or is control, unknown or unused: left out by skip_special
     whole: bool  # matched whole in text, as special tokens are: no space prefix stands before it
     space_follows: bool  # text after it is encoded with a space before it, as SentencePiece does
 

@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
+from .token_types import TokenType
 from .tokenizer_settings import AddedToken, TokenizerSettings, refuse
-from .vocabulary import TokenType
 
 TAKE_JSON = "Get the model's tokenizer.json"
 

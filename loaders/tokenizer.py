@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from .chat_template import ChatTemplate, ChatTemplateError
 from .detokenizer import Piece, StreamDecoder
+from .token_types import MATCHED_WHOLE, TokenType
 from .tokenizer_gguf import MODELS, GGUFText
-from .vocabulary import MATCHED_WHOLE, Metadata, TokenizerError, TokenType, Vocabulary, read_flag, read_string
+from .vocabulary import Metadata, TokenizerError, Vocabulary, read_flag, read_string
 
 
 class TextModel(Protocol):
@@ -115,7 +116,7 @@ class Tokenizer:
 
         Args:
             ids: any integers of the vocabulary.
-            skip_special: leave control, unknown and unused tokens out.
+            skip_special: leave end tokens, and control, unknown and unused ones, out.
 
         Raises:
             TokenizerError: an id is not in the vocabulary.
@@ -131,7 +132,7 @@ class Tokenizer:
         """A decoder to feed ids one by one as they are generated.
 
         Args:
-            skip_special: leave control, unknown and unused tokens out.
+            skip_special: leave end tokens, and control, unknown and unused ones, out.
             after: the id that the stream continues from, usually the prompt's last; None at the start of a text.
         """
         return StreamDecoder(self, skip_special=skip_special, after=after)
@@ -151,7 +152,7 @@ class Tokenizer:
             data = self._text_model.token_bytes(index)
             piece = self._pieces[index] = Piece(
                 data,
-                special=kind in _SKIPPED,
+                special=kind in _SKIPPED or index in self.eos_ids,
                 whole=kind in MATCHED_WHOLE,
                 space_follows=self._text_model.space_follows(index),
             )
@@ -213,7 +214,7 @@ def _addition(name: str, added: bool, token_id: int | None) -> list[int]:
         return []
     if token_id is None:
         raise TokenizerError(
-            f"{name}_token_id is missing",
+            f"{name}_token_id is missing, or is no id of the vocabulary",
             rule=f"a tokenizer that adds {name.upper()} must name it",
             remedy=f"Set it, or set add_{name}_token to false, in the file's tokenizer metadata",
         )

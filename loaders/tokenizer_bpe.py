@@ -15,16 +15,19 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from .vocabulary import Metadata, TokenizerError, TokenType, Vocabulary, read_string, read_strings, refuse
+from .token_types import TokenType
+from .vocabulary import Metadata, TokenizerError, Vocabulary, read_string, read_strings, refuse
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = _CONTRACTION + (r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_O200K = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _CONTRACTION + "?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _CONTRACTION + "?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+    r"|%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_O200K = _CASED % (_CONTRACTION + "?", _CONTRACTION + "?", r"\p{N}{1,3}")
+_TEKKEN = _CASED % ("", "", r"\p{N}")
 
 
 class PreTokenizer(NamedTuple):
@@ -38,22 +41,24 @@ class PreTokenizer(NamedTuple):
     add_bos: bool = False  # where the file does not say
 
 
-_LLAMA3_PRE = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
-_QWEN2_PRE = PreTokenizer((_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),))
-
-# `tokenizer.ggml.pre` -> rules. What is not here raises.
-PRE_TOKENIZERS = {
-    "llama-bpe": _LLAMA3_PRE,
-    "llama3": _LLAMA3_PRE,
-    "llama-v3": _LLAMA3_PRE,
-    "smaug-bpe": PreTokenizer((_LLAMA3,)),
-    "qwen2": _QWEN2_PRE,
-    "deepseek-r1-qwen": _QWEN2_PRE,
-    "smollm": PreTokenizer((r"\p{N}", _GPT2)),
-    "gpt-2": PreTokenizer((_GPT2,)),
-    "gpt-4o": PreTokenizer((_O200K,)),
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-}
+# Rules, and the names in `tokenizer.ggml.pre` that stand for them, as llama.cpp groups them. What is not here raises.
+_NAMES = (
+    (PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True), "llama-bpe llama3 llama-v3 falcon3 lfm2 pixtral"),
+    (PreTokenizer((_LLAMA3,)), "smaug-bpe dbrx chatglm-bpe glm4"),  # SmolLM3; Phi-4, OLMo 2, Granite 4
+    (
+        PreTokenizer((_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),)),
+        "qwen2 deepseek-r1-qwen f2llmv2 grok-2 hunyuan kormo megrez solar-open stablelm2",
+    ),
+    (PreTokenizer((_O200K,)), "gpt-4o kanana2 llama4 minimax-m2"),  # Phi-4-mini
+    (PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True), "tekken"),  # Mistral Nemo and Small 3
+    (
+        PreTokenizer((r"\p{N}", _GPT2)),
+        "smollm codeshell command-r exaone minerva-7b refact starcoder",  # refact: Granite 3
+    ),
+    (PreTokenizer((_GPT2,)), "gpt-2 a.x-4.0 exaone4 gigachat granite-docling jais mellum mpt olmo phi-2 trillion"),
+    (PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")), "default"),
+)
+PRE_TOKENIZERS = {name: rules for rules, names in _NAMES for name in names.split()}
 
 
 def _byte_alphabet() -> list[str]:

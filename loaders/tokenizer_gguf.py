@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from .special_tokens import SpecialTokens
+from .token_types import MATCHED_WHOLE, TokenType
 from .tokenizer_bpe import ByteLevelBPE
 from .tokenizer_spm import SentencePieceBPE
-from .vocabulary import MATCHED_WHOLE, Metadata, TokenType, Vocabulary
+from .vocabulary import Metadata, Vocabulary
 
 
 class PlainText(Protocol):

@@ -20,11 +20,12 @@ import tokenizers
 from tokenizers import models
 
 from .hf_json import parse_json
+from .token_types import BYTE_TOKENS, MATCHED_WHOLE, TokenType, end_ids
 from .tokenizer import Tokenizer
 from .tokenizer_bpe import BYTE_ALPHABET, bytes_of_spelling, panics_as_errors, refuse_missing_bytes
 from .tokenizer_settings import FLAGS, NAMED, AddedToken, TokenizerSettings, added_token, refuse
-from .tokenizer_spm import BYTE_TOKENS, SPACE
-from .vocabulary import END_OF_GENERATION, MATCHED_WHOLE, TokenType, Vocabulary
+from .tokenizer_spm import SPACE
+from .vocabulary import Vocabulary
 
 PROBE = "a"  # a text that no normaliser touches
 MODEL = "tokenizer.json"  # what a Vocabulary of this kind calls its model
@@ -241,8 +242,7 @@ def _vocabulary(
         named["unk"] = ids.get(unknown)
     if named["unk"] is not None and unknown is not None:
         types[named["unk"]] = TokenType.UNKNOWN
-    ends = {*settings.eos_ids, named["eos"]} - {None}
-    ends |= {ids[text] for text in END_OF_GENERATION & ids.keys() if types[ids[text]] == TokenType.CONTROL}
+    ends = {*settings.eos_ids, named["eos"]} - {None} | end_ids(ids, types, named["bos"])
     if outside := [i for i in {*ends, named["bos"]} if i is not None and i >= size]:
         refuse(path, f"{size} tokens, and id {outside[0]} in another file", "special ids are ids of the vocabulary")
     if named["eos"] is None and settings.eos_ids:

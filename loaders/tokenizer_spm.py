@@ -11,10 +11,10 @@ import numpy as np
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-from .vocabulary import Metadata, TokenType, Vocabulary, read_flag, refuse
+from .token_types import BYTE_TOKENS, TokenType
+from .vocabulary import Metadata, TokenizerError, Vocabulary, read_flag, refuse, warn
 
 SPACE = "\u2581"
-BYTE_TOKENS = {f"<0x{value:02X}>": value for value in range(256)}
 
 
 class SentencePieceBPE:
@@ -26,8 +26,11 @@ class SentencePieceBPE:
         self._vocabulary = vocabulary
         self.add_space_prefix = read_flag(metadata, "tokenizer.ggml.add_space_prefix", True)
         self._byte_values = _read_byte_tokens(vocabulary, metadata)
+        self._byte_ids = {value: token_id for token_id, value in self._byte_values.items()}
         _refuse_normalisation(metadata)
-        model = _model_file(vocabulary, vocabulary.scores(metadata), byte_fallback=bool(self._byte_values))
+        words = vocabulary.of_type(TokenType.NORMAL, TokenType.UNUSED)
+        model = _model_file(vocabulary, words, vocabulary.scores(metadata))
+        self._id_of_piece = [None, *words]  # sentencepiece's ids -> ids; 0 is what no word covers
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -35,8 +38,41 @@ class SentencePieceBPE:
             refuse(metadata, "tokenizer.ggml.tokens", f"sentencepiece: {str(error).rstrip('.')}", rule)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, which holds no special token."""
-        return self._processor.encode(text)
+        """Ids of ``text``, which holds no special token.
+
+        Raises:
+            TokenizerError: a character has neither a word nor byte tokens, and the vocabulary has no unknown token.
+        """
+        ids: list[int] = []
+        pieces = self._processor.encode(text)
+        spelled = self._processor.encode(text, out_type=str) if 0 in pieces else [""] * len(pieces)
+        for piece, word in zip(pieces, spelled, strict=True):
+            token_id = self._id_of_piece[piece]
+            ids += self._fallback(word) if token_id is None else [token_id]
+        return ids
+
+    def _fallback(self, characters: str) -> list[int]:
+        """Each character as its bytes; a run of those with a byte that has no token, as one unknown token."""
+        ids: list[int] = []
+        in_unknown = False
+        for character in characters:
+            bytes_ = [self._byte_ids.get(value) for value in character.encode()]
+            known = [token_id for token_id in bytes_ if token_id is not None]
+            if len(known) == len(bytes_):
+                ids += known
+            elif not in_unknown:
+                ids.append(self._unknown(character))
+            in_unknown = len(known) != len(bytes_)
+        return ids
+
+    def _unknown(self, character: str) -> int:
+        if self._vocabulary.unk_id is None:
+            raise TokenizerError(
+                f"character {character!r} (U+{ord(character):04X})",
+                rule="this vocabulary has no word with it, no token for one of its bytes and no unknown token",
+                remedy="Remove or replace the character",
+            )
+        return self._vocabulary.unk_id
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one id stands for in the text."""
@@ -47,7 +83,7 @@ class SentencePieceBPE:
 
 
 def _read_byte_tokens(vocabulary: Vocabulary, metadata: Metadata) -> dict[int, int]:
-    """Id -> byte value of the byte tokens; there are none, or one for each byte."""
+    """Id -> byte value of the byte tokens."""
     values, key = {}, "tokenizer.ggml.tokens"
     for token_id in vocabulary.of_type(TokenType.BYTE):
         token = vocabulary.tokens[token_id]
@@ -55,8 +91,13 @@ def _read_byte_tokens(vocabulary: Vocabulary, metadata: Metadata) -> dict[int, i
             found = f"{key}[{token_id}] = {token!r}, typed as a byte"
             refuse(metadata, key, found, "byte tokens are spelled <0x00> to <0xFF>")
         values[token_id] = BYTE_TOKENS[token]
-    if values and len(values) != 256:
-        refuse(metadata, key, f"the vocabulary has {len(values)} byte tokens", "there must be 256 or none")
+    if 0 < len(values) < 256:
+        warn(
+            metadata,
+            key,
+            f"{key} has {len(values)} byte tokens of 256: a character that takes another byte, and that no word "
+            "covers, becomes the unknown token",
+        )
     return values
 
 
@@ -74,23 +115,24 @@ def _refuse_normalisation(metadata: Metadata) -> None:
         )
 
 
-def _model_file(vocabulary: Vocabulary, scores: np.ndarray, *, byte_fallback: bool) -> bytes:
-    """The SentencePiece model file with these pieces, BPE, normaliser "identity".
+def _model_file(vocabulary: Vocabulary, words: list[int], scores: np.ndarray) -> bytes:
+    """A SentencePiece model file, BPE, normaliser "identity", with an unknown piece and then ``words``.
 
-    User-defined tokens are written as control: they are cut out of the text before sentencepiece sees it.
+    Only what text can become is written: special tokens are cut out of the text before sentencepiece sees it, and
+    sentencepiece takes byte tokens only where there are 256 of them.
     """
-    types = np.where(vocabulary.types == TokenType.USER_DEFINED, TokenType.CONTROL, vocabulary.types)
-    if vocabulary.unk_id is not None:  # sentencepiece needs exactly one
-        types[vocabulary.unk_id] = TokenType.UNKNOWN
+    unknown = "<unk>"
+    while unknown in vocabulary.ids:
+        unknown += "_"
     model = ModelProto()
-    for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types.tolist(), strict=True):
-        model.pieces.add(piece=token, score=score, type=kind)
+    model.pieces.add(piece=unknown, score=0.0, type=TokenType.UNKNOWN)
+    for token_id in words:
+        kind = int(vocabulary.types[token_id])
+        model.pieces.add(piece=vocabulary.tokens[token_id], score=float(scores[token_id]), type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = TrainerSpec.BPE
-    trainer.vocab_size = len(vocabulary.tokens)
-    trainer.byte_fallback = byte_fallback
-    if vocabulary.unk_id is not None:
-        trainer.unk_id, trainer.unk_piece = vocabulary.unk_id, vocabulary.tokens[vocabulary.unk_id]
+    trainer.vocab_size = len(model.pieces)
+    trainer.unk_id, trainer.unk_piece = 0, unknown
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True

@@ -6,9 +6,9 @@ never see a vocabulary that contradicts itself.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from rooflama.kernels.errors import RooflamaError
 
 from .gguf_metadata import place
+from .token_types import TokenType, corrected_types, end_ids, guessed_types
 
 Metadata = Mapping[str, Any]
 
@@ -24,45 +25,17 @@ class TokenizerError(RooflamaError, ValueError):
     """Tokenizer metadata that contradicts itself, or text that the vocabulary cannot take."""
 
 
-class TokenType(IntEnum):
-    """`tokenizer.ggml.token_type`, with SentencePiece's numbers."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3  # found in text only where the caller allows it (parse_special)
-    USER_DEFINED = 4  # always found in text, before any merging
-    UNUSED = 5  # padding rows and retired pieces
-    BYTE = 6  # "<0x0A>": a byte that no other piece covers
-
-
-MATCHED_WHOLE = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
-"""Tokens that are cut out of a text before any merging."""
-
-# Tokens that end a turn or a text in the models at hand; each counts only where the vocabulary types it as control.
-END_OF_GENERATION = frozenset(
-    [
-        "</s>",
-        "<eos>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-        "<end_of_turn>",
-        "<EOT>",
-        "<|return|>",
-        "<|call|>",
-        "<end_of_utterance>",
-    ]
-)
-
 _RECONVERT = "Convert the model again with a current convert_hf_to_gguf.py"
 
 
 def refuse(metadata: Metadata, key: str, found: str, rule: str, remedy: str = _RECONVERT) -> NoReturn:
     """Raise TokenizerError for what was found at ``key``, with the file and the byte where the metadata knows them."""
     raise TokenizerError(place(metadata, key) + found, rule=rule, remedy=remedy)
+
+
+def warn(metadata: Metadata, key: str, text: str) -> None:
+    """Warn about what was found at ``key``, with the file and the byte where the metadata knows them."""
+    warnings.warn(place(metadata, key) + text, stacklevel=2)
 
 
 def read_string(metadata: Metadata, key: str) -> str | None:
@@ -111,6 +84,46 @@ def _read_numbers(metadata: Metadata, key: str, kinds: str, length: int) -> np.n
         found = f"{key} has {len(array)} elements and tokenizer.ggml.tokens has {length}"
         refuse(metadata, key, found, "the two must be of one length")
     return array
+
+
+def _read_types(metadata: Metadata, tokens: list[str], ids: Mapping[str, int], *, sentencepiece: bool) -> np.ndarray:
+    key = "tokenizer.ggml.token_type"
+    if metadata.get(key) is None:
+        warn(
+            metadata,
+            key,
+            f"{key} is missing: tokens that look like <|this|>, or have names such as <s>, are read as control tokens, "
+            "all others as text",
+        )
+        return guessed_types(tokens, sentencepiece=sentencepiece)
+    stored = _read_numbers(metadata, key, "iu", len(tokens))
+    known = np.isin(stored, list(TokenType))
+    if not known.all():
+        index = int(np.argmin(known))
+        rule = "token types are 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte"
+        refuse(metadata, key, f"{key}[{index}] = {stored[index]}", rule)
+    stored = stored.astype(np.int8)
+    types = corrected_types(stored, ids, sentencepiece=sentencepiece)
+    if (changed := np.flatnonzero(types != stored)).size:
+        named = ", ".join(repr(tokens[i]) for i in changed[:4]) + (", ..." if changed.size > 4 else "")
+        warn(metadata, key, f"{key} mistypes {named}: read as what they spell, the end of a turn or a byte")
+    return types
+
+
+def _read_special(metadata: Metadata, name: str, vocab_size: int) -> int | None:
+    """The id at `tokenizer.ggml.NAME_token_id`; None, with a warning, where it is none of the vocabulary."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value, rule = metadata[key], f"it must be an id of the vocabulary, 0 to {vocab_size - 1}"
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        refuse(metadata, key, f"{key} = {value!r}", rule)
+    if 0 <= value < vocab_size:
+        return int(value)
+    if name == "eos":
+        refuse(metadata, key, f"{key} = {value!r}", rule)
+    warn(
+        metadata, key, f"{key} = {value} is no id of the vocabulary, 0 to {vocab_size - 1}: read as if it were missing"
+    )
+    return None
 
 
 @dataclass(frozen=True)
@@ -164,33 +177,18 @@ class Vocabulary:
             refuse(metadata, key, found, "tokens must be distinct")
         if "" in ids:
             refuse(metadata, key, f"{key}[{ids['']}] = ''", "a token must not be empty")
-        types = _read_numbers(metadata, key := "tokenizer.ggml.token_type", "iu", len(tokens))
-        known = np.isin(types, list(TokenType))
-        if not known.all():
-            index = int(np.argmin(known))
-            rule = "token types are 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte"
-            refuse(metadata, key, f"{key}[{index}] = {types[index]}", rule)
-        types = types.astype(np.int8)
+        types = _read_types(metadata, tokens, ids, sentencepiece=model == "llama")
 
-        def special(name: str, sentencepiece_id: int | None = None) -> int | None:
+        def special(name: str, customary: int | None = None) -> int | None:
             """The id the file names; else SentencePiece's customary one, where that token is indeed special."""
-            key = f"tokenizer.ggml.{name}_token_id"
-            value = metadata.get(key)
-            if value is None:
-                customary = model == "llama" and sentencepiece_id is not None and sentencepiece_id < len(tokens)
-                if customary and types[sentencepiece_id] in (TokenType.CONTROL, TokenType.UNKNOWN):
-                    return sentencepiece_id
+            if metadata.get(f"tokenizer.ggml.{name}_token_id") is not None:
+                return _read_special(metadata, name, len(tokens))
+            if model != "llama" or customary is None or customary >= len(tokens):
                 return None
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not whole or not 0 <= value < len(tokens):
-                rule = f"it must be an id of the vocabulary, 0 to {len(tokens) - 1}"
-                refuse(metadata, key, f"{key} = {value!r}", rule)
-            return int(value)
+            return customary if types[customary] in (TokenType.CONTROL, TokenType.UNKNOWN) else None
 
         bos_id, eos_id = special("bos", 1), special("eos", 2)
-        ends = {eos_id, special("eot"), special("eom")} | {
-            ids[text] for text in END_OF_GENERATION & ids.keys() if types[ids[text]] == TokenType.CONTROL
-        }
+        ends = {eos_id, special("eot"), special("eom")} | end_ids(ids, types, bos_id)
         return cls(
             tokens=tokens,
             ids=ids,

@@ -102,6 +102,26 @@ def spm_metadata(model: bytes, **keys):
     return {key: value for key, value in values.items() if value is not None}
 
 
+def without_tokens(metadata, dropped):
+    """The vocabulary of ``metadata`` without the tokens at these ids, which come after those with a role."""
+    kept = [i for i in range(len(metadata["tokenizer.ggml.tokens"])) if i not in dropped]
+    arrays = ("tokens", "scores", "token_type")
+    return metadata | {f"tokenizer.ggml.{k}": [metadata[f"tokenizer.ggml.{k}"][i] for i in kept] for k in arrays}
+
+
+def published_phi3_metadata():
+    """Metadata as in the published Phi-3-mini file: an older converter typed <unk> as control, padding as unknown."""
+    metadata = spm_metadata(trained_sentencepiece()) | {"general.architecture": "phi3"}
+    added = {"<|endoftext|>": 3, "<|user|>": 4, "<|eot_id|>": 4} | {f"[PAD{i}]": 2 for i in range(3)}
+    arrays = {"tokens": list(added), "scores": [-1000.0] * len(added), "token_type": list(added.values())}
+    metadata |= {f"tokenizer.ggml.{k}": [*metadata[f"tokenizer.ggml.{k}"], *more] for k, more in arrays.items()}
+    metadata["tokenizer.ggml.token_type"][0] = 3
+    end = metadata["tokenizer.ggml.tokens"].index("<|end|>")
+    metadata["tokenizer.ggml.token_type"][end] = 4
+    eos = metadata["tokenizer.ggml.tokens"].index("<|endoftext|>")
+    return metadata | {"tokenizer.ggml.eos_token_id": eos, "tokenizer.ggml.padding_token_id": eos}
+
+
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

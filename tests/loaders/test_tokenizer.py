@@ -124,15 +124,60 @@ def test_special_tokens_by_type():
 
 
 def test_end_of_generation_ids():
-    """The file's eos, eot and eom, and the tokens that are known to end things, if they are control tokens."""
+    """The file's eos, eot and eom, and the tokens that are known to end things; none of them is shown."""
     ends = {bpe.tokens.index("<|end|>"), bpe.tokens.index("<|endoftext|>")}
     assert bpe.eos_ids == ends
     more = Tokenizer.from_metadata(bpe_with_special(eos_token_id=7, eot_token_id=8, eom_token_id=np.uint32(9)))
     assert more.eos_ids == ends | {7, 8, 9}
     assert more.eos_id == 7
+    assert more.decode(more.eos_ids, skip_special=True) == ""
+
+
+@pytest.mark.parametrize("kind", [1, 4, 5])
+def test_an_end_token_is_one_whatever_its_type(kind):
     metadata = bpe_with_special()
-    metadata["tokenizer.ggml.token_type"][bpe.tokens.index("<|end|>")] = 1
-    assert Tokenizer.from_metadata(metadata).eos_ids == {bpe.tokens.index("<|endoftext|>")}
+    metadata["tokenizer.ggml.token_type"][bpe.tokens.index("<|end|>")] = kind
+    with pytest.warns(UserWarning, match=r"mistypes '<\|end\|>': read as what they spell, the end of a turn"):
+        tokenizer = Tokenizer.from_metadata(metadata)
+    assert tokenizer.eos_ids == bpe.eos_ids
+    for parse_special in (False, True):
+        ids = bpe.encode("a<|end|>b", parse_special=parse_special)
+        assert tokenizer.encode("a<|end|>b", parse_special=parse_special) == ids
+        assert tokenizer.decode(ids, skip_special=True) == bpe.decode(ids, skip_special=True)
+
+
+@pytest.mark.parametrize(("kind", "bos", "ends"), [(3, 0, True), (4, 1, True), (4, 0, False), (1, 0, False)])
+def test_a_closing_s_ends_a_text_where_it_is_no_html_tag(kind, bos, ends):
+    """Gemma's vocabulary has the tags <s> and </s>, and other tokens begin and end its texts."""
+    tokens = [*BYTE_ALPHABET, "<bos>", "<s>", "</s>", "<eos>"]
+    metadata = bpe_metadata(tokens, [], types=[1] * 256 + [3, 4, kind, 3], bos_token_id=256 + bos)
+    assert Tokenizer.from_metadata(metadata).eos_ids == ({258, 259} if ends else {259})
+
+
+def test_without_token_types_tokens_that_look_special_are():
+    with pytest.warns(UserWarning, match="tokenizer.ggml.token_type is missing"):
+        tokenizer = Tokenizer.from_metadata(bpe_with_special() | {"tokenizer.ggml.token_type": None})
+    text = "a<|start|> b<|end|>"
+    for parse_special in (False, True):
+        assert tokenizer.encode(text, parse_special=parse_special) == bpe.encode(text, parse_special=parse_special)
+    assert tokenizer.eos_ids == bpe.eos_ids
+
+
+@pytest.mark.parametrize("name", ["bos", "eot", "eom", "padding", "unknown"])
+@pytest.mark.parametrize("value", [999, -1, np.uint32(2**32 - 1)])
+def test_an_id_out_of_range_that_is_not_used_is_said(name, value):
+    metadata = bpe_with_special() | {f"tokenizer.ggml.{name}_token_id": value}
+    with pytest.warns(UserWarning, match=f"{name}_token_id = {value} is no id of the vocabulary, 0 to 4"):
+        tokenizer = Tokenizer.from_metadata(metadata)
+    assert tokenizer.encode("the roof") == bpe.encode("the roof")
+    assert tokenizer.eos_ids == bpe.eos_ids
+
+
+@pytest.mark.filterwarnings("ignore:tokenizer.ggml.bos_token_id = 999 is no id")
+def test_a_bos_out_of_range_that_is_added_is_refused():
+    for metadata in (bpe_with_special(add_bos_token=True), spm_metadata(trained_sentencepiece())):
+        with pytest.raises(TokenizerError, match="bos_token_id is missing, or is no id of the vocabulary: a tokenizer"):
+            Tokenizer.from_metadata(metadata | {"tokenizer.ggml.bos_token_id": 999})
 
 
 def test_bos_and_eos_are_added_once():
@@ -195,7 +240,6 @@ def _with(**keys):
         (_with(tokens=["a", 7]), r"tokens\[1\] = 7: every element must be a string"),
         (_with(tokens=["a", "b", "a"]), r"tokens\[0\] = 'a' stands again at 2: tokens must be distinct"),
         (_with(tokens=["a", ""]), r"tokens\[1\] = '': a token must not be empty"),
-        (_with(token_type=None), "token_type is missing"),
         (_with(token_type=np.ones(255, np.int32)), "token_type has 255 elements and tokenizer.ggml.tokens has 256"),
         (_with(token_type=np.ones(256, np.float32)), "holds float32 in 1 dimensions: it must be a flat array of whole"),
         (_with(token_type=np.ones((2, 128), np.int32)), "holds int32 in 2 dimensions"),
@@ -210,7 +254,10 @@ def _with(**keys):
         (_with(bos_token_id="x"), "bos_token_id = 'x'"),
         (_with(eot_token_id=True), "eot_token_id = True"),
         (_with(add_bos_token=1), "add_bos_token = 1: it must be a boolean"),
-        (_with(add_eos_token=True), "eos_token_id is missing: a tokenizer that adds EOS must name it"),
+        (
+            _with(add_eos_token=True),
+            "eos_token_id is missing, or is no id of the vocabulary: a tokenizer that adds EOS",
+        ),
         (_with(pre=["smollm"]), "tokenizer.ggml.pre is a list: it must be a string"),
         (_with() | {"tokenizer.chat_template": 5}, "tokenizer.chat_template is a int: it must be a string"),
     ],

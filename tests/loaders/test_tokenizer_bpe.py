@@ -30,6 +30,7 @@ PUBLISHED = {
     "smaug-bpe": [WORDS],
     "qwen2": [WORDS.replace("{1,3}", "")],
     "gpt-4o": [CASED],
+    "tekken": [CASED.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace("{1,3}", "")],
     "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
 }
 # What the patterns tell apart: letters of either case, marks, digits of all kinds, punctuation, spaces, line ends.
@@ -84,14 +85,37 @@ def test_decode_gives_back_the_text(pre, text):
     assert tokenizer(pre).decode(tokenizer(pre).encode(text)) == text
 
 
+# What convert_hf_to_gguf.py writes for the families that are promised, and whether BOS then is added by itself.
+CONVERTED = {
+    "Llama 3, 3.1, 3.2": ("llama-bpe", "llama-bpe", True),
+    "older Llama 3": ("llama3", "llama-bpe", True),
+    "SmolLM3": ("smaug-bpe", "smaug-bpe", False),
+    "Mistral Nemo, Small 3": ("tekken", "tekken", True),
+    "SmolLM, SmolLM2": ("smollm", "smollm", False),
+    "Qwen 2, 2.5, 3": ("qwen2", "qwen2", False),
+    "DeepSeek-R1 on Qwen": ("deepseek-r1-qwen", "qwen2", False),
+    "Phi-4, OLMo 2, Granite 4": ("dbrx", "smaug-bpe", False),
+    "Phi-4-mini": ("gpt-4o", "gpt-4o", False),
+    "Granite 3": ("refact", "smollm", False),
+    "OLMo": ("olmo", "gpt-2", False),
+}
+
+
+@pytest.mark.parametrize("model", CONVERTED)
+def test_names_that_converters_write(model):
+    name, rules, adds_bos = CONVERTED[model]
+    assert PRE_TOKENIZERS[name] == PRE_TOKENIZERS[rules]
+    assert PRE_TOKENIZERS[name].add_bos == adds_bos
+
+
 def test_ignore_merges_takes_the_whole_word():
     """Merges lead to "th" + "e"; only a pre-tokeniser that ignores merges finds "the"."""
     tokens = [*BYTE_ALPHABET, "th", "he", "the"]
     names = {}
-    for pre in ("llama-bpe", "smaug-bpe"):
+    for pre in ("llama-bpe", "tekken", "smaug-bpe"):
         metadata = bpe_metadata(tokens, ["t h", "h e"], pre=pre, add_bos_token=False)
         names[pre] = [tokens[i] for i in Tokenizer.from_metadata(metadata).encode("the")]
-    assert names == {"llama-bpe": ["the"], "smaug-bpe": ["th", "e"]}
+    assert names == {"llama-bpe": ["the"], "tekken": ["the"], "smaug-bpe": ["th", "e"]}
 
 
 def test_a_merge_named_twice_keeps_its_first_rank():
@@ -125,7 +149,7 @@ def test_a_merge_of_unknown_tokens_is_refused(line, unknown):
 
 def test_unknown_pre_tokenizer_names_the_known():
     with pytest.raises(
-        TokenizerError, match="'bloom': the pre-tokeniser must be one of deepseek-r1-qwen, default, gpt-2"
+        TokenizerError, match=r"'bloom': the pre-tokeniser must be one of a\.x-4\.0, chatglm-bpe, codeshell"
     ):
         Tokenizer.from_metadata(bpe_metadata(BYTE_ALPHABET, [], pre="bloom"))
 

@@ -1,7 +1,9 @@
 """SentencePiece vocabularies, rebuilt from metadata, against the sentencepiece model that the metadata came from."""
 
 import functools
+import itertools
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rooflama.loaders.tokenizer import Tokenizer, TokenizerError
-from vocabularies import spm_metadata, trained_sentencepiece
+from vocabularies import published_phi3_metadata, spm_metadata, trained_sentencepiece, without_tokens
 
 texts = st.text() | st.lists(st.sampled_from(["the", "roof", " ", "  ", "\n", "\t", "12", "é", "漢", "🙂", "\0"])).map(
     "".join
@@ -113,7 +115,9 @@ def test_customary_ids_where_the_file_names_none():
     tokenizer = Tokenizer.from_metadata(metadata)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
     metadata["tokenizer.ggml.token_type"][1] = 1
-    with pytest.raises(TokenizerError, match="bos_token_id is missing: a tokenizer that adds BOS must name it"):
+    with pytest.raises(
+        TokenizerError, match="bos_token_id is missing, or is no id of the vocabulary: a tokenizer that adds BOS"
+    ):
         Tokenizer.from_metadata(metadata)
 
 
@@ -129,7 +133,6 @@ def _change(key, index, value):
     [
         (lambda: spm_metadata(trained_sentencepiece(), scores=None), r"scores is missing"),
         (lambda: _change("scores", 300, np.nan), r"scores\[300\] = nan: scores must be finite"),
-        (lambda: _change("token_type", 10, 1), r"has 255 byte tokens: there must be 256 or none"),
         (
             lambda: _change("token_type", 400, 6),
             r"tokens\[400\] = '.+', typed as a byte: byte tokens are spelled",
@@ -143,8 +146,109 @@ def test_bad_metadata_is_refused(metadata, message):
         Tokenizer.from_metadata(metadata())
 
 
-def test_a_vocabulary_without_unknown_or_byte_tokens_is_refused():
-    metadata = spm_metadata(trained_sentencepiece(byte_fallback=False), unknown_token_id=None)
+# Vocabularies as older converters and other tools wrote them.
+
+
+@functools.cache
+def published_phi3():
+    with pytest.warns(UserWarning, match="mistypes '<|end|>', '<|eot_id|>': read as what they spell"):
+        return Tokenizer.from_metadata(published_phi3_metadata())
+
+
+@given(text=texts)
+@example(text="the [PAD1] roof<|end|><unk> 漢<|user|>")
+def test_published_phi3_encodes_plain_text_as_sentencepiece(text):
+    """No token but the user-defined <|user|> is special in plain text, and whitespace after that is stripped."""
+    tokenizer = published_phi3()
+    expected, user = [], tokenizer.tokens.index("<|user|>")
+    for i, part in enumerate(text.split("<|user|>")):
+        stripped = re.sub(r"^[\s]+", "", part) if i else part
+        expected += [user] * (i > 0) + original().encode(stripped)
+    assert tokenizer.encode(text, add_special=False) == expected
+
+
+def test_published_phi3_special_tokens():
+    tokenizer = published_phi3()
+    ids = tokenizer.encode("the[PAD2]\n the<unk>\t<|end|>", parse_special=True)
+    pieces = ["<s>", "\u2581the", "[PAD2]", "\u2581the", "<unk>", "\u2581", "<0x09>", "<|end|>"]
+    assert [tokenizer.tokens[i] for i in ids] == pieces
+    assert {tokenizer.tokens[i] for i in tokenizer.eos_ids} == {"</s>", "<|end|>", "<|eot_id|>", "<|endoftext|>"}
+    assert tokenizer.decode(ids, skip_special=True) == "thethe\t"
+    assert tokenizer.unk_id == 0
+
+
+@pytest.mark.parametrize("kept", [b"\n", "é漢".encode(), bytes(range(128))])
+@given(text=texts)
+@example(text="é\n漢字🙂🙂\0 é🙂the")
+def test_a_character_without_all_its_byte_tokens_is_one_unknown_token(kept, text):
+    """The definition: what sentencepiece makes of the text with all 256, each run of such characters then <unk>."""
+    pieces, expected = original().encode(text, out_type=str), []
+    for of_bytes, run in itertools.groupby(pieces, lambda piece: re.fullmatch("<0x..>", piece) is not None):
+        if not of_bytes:
+            expected += run
+            continue
+        characters = bytes(int(piece[3:5], 16) for piece in run).decode()
+        for covered, group in itertools.groupby(characters, lambda c: set(c.encode()) <= set(kept)):
+            expected += [f"<0x{byte:02X}>" for byte in "".join(group).encode()] if covered else ["<unk>"]
+    tokenizer = with_byte_tokens(kept)
+    assert [tokenizer.tokens[i] for i in tokenizer.encode(text, add_special=False)] == expected
+
+
+@functools.cache
+def with_byte_tokens(kept):
+    metadata = spm_metadata(trained_sentencepiece())
+    tokens = metadata["tokenizer.ggml.tokens"]
+    dropped = {tokens.index(f"<0x{byte:02X}>") for byte in range(256) if byte not in kept}
+    with pytest.warns(UserWarning, match=f"has {len(kept)} byte tokens of 256"):
+        return Tokenizer.from_metadata(without_tokens(metadata, dropped))
+
+
+@pytest.mark.parametrize("unknown", [{"unknown_token_id": None}, {"unknown_token_id": 999}])
+def test_a_character_without_any_token_is_refused(unknown):
+    metadata = spm_metadata(trained_sentencepiece(byte_fallback=False), **unknown)
     metadata["tokenizer.ggml.token_type"][0] = 1
-    with pytest.raises(TokenizerError, match="sentencepiece: INTERNAL: unk is not defined"):
-        Tokenizer.from_metadata(metadata)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokenizer = Tokenizer.from_metadata(metadata)
+    assert tokenizer.encode("the roof") == rebuilt(False).encode("the roof")
+    with pytest.raises(TokenizerError, match=r"'🙂' \(U\+1F642\): this vocabulary has no word with it"):
+        tokenizer.encode("the 🙂")
+
+
+def test_an_unknown_token_that_is_a_word_is_still_that_word():
+    """With all byte tokens no text becomes the unknown token."""
+    the = rebuilt().tokens.index("\u2581the")
+    tokenizer = Tokenizer.from_metadata(spm_metadata(trained_sentencepiece(), unknown_token_id=the))
+    assert tokenizer.encode("the 🙂") == rebuilt().encode("the 🙂")
+
+
+@given(text=texts)
+@example(text="the </s> <|end|> 🙂")
+def test_a_byte_typed_as_a_word_is_a_byte(text):
+    assert with_mistyped_bytes().encode(text) == rebuilt().encode(text)
+
+
+@functools.cache
+def with_mistyped_bytes():
+    metadata = spm_metadata(trained_sentencepiece())
+    types = metadata["tokenizer.ggml.token_type"]
+    types[types == 6] = 1
+    with pytest.warns(UserWarning, match=r"mistypes '<0x00>', '<0x01>', '<0x02>', '<0x03>', \.\.\.: read as what"):
+        return Tokenizer.from_metadata(metadata)
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+@given(text=texts)
+@example(text="<s>the </s> <|end|> <unk> <0x0A> 🙂")
+def test_without_token_types_the_look_of_a_token_says_its_type(parse_special, text):
+    tokenizer = without_types()
+    assert tokenizer.encode(text, parse_special=parse_special) == rebuilt().encode(text, parse_special=parse_special)
+    assert (tokenizer.eos_ids, tokenizer.unk_id) == (rebuilt().eos_ids, 0)
+    assert tokenizer.decode(tokenizer.encode(text)) == rebuilt().decode(rebuilt().encode(text))
+
+
+@functools.cache
+def without_types():
+    keys = {"token_type": None, "bos_token_id": None, "eos_token_id": None, "unknown_token_id": None}
+    with pytest.warns(UserWarning, match="token_type is missing: tokens that look like"):
+        return Tokenizer.from_metadata(spm_metadata(trained_sentencepiece(), **keys))
