@@ -2,19 +2,20 @@
 
 What a template sees is what transformers gives it: messages, add_generation_prompt, the special tokens' texts, tools
 and documents (None unless given), raise_exception, strftime_now, a tojson without HTML escapes, {% break %},
-{% continue %} and {% generation %}.
+{% continue %} and {% generation %}. A file may hold several templates, each with a name.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.sandbox import SecurityError
 
-from rooflama.kernels.errors import RooflamaError
-
+from .chat_messages import ChatTemplateError, checked_dictionaries, checked_messages, plain, with_reasoning_names
 from .template_budget import Budget, OverBudget
 from .template_sandbox import Refused, environment
 
@@ -22,10 +23,7 @@ MAX_SOURCE_CHARACTERS = 64 * 1024
 MAX_SECONDS = 5.0
 MAX_UNITS, UNITS_A_CHARACTER = 2**24, 64  # made in all while rendering, and so many more for each character given
 MAX_TEXT, TEXT_A_CHARACTER = 2**16, 8  # characters of the rendered text, and so many more for each character given
-
-
-class ChatTemplateError(RooflamaError, ValueError):
-    """A chat template that is missing, broken, refuses the messages, or goes beyond its bounds."""
+DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 class ChatTemplate:
@@ -38,6 +36,7 @@ class ChatTemplate:
     def __init__(self, source: str):
         self.source = source
         self._compiled: jinja2.Template | None = None
+        self._names: frozenset[str] = frozenset()
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt for ``messages``.
@@ -50,17 +49,20 @@ class ChatTemplate:
             variables: further names for the template.
 
         Raises:
-            ChatTemplateError: the template is no valid Jinja, refuses the messages, fails on them, reaches for what
-                the sandbox keeps from it, or goes beyond its bounds of time and size.
+            ChatTemplateError: the messages or variables are of another type than they must be; the template is no
+                valid Jinja, refuses the messages, fails on them, reaches for what the sandbox keeps from it, or goes
+                beyond its bounds of time and size.
         """
-        names = {"messages": messages, "tools": None, "documents": None, **variables}
+        for name in ("tools", "documents"):
+            checked_dictionaries(variables.get(name), name)
+        names: dict[str, Any] = {"tools": None, "documents": None}
+        names |= {name: plain(value, name) for name, value in variables.items()}
+        names["messages"] = [with_reasoning_names(message) for message in checked_messages(messages)]
         given = len(str(names))
         units, longest = MAX_UNITS + UNITS_A_CHARACTER * given, MAX_TEXT + TEXT_A_CHARACTER * given
         budget = Budget(units, MAX_SECONDS)
         try:
-            if self._compiled is None:
-                self._compiled = self._compile()
-            text = environment().render(self._compiled, budget, names)
+            text = environment().render(self._compiled or self._compile(), budget, names)
             if len(text) > longest:
                 raise OverBudget(f"its text has {len(text):,} characters")
             return text
@@ -80,7 +82,7 @@ class ChatTemplate:
             raise ChatTemplateError(
                 f"tokenizer.chat_template, line {error.lineno}: {error.message}",
                 rule="a chat template must be valid Jinja that uses the filters offered here",
-                remedy="Mend tokenizer.chat_template with gguf_set_metadata.py, or give a plain prompt",
+                remedy="Fix tokenizer.chat_template with gguf_set_metadata.py, or give a plain prompt",
             ) from None
         except Refused as error:
             raise ChatTemplateError(
@@ -98,4 +100,75 @@ class ChatTemplate:
     def _compile(self) -> jinja2.Template:
         if len(self.source) > MAX_SOURCE_CHARACTERS:
             raise OverBudget(f"its source has {len(self.source):,} characters, {MAX_SOURCE_CHARACTERS:,} at most")
-        return environment().from_string(self.source)
+        tree = environment().parse(self.source)
+        self._names = frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "load")
+        self._compiled = environment().from_string(tree)
+        return self._compiled
+
+    def reads(self, name: str) -> bool:
+        """Whether the template, which has been rendered once, mentions a variable."""
+        return name in self._names
+
+
+class ChatTemplates:
+    """The templates of one file or folder.
+
+    Args:
+        sources: name -> Jinja source; a sole template is the default.
+    """
+
+    def __init__(self, sources: Mapping[str, str]):
+        self._templates = {name: ChatTemplate(source) for name, source in sources.items()}
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Name -> Jinja source."""
+        return {name: template.source for name, template in self._templates.items()}
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        name: str | None,
+        standard: Mapping[str, Any],
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The prompt, as transformers' ``apply_chat_template`` renders it: a message's keys of None are left out.
+
+        Args:
+            messages: dictionaries with "role" and "content".
+            name: of the template; None takes "tool_use" where there is one and tools are given, else "default".
+            standard: variables that a template need not use.
+            variables: what the caller set; a warning names those that the template never mentions.
+
+        Raises:
+            ChatTemplateError: there is no such template; and as ``ChatTemplate.render``.
+        """
+        said = [{key: value for key, value in m.items() if value is not None} for m in checked_messages(messages)]
+        template = self._choose(name, variables.get("tools") is not None)
+        text = template.render(said, **{**standard, **variables})
+        given = [key for key, value in variables.items() if value is not None and value != []]
+        if unused := [key for key in given if not template.reads(key)]:
+            warnings.warn(
+                f"the chat template does not use {', '.join(unused)}: the prompt is the same without",
+                stacklevel=4,
+            )
+        return text
+
+    def _choose(self, name: str | None, with_tools: bool) -> ChatTemplate:
+        if name is None:
+            name = TOOL_USE if with_tools and TOOL_USE in self._templates else DEFAULT
+        if name in self._templates:
+            return self._templates[name]
+        if not self._templates:
+            raise ChatTemplateError(
+                "tokenizer.chat_template is missing",
+                rule="a conversation needs the template that the model was trained with",
+                remedy="Give a plain prompt, or use a chat or instruct version of the model",
+            )
+        names = ", ".join(map(repr, sorted(self._templates)))
+        raise ChatTemplateError(
+            f"there is no chat template named {name!r}",
+            rule=f"the names here are {names}",
+            remedy="Choose one of them with chat_template=..., or give tools where tool_use is one of them",
+        )

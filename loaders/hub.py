@@ -21,7 +21,7 @@ FORM = "a reference is hf:owner/repo, hf:owner/repo@revision or hf:owner/repo:fi
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 WEIGHTS = ["model*.safetensors"]
-LEFT_OUT = ["*/*"]  # folders of other formats: original/, onnx/, gguf/
+LEFT_OUT = ["[!a]*/*", "a[!d]*/*"]  # folders of other formats (original/, onnx/); not additional_chat_templates/
 SHARD = re.compile(r"(?P<stem>.+)-00001-of-(?P<count>\d{5})\.gguf")
 
 

@@ -52,7 +52,6 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
         "tokenizer.ggml.precompiled_charsmap": np.frombuffer(normalizer.precompiled_charsmap, np.uint8),
         "tokenizer.ggml.add_bos_token": settings.add_bos,
         "tokenizer.ggml.add_eos_token": settings.add_eos,
-        "tokenizer.chat_template": settings.chat_template,
     }
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         metadata[f"tokenizer.ggml.{key}_token_id"] = ids[settings.named[name]] if name in settings.named else None

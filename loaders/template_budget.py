@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import ItemsView, Iterable, KeysView, ValuesView
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any
 
 from jinja2.sandbox import SecurityError
-from jinja2.utils import Namespace
+from jinja2.utils import Cycler, Namespace
 
 ITEM_COST = 32  # units; about the bytes that a small item and its place in a list take
 
 INTEGER_BITS = 1024
+MAX_DEPTH = 256
 
 
 class OverBudget(Exception):
@@ -30,7 +33,9 @@ class Budget:
         self.left = self._limit = units
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
-        self._sizes: dict[int, tuple[int, Any]] = {}  # id -> (size, the container, held so that its id stays its own)
+        self._sizes: dict[
+            int, tuple[int, int, Any]
+        ] = {}  # id -> (size, depth, container: held, so its id stays its own)
 
     def spend(self, units: int) -> None:
         self.left -= units
@@ -43,27 +48,40 @@ class Budget:
             raise OverBudget(f"it takes longer than {self._seconds:g} s")
 
     def size(self, value: Any) -> int:
-        """Units of ``value`` written out in full."""
+        """Units of ``value`` written out in full.
+
+        Raises:
+            OverBudget: a container is larger than the budget.
+            SecurityError: containers nest deeper than MAX_DEPTH (hashing one would overflow the stack), a number is
+                larger than INTEGER_BITS, or a container holds a namespace.
+        """
+        return self._measure(value)[0]
+
+    def _measure(self, value: Any) -> tuple[int, int]:
+        """Size, and how deep containers nest."""
         if isinstance(value, str):
-            return ITEM_COST + len(value)
+            return ITEM_COST + len(value), 0
         if isinstance(value, Namespace):
             raise SecurityError("a namespace cannot be printed or put into a list")
         if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
             raise SecurityError(f"whole numbers end at {INTEGER_BITS} bits")
-        if not isinstance(value, list | tuple | dict):
-            return ITEM_COST
-        known = self._sizes.get(id(value))
-        if known:
-            return known[0]
-        total = ITEM_COST
-        for index, item in enumerate((*value.keys(), *value.values()) if isinstance(value, dict) else value):
-            total += self.size(item)
+        items = _items(value)
+        if items is None:
+            return ITEM_COST, 0
+        if known := self._sizes.get(id(value)):
+            return known[0], known[1]
+        total, depth = ITEM_COST, 0
+        for index, item in enumerate(items):
+            size, below = self._measure(item)
+            total, depth = total + size, max(depth, below + 1)
             if total > self._limit:
                 raise OverBudget(f"a list in it is larger than {self._limit:,} characters when written out")
+            if depth > MAX_DEPTH:
+                raise SecurityError(f"lists and dictionaries nest {MAX_DEPTH} deep at most")
             if index % 4096 == 0:
                 self._check_time()
-        self._sizes[id(value)] = total, value
-        return total
+        self._sizes[id(value)] = total, depth, value
+        return total, depth
 
     def pay(self, value: Any) -> Any:
         """Pay for a value just made, and hand it on."""
@@ -72,6 +90,17 @@ class Budget:
         if not isinstance(value, Namespace):
             self.size(value)
         return value
+
+
+def _items(value: Any) -> Iterable[Any] | None:
+    """What a container holds; None for what is none."""
+    if isinstance(value, dict):
+        return chain(value.keys(), value.values())
+    if isinstance(value, ItemsView):
+        return chain.from_iterable(value)
+    if isinstance(value, Cycler):
+        return value.items
+    return value if isinstance(value, list | tuple | KeysView | ValuesView) else None
 
 
 current: ContextVar[Budget] = ContextVar("budget of the rendering at work")

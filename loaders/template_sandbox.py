@@ -15,13 +15,12 @@ in Jinja's sandbox. Filters and methods that are not in the tables below are ref
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2 import filters, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined
@@ -30,21 +29,27 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from .template_budget import INTEGER_BITS, ITEM_COST, Budget, current
+from .template_filters import (
+    FILTERS,
+    formatting,
+    joined,
+    padding_cost,
+    percent_formatted,
+    pieces,
+    replaced,
+    stripping_cost,
+    text_of,
+)
 
-_INDENT_CHARACTERS = 64
 _TIME_PATTERN_CHARACTERS = 256
 
-_FILTERS = """
-    abs capitalize count d default dictsort e escape first float groupby int items last length list lower map max min
-    reject rejectattr reverse safe select selectattr sort title truncate unique upper wordcount
-"""
-_SPLITTING_FILTERS = frozenset({"groupby", "list", "sort", "title", "wordcount"})  # of a string: an item a character
-_LAZY_FILTERS = frozenset({"map", "reject", "rejectattr", "select", "selectattr", "unique"})
 _STRING_METHODS = """
-    capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier islower
-    isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind
-    rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+    capitalize casefold center count endswith expandtabs find index isalnum isalpha isascii isdecimal isdigit
+    isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix
+    removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title
+    upper zfill
 """
+_PADDING_METHODS = frozenset({"center", "expandtabs", "ljust", "rjust", "zfill"})
 _METHODS: dict[type, frozenset[str]] = {
     str: frozenset(_STRING_METHODS.split()),
     list: frozenset({"copy", "count", "index"}),
@@ -58,90 +63,6 @@ _METHODS: dict[type, frozenset[str]] = {
 
 class Refused(Exception):
     """The template called ``raise_exception``."""
-
-
-def _text(value: Any) -> str:
-    """``str(value)``, paid for."""
-    budget = current.get()
-    if not isinstance(value, str):
-        budget.spend(budget.size(value))
-        value = str(value)
-    return budget.pay(value)
-
-
-def _joined(separator: str, values: Iterable[Any]) -> str:
-    if isinstance(values, str):
-        current.get().spend(ITEM_COST * len(values))
-    texts = [_text(value) for value in values]
-    current.get().spend(sum(map(len, texts)) + len(separator) * len(texts))
-    return separator.join(texts)
-
-
-def _replaced(text: str, old: str, new: str, count: int | None = -1) -> str:
-    found = text.count(old)
-    count = -1 if count is None else count
-    current.get().spend(len(text) + len(new) * (found if count < 0 else min(found, count)))
-    return text.replace(old, new, count)
-
-
-def _stripping_cost(text: str, characters: Any) -> int:
-    """Each character of the text may be looked for among all that are stripped."""
-    return len(text) * len(characters) if isinstance(characters, str) else len(text)
-
-
-def _pieces(text: str, method: str, separator: Any) -> int:
-    """At most so many strings come out of one of the splitting methods."""
-    if method.endswith("partition"):
-        return 3
-    return text.count(separator) + 1 if separator and isinstance(separator, str) else len(text)
-
-
-@jinja2.pass_environment
-def _join_filter(environment: jinja2.Environment, value: Any, d: str = "", attribute: Any = None) -> str:
-    if attribute is not None:
-        value = map(filters.make_attrgetter(environment, attribute), value)
-    return _joined(_text(d), value)
-
-
-def _trim_filter(value: Any, chars: str | None = None) -> str:
-    text = _text(value)
-    current.get().spend(_stripping_cost(text, chars))
-    return text.strip(chars)
-
-
-def _replace_filter(s: Any, old: Any, new: Any, count: int | None = None) -> str:
-    return _replaced(_text(s), _text(old), _text(new), count)
-
-
-def _indent_filter(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    s, step = _text(s), width if isinstance(width, int) else len(width)
-    if step > _INDENT_CHARACTERS:
-        raise SecurityError(f"an indent of {step} is more than {_INDENT_CHARACTERS} characters")
-    current.get().spend(len(s) + (step + 1) * (1 + len(s.splitlines())))
-    return filters.do_indent(s, width, first, blank)
-
-
-def _tojson_filter(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as transformers writes it: no HTML escapes."""
-    step = indent if isinstance(indent, int) else len(indent or "")
-    if max(step, *map(len, separators or ("",))) > _INDENT_CHARACTERS:
-        raise SecurityError(f"indents and separators end at {_INDENT_CHARACTERS} characters")
-    budget = current.get()
-    budget.spend(budget.size(value) * (1 + max(map(len, separators or ("",)))))
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, check_circular=False
-    )
-    chunks = []
-    for chunk in encoder.iterencode(value):
-        budget.spend(len(chunk))
-        chunks.append(chunk)
-    return "".join(chunks)
 
 
 def _strftime_now(pattern: str) -> str:
@@ -212,18 +133,24 @@ class _Rewriter(NodeTransformer):
             return self._made(node)
         return self.generic_visit(node)
 
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:
+        if node.ctx == "load" and node.name in ("varargs", "kwargs"):  # containers that Jinja makes for a macro
+            return self._call(node, "made", [node])
+        return node
+
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
         return nodes.Const(node.data, lineno=node.lineno, environment=node.environment)
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks what transformers trains on; its body is rendered as it is."""
+    """``{% generation %}`` marks what transformers trains on; its body is rendered as it is, in a scope of its own."""
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=lineno)
 
 
 class BudgetedEnvironment(ImmutableSandboxedEnvironment):
@@ -237,11 +164,9 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             optimized=False,
             extensions=["jinja2.ext.loopcontrols", _GenerationTag],
-            finalize=jinja2.pass_context(lambda context, value: _text(value)),
+            finalize=jinja2.pass_context(lambda context, value: text_of(value)),
         )
-        self.filters = {name: _paid(name, self.filters[name]) for name in _FILTERS.split()}
-        self.filters.update(join=_join_filter, replace=_replace_filter, indent=_indent_filter, tojson=_tojson_filter)
-        self.filters.update(string=_text, trim=_trim_filter)
+        self.filters = FILTERS
         del self.globals["lipsum"]
         self.globals.update(dict=_dict, namespace=_Namespace)
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
@@ -271,7 +196,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concatenate(*values: Any) -> str:
-        return _joined("", values)
+        return joined("", values)
 
     # Jinja's hooks.
 
@@ -281,7 +206,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         budget = current.get()
         if operator == "%" and isinstance(left, str):
-            raise SecurityError("strings are not formatted with % here; join them with ~")
+            return budget.pay(percent_formatted(left, right))
         if operator == "**" and not _small_power(left, right):
             raise SecurityError(f"{left!r} ** {right!r} is out of range")
         if operator == "*":
@@ -296,15 +221,16 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         budget.spend(ITEM_COST)
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str):
-            if name == "join":
-                return _joined(text, *args)
-            if name == "replace":
-                return _replaced(text, *args, **kwargs)
+            if name in ("join", "replace"):  # what Jinja tells its own functions of the place of the call is not theirs
+                own = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
+                return (joined if name == "join" else replaced)(text, *args, **own)
             budget.spend(len(text))
             if "strip" in name and args:
-                budget.spend(_stripping_cost(text, args[0]))
+                budget.spend(stripping_cost(text, args[0]))
+            if name in _PADDING_METHODS:
+                budget.spend(padding_cost(text, name, args[0] if args else kwargs.get("tabsize", 8)))
             if "split" in name or "partition" in name:
-                budget.spend(ITEM_COST * _pieces(text, name, args[0] if args else kwargs.get("sep")))
+                budget.spend(ITEM_COST * pieces(text, name, args[0] if args else kwargs.get("sep")))
         return budget.pay(super().call(__context, __obj, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -313,8 +239,8 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
                 return attr in methods
         return super().is_safe_attribute(obj, attr, value)
 
-    def wrap_str_format(self, value: Any) -> None:
-        return None  # str.format is no method of the table
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        return formatting(self, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__!r} is not open to templates")
@@ -324,27 +250,6 @@ def _small_power(base: Any, exponent: Any) -> bool:
     if isinstance(base, int) and isinstance(exponent, int):
         return abs(exponent) * base.bit_length() <= INTEGER_BITS
     return isinstance(base, int | float) and isinstance(exponent, int | float)
-
-
-def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, its result paid for; and what a lazy one takes, item by item, for its result is made elsewhere."""
-    value_at = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-    @functools.wraps(function)
-    def paid(*args: Any, **kwargs: Any) -> Any:
-        if name in _LAZY_FILTERS and args[value_at]:
-            args = (*args[:value_at], _ticking(args[value_at]), *args[value_at + 1 :])
-        if name in _SPLITTING_FILTERS:
-            current.get().spend(ITEM_COST * max((len(arg) for arg in args if isinstance(arg, str)), default=0))
-        return current.get().pay(function(*args, **kwargs))
-
-    return paid
-
-
-def _ticking(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        current.get().spend(ITEM_COST)
-        yield value
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .chat_template import ChatTemplate, ChatTemplateError
+from .chat_template import DEFAULT, ChatTemplates
 from .detokenizer import Piece, StreamDecoder
 from .token_types import MATCHED_WHOLE, TokenType
 from .tokenizer_gguf import MODELS, GGUFText
@@ -47,6 +47,7 @@ class Tokenizer:
         eos_ids: every id that ends generation.
         add_bos, add_eos: what ``encode`` adds.
         add_space_prefix: whether a text is encoded with a space before it.
+        chat_templates: name -> Jinja source; the one without a name is "default".
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Tokenizer:
         *,
         add_bos: bool,
         add_eos: bool,
-        chat_template: str | None,
+        chat_templates: Mapping[str, str],
     ):
         self._vocabulary = vocabulary
         self._text_model = text_model
@@ -70,7 +71,8 @@ class Tokenizer:
         self._bos = _addition("bos", add_bos, self.bos_id)
         self._eos = _addition("eos", add_eos, self.eos_id)
         self._pieces: dict[int, Piece] = {}
-        self._chat_template = None if chat_template is None else ChatTemplate(chat_template)
+        self._chat_templates = ChatTemplates(chat_templates)
+        self.chat_templates = self._chat_templates.sources
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> Tokenizer:
@@ -89,7 +91,7 @@ class Tokenizer:
             text_model,
             add_bos=read_flag(metadata, "tokenizer.ggml.add_bos_token", text_model.add_bos),
             add_eos=read_flag(metadata, "tokenizer.ggml.add_eos_token", False),
-            chat_template=read_string(metadata, "tokenizer.chat_template"),
+            chat_templates=_gguf_templates(metadata),
         )
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
@@ -160,32 +162,39 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The file's chat template, Jinja source; None where it carries none."""
-        return None if self._chat_template is None else self._chat_template.source
+        """The file's default chat template, Jinja source; None where it carries none."""
+        return self.chat_templates.get(DEFAULT)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> str:
-        """The prompt that the model was trained to see for a conversation.
+        """The prompt that the model was trained to see for a conversation, as transformers renders it.
 
         Args:
-            messages: dictionaries with "role" and "content".
+            messages: dictionaries with "role" and "content"; content is text, or a list of parts such as
+                {"type": "text", "text": ...} for a template that takes them.
+            chat_template: name of the template; None takes "tool_use" where there is one and tools are given, else
+                "default".
             add_generation_prompt: end with the opening of the assistant's turn.
-            variables: whatever else the template knows, such as ``enable_thinking`` or ``tools``.
+            variables: whatever else the template knows, such as ``tools``, ``documents`` or ``enable_thinking``. A
+                warning names those that it does not use.
 
         Raises:
-            ChatTemplateError: there is no template, it refuses the messages, or it breaks the sandbox or its bounds.
+            ChatTemplateError: there is no template, messages or variables are of another type than they must be, the
+                template refuses them, or it breaks the sandbox or its bounds.
         """
-        if self._chat_template is None:
-            raise ChatTemplateError(
-                "tokenizer.chat_template is missing",
-                rule="a conversation needs the template that the model was trained with",
-                remedy="Give a plain prompt, or use a chat or instruct version of the model",
-            )
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id, "pad_token": self.pad_id}
         tokens = {name: self.tokens[token_id] for name, token_id in named.items() if token_id is not None}
-        return self._chat_template.render(
-            messages, **{**tokens, "add_generation_prompt": add_generation_prompt, **variables}
+        return self._chat_templates.render(
+            messages,
+            name=chat_template,
+            standard={**tokens, "add_generation_prompt": add_generation_prompt},
+            variables=variables,
         )
 
     def encode_chat(
@@ -206,6 +215,17 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer(model={self._vocabulary.model!r}, vocab_size={self.vocab_size})"
+
+
+def _gguf_templates(metadata: Metadata) -> dict[str, str]:
+    """`tokenizer.chat_template` and, by their names, `tokenizer.chat_template.NAME`."""
+    key = "tokenizer.chat_template"
+    named = {name: read_string(metadata, name) for name in metadata if name == key or name.startswith(f"{key}.")}
+    return {
+        name.removeprefix(f"{key}.") if name != key else DEFAULT: source
+        for name, source in named.items()
+        if source is not None
+    }
 
 
 def _addition(name: str, added: bool, token_id: int | None) -> list[int]:

@@ -56,5 +56,5 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         text_model,
         add_bos=text_model.add_bos if settings.add_bos is None else settings.add_bos,
         add_eos=bool(settings.add_eos),
-        chat_template=settings.chat_template,
+        chat_templates=settings.chat_templates,
     )

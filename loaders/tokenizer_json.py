@@ -76,7 +76,7 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
     text_model = JsonText(library, vocabulary, spelling)
     text_model.refuse_spelled_controls(path)
     return Tokenizer(
-        vocabulary, text_model, add_bos=bool(before), add_eos=bool(after), chat_template=settings.chat_template
+        vocabulary, text_model, add_bos=bool(before), add_eos=bool(after), chat_templates=settings.chat_templates
     )
 
 

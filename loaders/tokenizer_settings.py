@@ -6,6 +6,7 @@
 | special_tokens_map.json | special tokens that tokenizer_config.json does not name |
 | added_tokens.json | tokens added to the vocabulary, where tokenizer_config.json has none |
 | chat_template.jinja | the chat template; goes before tokenizer_config.json's |
+| additional_chat_templates/NAME.jinja | chat templates by their names |
 | generation_config.json | every id that ends generation; config.json's where it names none |
 | config.json | BOS where no other file names it |
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .chat_template import DEFAULT
 from .hf_config import FAMILIES
 from .hf_json import read_json_if_there
 from .vocabulary import TokenizerError
@@ -52,7 +54,7 @@ class TokenizerSettings:
         add_bos, add_eos: None where tokenizer_config.json does not say.
         bos_id: config.json's.
         eos_ids: every id that ends generation.
-        chat_template: Jinja source.
+        chat_templates: name -> Jinja source; the one without a name is "default".
         arch: GGUF's name of the model's architecture; "" where it is unknown.
     """
 
@@ -63,7 +65,7 @@ class TokenizerSettings:
     add_eos: bool | None
     bos_id: int | None
     eos_ids: frozenset[int]
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
     arch: str
 
     @classmethod
@@ -92,7 +94,7 @@ class TokenizerSettings:
                 _ids(ends, generation, "eos_token_id")
                 or _ids(model.get("eos_token_id"), folder / "config.json", "eos_token_id")
             ),
-            chat_template=_chat_template(own, folder),
+            chat_templates=_chat_templates(own, folder),
             arch=family.architecture if family else "",
         )
 
@@ -179,28 +181,35 @@ def _ids(value: Any, path: Path, key: str) -> list[int]:
     return ids
 
 
-def _chat_template(own: Mapping[str, Any], folder: Path) -> str | None:
-    """chat_template.jinja; else the string, or of a list of named ones the default."""
-    file, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            refuse(file, str(error), "it is text in UTF-8")
+def _chat_templates(own: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The files' templates; without a chat_template.jinja, tokenizer_config.json's too: a string, or a named list."""
+    files = {DEFAULT: folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    templates = {name: _template_text(file) for name, file in files.items() if file.is_file()}
+    if DEFAULT in templates:
+        return templates
     found = own.get("chat_template")
-    if found is None or isinstance(found, str):
-        return found
-    entries = found if isinstance(found, list) else []
-    templates = {str(entry.get("name")): entry.get("template") for entry in entries if isinstance(entry, dict)}
-    if not isinstance(templates.get("default"), str):
-        names = ", ".join(map(repr, templates)) or "none"
+    if isinstance(found, str):
+        return {DEFAULT: found, **templates}
+    entries = [] if found is None else found
+    fields = ("name", "template")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(field), str) for field in fields) for entry in entries
+    ):
         refuse(
-            path,
-            f"chat_template has no 'default' (its names: {names})",
-            "it is a string, or a list of objects with name and template, one of them named default",
+            folder / "tokenizer_config.json",
+            f"chat_template = {found!r:.80}",
+            "it is a string, or a list of objects with name and template",
             "Write the template to use into chat_template.jinja",
         )
-    return templates["default"]
+    return {entry["name"]: entry["template"] for entry in entries} | templates
+
+
+def _template_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        refuse(file, str(error), "it is text in UTF-8")
 
 
 def refuse(path: Path, found: str, rule: str, remedy: str = REDOWNLOAD) -> NoReturn:

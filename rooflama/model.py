@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -170,12 +171,33 @@ class Model:
         run, (text_stream,) = self._start([prompt], max_new_tokens, params, stop)
         return Stream(run, text_stream)
 
-    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Generation:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **options: Any,
+    ) -> Generation:
         """Answer a conversation: a list of {"role": ..., "content": ...}, through the model's own chat template.
 
-        Takes ``generate``'s options.
+        Args:
+            messages: as ``Tokenizer.apply_chat_template`` takes them.
+            tools: JSON schemas of functions that the model may ask to be called.
+            add_generation_prompt: open the assistant's turn; False continues what the last message leaves open.
+            options: ``generate``'s go to ``generate``; every other one is a variable of the template, such as
+                ``enable_thinking=False``. A warning names those that neither uses.
+
+        Raises:
+            ChatTemplateError: there is no template, or it does not take the messages.
         """
-        return self.generate(self.tokenizer.encode_chat(messages), **options)  # type: ignore[return-value]
+        known = inspect.signature(self.generate).parameters.keys() - {"prompt"}
+        variables = {name: value for name, value in options.items() if name not in known}
+        ids = self.tokenizer.encode_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+        options = {name: value for name, value in options.items() if name in known}
+        return self.generate(ids, **options)  # type: ignore[return-value]
 
     def _start(
         self, prompts: Sequence[Prompt], max_new_tokens: int, params: SamplingParams, stop: str | Sequence[str]

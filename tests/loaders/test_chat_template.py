@@ -100,6 +100,81 @@ def test_renders_as_transformers_does(name, messages, add_generation_prompt, wit
     assert ChatTemplate(TEMPLATES[name]).render(messages, **options) == expected[0]
 
 
+# A call in each place where Jinja tells the called function where it is: a loop, a macro, a block, a set block, a call.
+PLACES = {
+    "plain": "{}",
+    "loop": "{{% for x in [1, 2] %}}{}{{% endfor %}}",
+    "set in a loop": "{{% for x in [1, 2] %}}{{% set y = x %}}{}{{% endfor %}}",
+    "macro": "{{% macro m(x) %}}{}{{% endmacro %}}{{{{ m(1) }}}}",
+    "loop in a macro": "{{% macro m(x) %}}{{% for y in [x] %}}{}{{% endfor %}}{{% endmacro %}}{{{{ m(1) }}}}",
+    "block": "{{% block b %}}{{% set x = 1 %}}{}{{% endblock %}}{{{{ self.b() }}}}",
+    "loop in a block": "{{% block b %}}{{% for x in [1] %}}{}{{% endfor %}}{{% endblock %}}",
+    "set block": "{{% set s %}}{}{{% endset %}}{{{{ s }}}}",
+    "call block": "{{% macro m() %}}{{{{ caller(1) }}}}{{% endmacro %}}{{% call(x) m() %}}{}{{% endcall %}}",
+    "call block in a loop": "{{% macro m() %}}{{{{ caller() }}}}{{% endmacro %}}{{% for x in [1] %}}{{% call m() %}}{}"
+    "{{% endcall %}}{{% endfor %}}",
+    "generation": "{{% for x in [1] %}}{{% generation %}}{}{{% endgeneration %}}{{% endfor %}}",
+}
+CALLS = """{{ 'a-b'.replace('-', '+') }}{{ 'a-b-c'.replace('-', '+', 1) }}{{ ','.join(['a', 'b']) }}
+{{ 'a,b'.split(',') }}{{ 'a b'.split() }}{{ 'a b c'.split(' ', 1) }}{{ 'a,b,c'.rsplit(',', maxsplit=1) }}
+{{ ' a '.strip() }}{{ 'xay'.strip('xy') }}{{ '//a'.lstrip('/') }}{{ 'a\n'.rstrip('\n') }}{{ 'ab'.startswith('a') }}
+{{ 'ab'.endswith(('x', 'b')) }}{{ 'ab cd'.title() }}{{ 'ab'.upper() }}{{ 'AB'.lower() }}{{ 'ab'.capitalize() }}
+{{ {'a': 1}.get('b', 2) }}{{ {'a': 1}.items()|list }}{{ {'a': 1}.keys()|list }}{{ {'a': 1}.values()|list }}
+{{ [1, 2, 1].index(2) }}{{ [1, 2, 1].count(1) }}{{ 'abcb'.find('b') }}{{ 'abcb'.rfind('b') }}{{ 'abcb'.count('b') }}
+{{ 'a {} {b} {0[c]}'.format({'c': 1}, b=2)|replace('{} ', '') if false else '{} {b}'.format(1, b=[2]) }}
+{{ '{0[c]:>4}|{0!r}'.format({'c': 1}) }}{{ '{x:{w}.2f}'.format(x=1.5, w=8) }}{{ '{a}'.format_map({'a': none}) }}
+{{ 'a'.center(5) }}|{{ 'a'.ljust(3) }}|{{ 'a'.rjust(3) }}|{{ '7'.zfill(3) }}|{{ 'a\tb'.expandtabs(4) }}
+{{ '%s %5.1f %%' % ('a', 1.25) }}{{ '%(a)03d' % {'a': 5} }}{{ '%s' % [1] }}{{ 'a\nb'.splitlines() }}
+{{ 'a=b'.partition('=') }}{{ 'ab'.removeprefix('a') }}{{ namespace(a=1).a }}{{ dict(a=1) }}{{ range(3)|list }}
+{{ cycler(1, 2).next() }}{{ joiner(',')() }}"""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_call_gives_the_same_wherever_it_stands(place):
+    source = PLACES[place].format(CALLS)
+    expected, _ = render_jinja_template([[]], chat_template=source)
+    assert "a+b" in expected[0]
+    assert ChatTemplate(source).render([]) == expected[0]
+
+
+FILTERS = """{% set n = [3, 1, 2, 1] %}{% set w = ['b', 'A', 'c'] %}{% set d = {'b': 1, 'a': 2} %}
+{{ n|sort }}{{ n|sort(reverse=true) }}{{ w|sort }}{{ w|sort(case_sensitive=true) }}{{ n|unique|list }}{{ n|sum }}
+{{ n|first }}{{ n|last }}{{ n|length }}{{ n|count }}{{ n|min }}{{ n|max }}{{ n|reverse|list }}{{ 'abc'|reverse }}
+{{ n|batch(3)|list }}{{ n|batch(3, 0)|list }}{{ n|slice(3)|list }}{{ n|slice(3, 'x')|list }}{{ n|join(', ') }}
+{{ messages|sum(attribute='n', start=1) }}{{ [[1], [2]]|sum(start=[]) }}{{ messages|join('/', attribute='role') }}
+{{ messages|map(attribute='role')|list }}{{ messages|map(attribute='no', default='-')|list }}{{ w|map('upper')|join }}
+{{ messages|selectattr('role', 'in', ['user'])|list|length }}{{ messages|rejectattr('tools')|list|length }}
+{{ messages|selectattr('tools', 'defined')|list|length }}{{ n|select('odd')|list }}{{ n|reject('gt', 1)|list }}
+{{ d|dictsort }}{{ d|dictsort(by='value') }}{{ d|items|list }}{{ d|list }}{{ d|tojson }}{{ d|tojson(indent=4) }}
+{{ d|tojson(separators=(',', ':'), sort_keys=true) }}{{ 'é<&>"'|tojson }}{{ 'é'|tojson(ensure_ascii=true) }}
+{{ no|default('x') }}{{ ''|default('x', true) }}{{ no|d('x') }}{{ '7'|int + 1 }}{{ 'x'|int(5) }}{{ '1.5'|float }}
+{{ 2.345|round(2) }}{{ 2.5|round }}{{ 2.1|round(0, 'ceil')|int }}{{ -3|abs }}{{ 5|string ~ 'a' }}{{ 'a<b'|e }}
+{{ 'a'|safe }}{{ ' a '|trim }}{{ 'xax'|trim('x') }}{{ 'a b'|title }}{{ 'a'|upper }}{{ 'A'|lower }}{{ 'ab'|capitalize }}
+{{ 'a b a'|replace('a', 'c') }}{{ 'a b a'|replace('a', 'c', 1) }}{{ 'a\nb'|indent }}{{ 'a\nb'|indent(2, first=true) }}
+{{ 'a\n\nb'|indent('> ', blank=true) }}{{ 'a b'|wordcount }}{{ 'a'|center(5) }}|{{ '%s-%s'|format(1, 'b') }}
+{{ '%(a)s'|format(a=1) }}{{ 'long words here'|truncate(9) }}{{ 2048|filesizeformat }}{{ d|attr('items') is callable }}
+{% for role, group in messages|groupby('role') %}{{ role }}:{{ group|length }}{% endfor %}{{ 'a<'|forceescape }}
+{{ messages[1:]|length }}{{ messages[::-1][0].role }}{{ messages[-1]['role'] }}{{ 'abc'[:-1] }}{{ messages[:2]|length }}
+{{ '%s' % messages|length }}{{ 'a' in 'abc' }}{{ 3 is divisibleby 3 }}{{ d is mapping }}{{ 'a' is string }}
+{{ none is none }}{{ [] is iterable }}{{ [] is sequence }}{{ 1 is number }}{{ true is boolean }}{{ 1 is integer }}
+{{ 1.0 is float }}{{ no is undefined }}{{ false is false }}{{ 'a' is eq('a') }}{{ 1 is sameas(1) }}
+{{ 'a'|length is odd }}
+{% for m in messages %}{{ loop.previtem.role if loop.previtem is defined }}{{ loop.nextitem is defined }}
+{{ loop.cycle(1, 2) }}
+{{- loop.revindex }}{{ loop.changed(m.role) }}{{ loop.length }}{{ loop.last }}{% else %}none{% endfor %}
+{%- for x in n recursive %}{{ x }}{{ loop([]) }}{% endfor %}{% filter upper %}a{{ 'b' }}{% endfilter %}
+{% with a = 1, b = 2 %}{{ a + b }}{% endwith %}{% set a, b = 1, 2 %}{{ a // b }}{{ 7 / 2 }}{{ -a }}{{ not a }}
+{% macro m(a, b='x') %}{{ a }}{{ b }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m(1) }}{{ m(1, 2, 3, c=4) }}
+{% generation %}{% set inner = 1 %}{{ inner }}{% endgeneration %}{{ inner is defined }}{% raw %}{{ x }}{% endraw %}
+{# comment #}{% for x in n if x > 1 %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}{{ (1, 2)|list }}"""
+
+
+def test_filters_tests_and_statements_give_what_transformers_gives():
+    messages = [{"role": "user", "content": "a", "n": 1}, {"role": "assistant", "content": "b", "n": 2, "tools": [1]}]
+    expected, _ = render_jinja_template([messages], chat_template=FILTERS)
+    assert ChatTemplate(FILTERS).render(messages) == expected[0]
+
+
 @pytest.mark.demo_checkpoint
 def test_smollm2_chat():
     with read_gguf(demo_checkpoint()) as file:
@@ -140,7 +215,7 @@ def test_missing_template():
     [
         (LLAMA2, "refuses the messages: Conversation roles must alternate"),
         ("{% if %}", "line 1: Expected an expression"),
-        ("line\n{{ 'a'|center(9) }}", "line 2: No filter named 'center'"),
+        ("line\n{{ 'a'|pprint }}", "line 2: No filter named 'pprint'"),
         ("{{ messages[0].content.text.more }}", "failed with UndefinedError"),
         ("{{ messages[0].content + 1 }}", "failed with TypeError"),
         ("{% include 'other' %}", "failed with TypeError: no loader"),
@@ -166,6 +241,18 @@ ESCAPES = [
     "{{ messages[0].update(a=1) }}",
     "{% set ns = namespace() %}{% set ns.__html__ = cycler %}{{ ns|escape }}",
     "{{ namespace(**{'__call__': 1}) }}",
+    "{{ ''|attr('__class__') }}",
+    "{{ ['']|map('attr', '__class__')|list }}",
+    "{{ '{0[0].__class__}'.format([1]) }}",
+    "{{ '{a.__class__}'.format(a='') }}",
+    "{{ '{a.__class__}'.format_map({'a': ''}) }}",
+    "{{ '{:{0.__class__}}'.format(1) }}",
+    "{{ ['{0.__class__}']|map(attribute='format')|first }}{{ '{0.__init__}'.format(cycler) }}",
+    "{% set f = '{0.append}'.format %}{{ f(messages) }}",
+    "{{ ''.format.__globals__ }}",
+    "{{ messages|sum(attribute='__class__') }}",
+    "{% macro m() %}{{ caller._func.__globals__ }}{% endmacro %}{% call m() %}{% endcall %}",
+    "{% for m in messages %}{{ loop.__init__ }}{% endfor %}",
 ]
 
 
@@ -227,8 +314,56 @@ BOMBS = {
         TOO_MUCH,
     ),
     "unpacked": ("{{ dict(*('€' * 3000000)) }}", "a string is not unpacked"),
-    "format width": ("{{ '%1000000000d' % 1 }}", "strings are not formatted with %"),
-    "method width": ("{{ 'a'.ljust(1000000000) }}", "attribute 'ljust' of 'str' is not open"),
+    "percent width": ("{{ '%100000000d' % 1 }}", TOO_MUCH),
+    "percent places": ("{{ '%.99999999f' % 1 }}", TOO_MUCH),
+    "percent digits": ("{{ '%09999999999d' % 1 }}", "a number in a format ends at 9 digits"),
+    "percent width as argument": ("{{ '%*d' % (1000000000, 1) }}", "widths written as numbers"),
+    "percent key in parentheses": ("{{ '%(a(b)c)1000000000d' % {'a(b)c': 1} }}", "without parentheses in them"),
+    "percent again and again": ("{{ ('%(a)s' * 99999) % {'a': 'x' * 99999} }}", TOO_MUCH),
+    "percent of characters spelled out": ("{{ '%a' % ('\U0001f642' * 999999) }}" * 9, TOO_MUCH),
+    "format filter": ("{{ '%1$s %999999999s'|format('a') }}", "widths written as numbers"),
+    "format filter width": ("{{ '%999999999s'|format('a') }}", TOO_MUCH),
+    "format width": ("{{ '{:999999999}'.format(1) }}", TOO_MUCH),
+    "format width in other digits": ("{{ '{:\u0669\u0669\u0669\u0669\u0669\u0669\u0669\u0669}'.format(1) }}", TOO_MUCH),
+    "format places": ("{{ '{:.999999999f}'.format(1) }}", TOO_MUCH),
+    "format width as argument": ("{{ '{:{}}'.format(1, 999999999) }}", TOO_MUCH),
+    "format again and again": ("{{ ('{0}' * 99999).format('x' * 99999) }}", TOO_MUCH),
+    "format spelled out": ("{{ ('{0!a}' * 9).format('\U0001f642' * 999999) }}", TOO_MUCH),
+    "format_map": ("{{ ('{a}' * 99999).format_map({'a': 'x' * 99999}) }}", TOO_MUCH),
+    "mapped formats": ("{{ (['%999999s'] * 999)|map('format', 1)|join }}", TOO_MUCH),
+    "center filter": ("{{ 'a'|center(999999999) }}", TOO_MUCH),
+    "padding methods": (
+        "{% for i in range(9) %}{{ 'a'.ljust(999999)|length + 'a'.zfill(999999)|length }}{% endfor %}",
+        TOO_MUCH,
+    ),
+    "tabs": ("{{ '\t\t'.expandtabs(99999999) }}", TOO_MUCH),
+    "tabs by name": ("{{ '\t\t'.expandtabs(tabsize=99999999) }}", TOO_MUCH),
+    "batch filled": ("{{ [1]|batch(99999999, 0)|list }}", TOO_MUCH),
+    "slices": ("{{ [1]|slice(99999999)|list }}", TOO_MUCH),
+    "sum of lists": ("{{ ([[1] * 999] * 999)|sum(start=[])|length }}", TOO_LARGE),
+    "round": ("{{ 1.5|round(99999999, 'ceil') }}", "rounding ends at 300 places"),
+    "doubled item views": (DOUBLE.format(start="{}", step="{'a': ns.x.items(), 'b': ns.x.items()}"), TOO_LARGE),
+    "doubled value views": (DOUBLE.format(start="{}", step="{'a': ns.x.values(), 'b': ns.x.values()}"), TOO_LARGE),
+    "doubled cyclers": (DOUBLE.format(start="()", step="cycler(ns.x, ns.x).items"), TOO_LARGE),
+    "doubled by a macro": (
+        "{% macro f() %}{% set ns.x = varargs %}{% endmacro %}{% set ns = namespace(x=()) %}"
+        "{% for i in range(99) %}{{ f(ns.x, ns.x) }}{% endfor %}{{ {ns.x: 1} }}",
+        TOO_LARGE,
+    ),
+    "doubled by a macro's names": (
+        "{% macro f() %}{% set ns.x = kwargs %}{% endmacro %}{% set ns = namespace(x={}) %}"
+        "{% for i in range(99) %}{{ f(a=ns.x, b=ns.x) }}{% endfor %}{{ ns.x == ns.x.copy() }}",
+        TOO_LARGE,
+    ),
+    "deep tuples": (  # Python overflows its stack when it hashes one of 100,000
+        "{% set ns = namespace(x=()) %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}{{ {ns.x: 1} }}",
+        "nest 256 deep at most",
+    ),
+    "recursion through a block's caller": (
+        "{% macro f() %}{% call f() %}{{ caller() }}{% endcall %}{% endmacro %}{% call f() %}{% endcall %}",
+        "RecursionError",
+    ),
+    "recursive loop": ("{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}", "RecursionError"),
     "number bytes": ("{{ (1).to_bytes(1000000000, 'big') }}", "attribute 'to_bytes' of 'int' is not open"),
     "long text": ("{{ 'a b' * 30000 }}", "its text has 90,000 characters"),
     "indent": ("{{ 'a\\n'|indent(1000000000, true) }}", "an indent of 1000000000 is more than 64"),

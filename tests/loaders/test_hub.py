@@ -20,6 +20,7 @@ EXTRAS = {
     "consolidated.safetensors": b"another layout",
     "original/model.safetensors": b"another layout",
     "original/params.json": b"{}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools|length }}",
     "README.md": b"",
 }
 
@@ -60,10 +61,10 @@ def test_a_folder_comes_without_other_formats_and_opens_again_offline(hub, offli
         assert checkpoint.name == checkpoint.metadata["general.name"] == "folder"
         assert checkpoint.read_tokenizer().vocab_size == 403
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    wanted |= {"tokenizer_config.json", "chat_template.jinja"}
+    wanted |= {"tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
     assert hub.downloaded() == wanted
     (path, name) = fetch("hf:owner/folder")
-    assert (name, {file.name for file in path.iterdir()}) == ("folder", wanted)
+    assert (name, set(files_of(path))) == ("folder", wanted)
     assert (path / "model.safetensors").read_bytes() == files[0]["model.safetensors"]
     offline()
     hub.requests.clear()

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from assertions import within_seconds
 from rooflama import demo_checkpoint
+from rooflama.loaders.chat_template import ChatTemplateError
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.opening import locate
 from rooflama.loaders.tokenizer import Tokenizer
@@ -207,6 +208,22 @@ def test_a_chat_begins_with_one_bos_at_most(template, adds_bos):
     assert ids == [tokenizer.bos_id] * begun + tokenizer.encode(
         "the roof<|end|>", add_special=False, parse_special=True
     )
+
+
+def test_named_chat_templates():
+    key, messages = "tokenizer.chat_template", [{"role": "user", "content": "the roof"}]
+    named = {f"{key}.tool_use": "{{ tools|length }} tool", f"{key}s": ["tool_use"]}
+    tokenizer = Tokenizer.from_metadata(bpe_with_special() | named | {key: "plain"})
+    assert tokenizer.chat_templates == {"default": "plain", "tool_use": "{{ tools|length }} tool"}
+    assert tokenizer.apply_chat_template(messages) == tokenizer.chat_template == "plain"
+    assert tokenizer.apply_chat_template(messages, tools=[{}]) == "1 tool"
+    alone = Tokenizer.from_metadata(bpe_with_special() | named)
+    assert alone.chat_template is None
+    assert alone.apply_chat_template(messages, tools=[{}]) == "1 tool"
+    with pytest.raises(ChatTemplateError, match="no chat template named 'default': the names here are 'tool_use'"):
+        alone.apply_chat_template(messages)
+    with pytest.raises(TokenizerError, match=r"tokenizer.chat_template.tool_use is a int: it must be a string"):
+        Tokenizer.from_metadata(bpe_with_special() | {f"{key}.tool_use": 5})
 
 
 @pytest.mark.parametrize("bad", ["\ud800", "ok \udfff"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from rooflama import RooflamaError
+from rooflama.loaders.chat_template import ChatTemplateError
 from rooflama.loaders.tokenizer import TokenizerError
 from rooflama.loaders.tokenizer_bpe import panics_as_errors
 from rooflama.loaders.tokenizer_folder import read_folder_tokenizer
@@ -201,6 +202,54 @@ def test_chat_template_forms(form, folder):
     assert ours.encode_chat(messages) == theirs.apply_chat_template(messages, return_dict=False)
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}]
+
+
+def as_a_list(folder, templates):
+    entries = [{"name": name, "template": template} for name, template in templates.items()]
+    change(folder, "tokenizer_config.json", chat_template=entries)
+
+
+def as_files(folder, templates):
+    change(folder, "tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "older"}])
+    (folder / "additional_chat_templates").mkdir()
+    for name, template in templates.items():
+        file = "chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja"
+        (folder / file).write_text(template)
+
+
+@pytest.mark.parametrize("write", [as_a_list, as_files])
+@pytest.mark.parametrize("names", [["default", "tool_use", "rag"], ["tool_use", "rag"], ["default", "rag"]])
+def test_named_chat_templates_are_chosen_as_transformers_chooses(names, write, folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    write(folder, {name: f"{name}: {{{{ tools|length if tools else 0 }}}}" for name in names})
+    ours, theirs = read_folder_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "the roof"}]
+    for tools in (None, [], TOOLS):
+        try:
+            wanted = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        except ValueError:
+            with pytest.raises(ChatTemplateError, match=r"no chat template named 'default': the names here are 'rag'"):
+                ours.apply_chat_template(messages, tools=tools)
+        else:
+            assert ours.apply_chat_template(messages, tools=tools) == wanted
+            assert ours.decode(ours.encode_chat(messages, tools=tools)).endswith(wanted)
+    assert ours.apply_chat_template(messages, chat_template="rag", tools=TOOLS) == "rag: 1"
+    with pytest.raises(ChatTemplateError, match="there is no chat template named 'rga'"):
+        ours.apply_chat_template(messages, chat_template="rga")
+
+
+def test_a_template_beside_the_one_of_tokenizer_config(folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    change(folder, "tokenizer_config.json", chat_template="plain")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools|length }} tool")
+    ours = read_folder_tokenizer(folder)
+    messages = [{"role": "user", "content": "the roof"}]
+    assert ours.apply_chat_template(messages) == ours.chat_template == "plain"
+    assert ours.apply_chat_template(messages, tools=TOOLS) == "1 tool"
+
+
 def test_tokens_that_only_tokenizer_config_adds_are_added(folder):
     size = read_folder_tokenizer(folder).vocab_size
     added = {str(size): {"content": "<new>", "special": True}, str(size + 1): {"content": "<tag>", "special": False}}
@@ -266,9 +315,9 @@ def word_as_control(content):
         (lambda f: change(f, "tokenizer_config.json", pad_token="\ud800"), r"pad_token = '\ud800'"),
         (lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"x": {}}),
          "added_tokens_decoder['x'] = {}"),
-        (lambda f: change(f, "tokenizer_config.json", chat_template=[{"name": "rag", "template": ""}]),
-         "chat_template has no 'default' (its names: 'rag')"),
-        (lambda f: change(f, "tokenizer_config.json", chat_template=3), "chat_template has no 'default'"),
+        (lambda f: change(f, "tokenizer_config.json", chat_template=[{"name": "rag"}]),
+         "chat_template = [{'name': 'rag'}]: it is a string, or a list of objects with name and template"),
+        (lambda f: change(f, "tokenizer_config.json", chat_template=3), "chat_template = 3: it is a string"),
         (lambda f: change(f, "generation_config.json", eos_token_id=[1, 9999]), "and id 9999 in another file"),
         (lambda f: change(f, "generation_config.json", eos_token_id="</s>"), "eos_token_id = '</s>'"),
         (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "it is text in UTF-8"),
