@@ -175,7 +175,7 @@ def _batch_filter(value: Any, linecount: int, fill_with: Any = None) -> list[Any
 
 def _slice_filter(value: Any, slices: int, fill_with: Any = None) -> list[Any]:
     current.get().spend(ITEM_COST * slices if isinstance(slices, int) else 0)
-    return current.get().pay(list(filters.sync_do_slice(_ticking(value), slices, fill_with)))
+    return current.get().pay(list(filters.sync_do_slice(list(_ticking(value)), slices, fill_with)))
 
 
 def _round_filter(value: float, precision: int = 0, method: Any = "common") -> float:

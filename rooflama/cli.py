@@ -16,6 +16,7 @@ from rich.markup import escape
 from rooflama.kernels import RooflamaError
 
 from .cli_support import ModelSource, register
+from .cli_template import TemplateVariables, ToolsFile, template_variables
 
 app = typer.Typer(
     help="Llama-family models on Triton kernels.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -62,16 +63,27 @@ def run(
     kv_dtype: KvDtype = "auto",
     max_context: MaxContext = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt through the model's chat template")] = False,
+    variables: TemplateVariables = [],  # noqa: B006  # typer makes a new list
+    tools: ToolsFile = None,
 ) -> None:
     """Continue PROMPT, streaming the text to standard output."""
     _answer(
-        model, prompt, chat=chat, max_new_tokens=max_new_tokens,
+        model, prompt, chat=chat, variables=template_variables(variables, tools, chat=chat),
+        max_new_tokens=max_new_tokens,
         load_options={"device": device, "dtype": dtype, "kv_dtype": kv_dtype, "max_context": max_context},
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
     )  # fmt: skip
 
 
-def _answer(source: str, prompt: str, *, chat: bool, load_options: dict | None = None, **options: object) -> None:
+def _answer(
+    source: str,
+    prompt: str,
+    *,
+    chat: bool,
+    variables: dict | None = None,
+    load_options: dict | None = None,
+    **options: object,
+) -> None:
     import time
 
     import rooflama
@@ -81,7 +93,7 @@ def _answer(source: str, prompt: str, *, chat: bool, load_options: dict | None =
         loaded = time.perf_counter()
         ids: str | list[int] = prompt
         if chat:
-            ids = model.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+            ids = model.tokenizer.encode_chat([{"role": "user", "content": prompt}], **(variables or {}))
         stream = model.stream(ids, **options)  # type: ignore[arg-type]
         for piece in stream:
             print(piece, end="", flush=True)
@@ -102,10 +114,13 @@ def chat(
     seed: Seed = None,
     device: DeviceName = "auto",
     max_context: MaxContext = None,
+    variables: TemplateVariables = [],  # noqa: B006  # typer makes a new list
+    tools: ToolsFile = None,
 ) -> None:
     """Talk with MODEL. An empty line or Ctrl-D ends the conversation."""
     import rooflama
 
+    chosen = template_variables(variables, tools)
     with rooflama.load(model, device=device, max_context=max_context) as loaded:
         messages: list[dict[str, str]] = []
         while True:
@@ -116,7 +131,7 @@ def chat(
             if not asked.strip():
                 return
             messages.append({"role": "user", "content": asked})
-            ids = loaded.tokenizer.encode_chat(messages)
+            ids = loaded.tokenizer.encode_chat(messages, **chosen)
             answer = ""
             for piece in loaded.stream(
                 ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed

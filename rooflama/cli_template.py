@@ -1,0 +1,76 @@
+"""Options of ``rooflama run --chat`` and ``rooflama chat`` that go to the model's chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+TemplateVariables = Annotated[
+    list[str],
+    typer.Option(
+        "--template-variable",
+        metavar="NAME=VALUE",
+        help="set a variable of the chat template, such as enable_thinking=false; VALUE is JSON, else text; repeatable",
+    ),
+]
+ToolsFile = Annotated[
+    Path | None, typer.Option("--tools", metavar="FILE", help="JSON list of the tools' schemas, for the chat template")
+]
+
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}  # as text, "False" would count as true
+
+
+def template_variables(given: Sequence[str], tools: Path | None, *, chat: bool = True) -> dict[str, Any]:
+    """Keyword arguments of ``Tokenizer.encode_chat``.
+
+    Args:
+        given: "NAME=VALUE" each.
+        tools: file with the JSON schemas of the tools.
+        chat: whether the prompt goes through the template at all.
+
+    Raises:
+        ConfigError: an option is malformed, the file cannot be read, or there is no template to use them.
+    """
+    variables: dict[str, Any] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator or not name.isidentifier():
+            _refuse(f"--template-variable {text!r}", "it must be NAME=VALUE", "Write it like enable_thinking=false")
+        if name in ("messages", "tools"):
+            _refuse(f"--template-variable {name}", f"{name} is set otherwise", "Use --tools FILE, and the prompt")
+        if name in variables:
+            _refuse(f"--template-variable {name} twice", "a variable has one value", "Give it once")
+        variables[name] = _value(value)
+    if tools is not None:
+        variables["tools"] = _read_tools(tools)
+    if variables and not chat:
+        option = "--tools" if "tools" in variables else "--template-variable"
+        _refuse(f"{option} without --chat", "only a chat template reads it", "Add --chat")
+    return variables
+
+
+def _value(text: str) -> Any:
+    try:
+        return _PYTHON_WORDS[text] if text in _PYTHON_WORDS else json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _read_tools(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        found = f"cannot be read ({error.strerror})"
+    except (ValueError, RecursionError) as error:
+        found = f"is no JSON ({error})"
+    _refuse(f"--tools {file}: it {found}", "it must be a file with a JSON list of schemas", "Check the file")
+
+
+def _refuse(found: str, rule: str, remedy: str) -> NoReturn:
+    from rooflama.models import ConfigError
+
+    raise ConfigError(found, rule=rule, remedy=remedy)
