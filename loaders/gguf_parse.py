@@ -112,13 +112,14 @@ class _Cursor:
         self.position += count
 
 
-def parse_header(data: memoryview, path: str, file_index: int = 0) -> Header:
+def parse_header(data: memoryview, path: str, file_index: int = 0, *, size: int | None = None) -> Header:
     """Check and decode the header of one file.
 
     Args:
         data: the whole file, usually memory-mapped; only the header and the padding between tensors are touched.
         path: the file's name, for messages.
         file_index: written into each TensorInfo, the number of the file in a split set.
+        size: of the whole file, where ``data`` is only its beginning; the padding beyond is not checked then.
 
     Raises:
         GGUFError: the first rule that the bytes break, with the byte at which they do.
@@ -135,6 +136,7 @@ def parse_header(data: memoryview, path: str, file_index: int = 0) -> Header:
     padding = -cursor.position % alignment
     cursor.zeros(padding if infos else min(padding, cursor.size - cursor.position), "the padding before the tensors")
     data_start = cursor.position
+    cursor.size = cursor.size if size is None else size
     tensors = _place(cursor, infos, alignment, file_index)
     return Header(version, cursor.order, alignment, metadata, value_offsets, tensors, data_start)
 

@@ -13,9 +13,11 @@ Nothing outside this file asks which kind it is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, NoReturn
 
 from rooflama.kernels import RooflamaError
@@ -23,6 +25,7 @@ from rooflama.kernels import RooflamaError
 from .checkpoint import Checkpoint
 from .gguf import read_gguf
 from .hub import PREFIX, fetch
+from .hub_headers import fetch_headers
 from .safetensors import read_safetensors
 from .tokenizer import Tokenizer
 from .tokenizer_folder import read_folder_tokenizer
@@ -104,6 +107,23 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         GGUFError, HuggingFaceError: the file or folder is damaged or incomplete.
     """
     return locate(source).open()
+
+
+@contextmanager
+def open_headers(source: str | os.PathLike[str]) -> Iterator[Checkpoint]:
+    """Like ``open_checkpoint``, for what needs no weights: of the Hub, only headers are fetched.
+
+    ``data`` of such a checkpoint gives zeros, except for rotary factors.
+    """
+    text = os.fspath(source)
+    if not text.startswith(PREFIX):
+        with open_checkpoint(source) as checkpoint:
+            yield checkpoint
+        return
+    with TemporaryDirectory(prefix="rooflama-") as scratch:
+        path, name = fetch_headers(text, Path(scratch))
+        with Location(path, name, _kind_of(path)).open() as checkpoint:
+            yield checkpoint
 
 
 def _kind_of(path: Path) -> Kind:

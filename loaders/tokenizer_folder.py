@@ -13,10 +13,13 @@ from .tokenizer_json import read_tokenizer_json
 from .tokenizer_settings import TokenizerSettings, refuse
 from .vocabulary import Vocabulary
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""Either holds a vocabulary; the first that is there is read."""
+
 
 def tokenizer_file(folder: Path) -> Path | None:
     """The file that holds the vocabulary; None where there is none."""
-    return next((folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()), None)
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
 
 
 def read_folder_tokenizer(folder: Path) -> Tokenizer:

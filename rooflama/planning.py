@@ -12,7 +12,7 @@ import torch
 from rooflama.kernels import backend_for
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, DeviceUnavailable, open_device
-from rooflama.loaders.opening import open_checkpoint
+from rooflama.loaders.opening import open_headers
 from rooflama.models import (
     CheckpointReader,
     ConfigError,
@@ -68,7 +68,7 @@ def plan_memory(
         type_of = weight_types if callable(weight_types) else lambda name, shape: weight_types
         weights = config_weights(config, type_of, target.backend)
     else:
-        with open_checkpoint(path_or_config) as checkpoint:
+        with open_headers(path_or_config) as checkpoint:
             adapter, reader = adapter_of(checkpoint), CheckpointReader(checkpoint)
             config = adapter.read_config(reader)
             weights = checkpoint_weights(reader, config, adapter, target.backend)

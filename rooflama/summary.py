@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from rooflama.loaders.opening import open_checkpoint
+from rooflama.loaders.opening import open_headers
 from rooflama.models import CheckpointReader, ModelConfig
 
 from .planning import adapter_of
@@ -89,7 +89,7 @@ def inspect(path: str | os.PathLike[str]) -> Summary:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: it cannot be found or read.
         ConfigError: its architecture or a parameter is unknown.
     """
-    with open_checkpoint(path) as checkpoint:
+    with open_headers(path) as checkpoint:
         config = adapter_of(checkpoint).read_config(CheckpointReader(checkpoint))
         sizes: Counter[str] = Counter()
         counts: Counter[str] = Counter()

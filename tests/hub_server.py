@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,11 +38,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @dataclass
 class Hub:
-    """What is served, and every request: (method, path)."""
+    """What is served, every request: (method, path), and the bytes served of each file.
+
+    ``ranges``: whether requests for parts of a file are answered by that part.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    served: Counter[str] = field(default_factory=Counter)
     broken: bool = False
+    ranges: bool = True
     url: str = ""
 
     def downloaded(self) -> set[str]:
@@ -93,11 +99,17 @@ def serving() -> Iterator[Hub]:
             hub.requests.append((self.command, path))
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
             status, headers, body = hub.answer(path, token)
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if status == 200 and wanted and hub.ranges:
+                start, stop, size = int(wanted[1]), int(wanted[2]) + 1, len(body)
+                body = body[start:stop]
+                status, headers = 206, {**headers, "Content-Range": f"bytes {start}-{start + len(body) - 1}/{size}"}
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
+                hub.served[path.rpartition("/")[2]] += len(body)
                 self.wfile.write(body)
 
         do_HEAD = do_GET

@@ -90,8 +90,9 @@ class Parts:
     weights: dict[str, np.ndarray] = field(default_factory=weights)
     types: dict[str, str] = field(default_factory=lambda: {name: stored_type(name) for name in shapes()})
 
-    def write(self, path: Path) -> Path:
-        writer = GGUFWriter(path, self.architecture)
+    def write(self, path: Path, *, split_max_tensors: int = 0) -> Path:
+        """``split_max_tensors``: of each file of a split set; 0 for one file."""
+        writer = GGUFWriter(path, self.architecture, split_max_tensors=split_max_tensors)
         for name, value in self.metadata.items():
             _add(writer, name, value)
         for name, value in self.weights.items():

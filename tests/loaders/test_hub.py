@@ -1,15 +1,20 @@
 """``hf:`` references against a Hub on this machine: what is downloaded, what the cache gives, and every way to fail."""
 
+import errno
 import os
 import re
 import subprocess
 import sys
 
 import huggingface_hub
+import numpy as np
 import pytest
 
 import rooflama
 from hub_server import Repository, files_of, serving
+from rooflama.loaders.gguf_errors import GGUFError
+from rooflama.loaders.gguf_parse import parse_header
+from rooflama.loaders.hf_json import HuggingFaceError
 from rooflama.loaders.hub import HubError, HubUnreachableError, NotOnHubError, fetch
 from rooflama.loaders.opening import open_checkpoint
 from small_checkpoint import Parts
@@ -102,9 +107,10 @@ def test_the_checklist_reports_what_cannot_be_fetched(hub):
 
 
 def test_one_gguf_file_comes_alone_and_opens_again_offline(hub, offline):
+    open_checkpoint("hf:owner/gguf:small.gguf").close()
+    assert hub.downloaded() == {"small.gguf"}
     said = dict(rooflama.inspect("hf:owner/gguf:small.gguf").rows())
     assert said["file"].startswith("small.gguf, ")
-    assert hub.downloaded() == {"small.gguf"}
     offline()
     assert dict(rooflama.inspect("hf:owner/gguf:small.gguf").rows()) == said
 
@@ -190,10 +196,10 @@ def test_a_restricted_repository_is_refused(hub):
 
 def test_a_repository_of_other_formats_is_refused(hub):
     hub.repositories["owner/folder"].commit({"config.json": b"{}", "pytorch_model.bin": b""})
-    with pytest.raises(NotOnHubError, match=r"no model\*\.safetensors in the repository: .* files are none\.$"):
+    with pytest.raises(NotOnHubError, match=r"no safetensors in the repository: .* files are none\.$"):
         fetch("hf:owner/folder")
     hub.repositories["owner/folder"].commit({"README.md": b""})
-    with pytest.raises(NotOnHubError, match=r"no model\*\.safetensors in the repository"):
+    with pytest.raises(NotOnHubError, match=r"no safetensors in the repository"):
         fetch("hf:owner/folder")
 
 
@@ -225,6 +231,111 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
         rooflama.inspect("hf:owner/repo")
 
 
+# Headers alone
+
+
+@pytest.fixture
+def small_requests(monkeypatch):
+    """Headers are longer than what is asked for first."""
+    monkeypatch.setattr("rooflama.loaders.hub_headers.FIRST_BYTES", 1024)
+
+
+def header_nbytes(content):
+    return 8 + int.from_bytes(content[:8], "little")
+
+
+def said_of(source):
+    plan = rooflama.plan_memory(source, device="cpu", context=64)
+    return rooflama.inspect(source), plan.total_bytes
+
+
+def test_inspect_and_plan_fetch_the_header_of_a_folder(hub, files, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(files[0][name])
+    assert said_of("hf:owner/folder") == said_of(tmp_path / "folder")
+    assert hub.downloaded() == {"config.json", "model.safetensors"}
+    assert hub.served["model.safetensors"] == 2 * header_nbytes(files[0]["model.safetensors"])
+    assert not list(tmp_path.rglob("cache/**/model.safetensors"))
+
+
+def test_of_shards_each_header_is_fetched(hub, tmp_path):
+    folder = write_folder("llama3", tmp_path / "sharded", max_shard_size="60KB")
+    content = files_of(folder)
+    shards = [name for name in content if name.endswith(".safetensors")]
+    assert len(shards) > 2
+    hub.repositories["owner/sharded"] = Repository()
+    hub.repositories["owner/sharded"].commit(content | {"consolidated.safetensors": b"another layout"})
+    assert said_of("hf:owner/sharded") == said_of(folder)
+    assert {name: hub.served[name] for name in shards} == {name: 2 * header_nbytes(content[name]) for name in shards}
+    assert not hub.served["consolidated.safetensors"] + hub.served["tokenizer.json"]
+
+
+@pytest.mark.usefixtures("small_requests")
+def test_inspect_and_plan_fetch_the_header_and_the_rotary_factors_of_a_gguf_file(hub, tmp_path):
+    parts = Parts()
+    parts.weights["rope_freqs.weight"] = np.linspace(1, 8, 8, dtype=np.float32)  # after the weights
+    path = parts.write(tmp_path / "divisors.gguf")
+    content = path.read_bytes()
+    hub.repositories["owner/gguf"].commit({"q8/divisors.gguf": content})
+    local = said_of(path)
+    assert local[0].config.rope.frequency_divisors == tuple(np.linspace(1, 8, 8, dtype=np.float32).tolist())
+    assert said_of("hf:owner/gguf:q8/divisors.gguf") == local
+    data_start = parse_header(memoryview(content), "divisors").data_start
+    assert data_start > 4096
+    assert hub.served["divisors.gguf"] < 2 * (2 * data_start + 32 + 1)
+    assert not list(tmp_path.rglob("cache/**/*.gguf"))
+
+
+def test_headers_of_a_split_set(hub, tmp_path):
+    names = [f"big-{i:05d}-of-00002.gguf" for i in (1, 2)]
+    Parts().write(tmp_path / "big.gguf", split_max_tensors=12)
+    hub.repositories["owner/gguf"].commit({name: (tmp_path / name).read_bytes() for name in names})
+    assert said_of(f"hf:owner/gguf:{names[0]}") == said_of(tmp_path / names[0])
+    assert hub.downloaded() == set(names)
+
+
+def test_what_the_cache_has_whole_is_inspected_there(hub, offline):
+    open_checkpoint("hf:owner/folder").close()
+    hub.requests.clear()
+    said = said_of("hf:owner/folder")
+    assert not hub.downloaded()
+    offline()
+    assert said_of("hf:owner/folder") == said
+
+
+@pytest.mark.parametrize("content", [b"GGUF" + bytes(5000), b"other" * 1000, b"x"])
+@pytest.mark.usefixtures("small_requests")
+def test_a_damaged_header_is_refused_as_on_this_machine(content, hub, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("rooflama.loaders.hub_headers.MOST_BYTES", 2048)
+    (tmp_path / "damaged.gguf").write_bytes(content)
+    hub.repositories["owner/gguf"].commit({"damaged.gguf": content})
+    hub.repositories["owner/folder"].commit({**files[0], "model.safetensors": content})
+    with pytest.raises(GGUFError) as local:
+        rooflama.inspect(tmp_path / "damaged.gguf")
+    with pytest.raises(GGUFError, match=re.escape(local.value.rule)):
+        rooflama.inspect("hf:owner/gguf:damaged.gguf")
+    with pytest.raises(HuggingFaceError, match=r"model\.safetensors: "):
+        rooflama.inspect("hf:owner/folder")
+    assert hub.served["damaged.gguf"] <= 2048
+
+
+def test_a_server_that_sends_files_whole_is_refused(hub):
+    hub.ranges = False
+    for reference, name in (("hf:owner/folder", "model.safetensors"), ("hf:owner/gguf:small.gguf", "small.gguf")):
+        with pytest.raises(HubError, match=f"{name} is sent whole, though only its header was asked for"):
+            rooflama.inspect(reference)
+
+
+def test_a_file_without_room_is_refused(hub, monkeypatch):
+    def full(*_):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr("rooflama.loaders.hub_headers.lay_out", full)
+    with pytest.raises(HubError, match=r"small\.gguf, of \d+ bytes, has no room in .* \(File too large\)"):
+        rooflama.inspect("hf:owner/gguf:small.gguf")
+
+
 def test_the_environment_counts_as_the_library_has_it(hub, tmp_path):
     """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, in a process of its own."""
 
@@ -240,7 +351,8 @@ def test_the_environment_counts_as_the_library_has_it(hub, tmp_path):
     assert "HF_HUB_OFFLINE is set" in refused.stderr
     assert not hub.requests
     assert "GQA: 4 query heads" in inspect().stdout
-    assert list((tmp_path / "home/hub").glob("models--owner--gguf/snapshots/*/small.gguf"))
+    assert (tmp_path / "home/hub/models--owner--gguf/snapshots").is_dir()
+    rooflama.load_tokenizer("hf:owner/gguf:small.gguf")
     hub.requests.clear()
-    assert "GQA: 4 query heads" in inspect(HF_HUB_OFFLINE="1").stdout
+    assert "GQA: 4 query heads" in inspect(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache")).stdout
     assert not hub.requests
