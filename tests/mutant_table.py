@@ -578,4 +578,32 @@ MUTANTS = [
         "seen_ptr + row * logits_stride",
         "tests/kernels/test_strides.py",
     ),
+    Mutant(
+        "rope: slot 0 is not written",
+        "kernels/rope_cache_write.py",
+        "if slot >= 0:",
+        "if slot > 0:",
+        "tests/kernels/test_rope.py::test_fused_at_the_first_and_last_slot_and_page",
+    ),
+    Mutant(
+        "pages: slot 0 is not written",
+        "kernels/paged_cache.py",
+        "if slot >= 0:",
+        "if slot > 0:",
+        "tests/kernels/test_paged_cache.py::test_the_first_and_last_slot_and_page_are_written",
+    ),
+    Mutant(
+        "sampling: the largest uniform number is 1",
+        "kernels/sampling.py",
+        "u = tl.minimum(word.to(tl.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24)",
+        "u = word.to(tl.float32) * 2.0**-32 + 2.0**-33",
+        "tests/kernels/test_sampling.py::test_random_numbers_equal_definition",
+    ),
+    Mutant(
+        "sampling: 0 / 0 where 1 - u rounds to 1",
+        "kernels/sampling.py",
+        "tl.where(rest == 1.0, u, -tl.log(rest) * (u / (1.0 - rest)))",
+        "-tl.log(rest) * (u / (1.0 - rest))",
+        "tests/kernels/test_sampling.py::test_random_numbers_equal_definition",
+    ),
 ]

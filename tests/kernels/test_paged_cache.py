@@ -70,6 +70,24 @@ def test_codes_and_scales_equal_definition(
         assert_guards_intact(buffer if buffer.dtype == torch.int8 else buffer.float(), context=context)
 
 
+@pytest.mark.parametrize("page_dtype", [torch.float32, *LIMITS])
+@pytest.mark.parametrize("slots", [[0], [47], [0, -1, 15, 16, 47]])
+def test_the_first_and_last_slot_and_page_are_written(slots, page_dtype):
+    """Of three pages of 16; a value comes back from the slot that was named, and no other slot changes."""
+    k = torch.arange(1, len(slots) * 6 + 1, device=DEVICE).view(len(slots), 3, 2).float()
+    pages, untouched = (poisoned_pages((3, 16, 3, 2), page_dtype) for _ in range(2))
+    write_kv(k, -k, *pages[:2], torch.tensor(slots, device=DEVICE), *pages[2:])
+    named = [slot for slot in slots if slot >= 0]
+    others = [slot for slot in range(48) if slot not in named]
+    for got, poison in zip(pages, untouched, strict=True):
+        if got is not None:
+            assert_bit_equal(got.float().flatten(0, 1)[others], poison.float().flatten(0, 1)[others])
+    for got, scale, want in zip(pages[:2], pages[2:], (k, -k), strict=True):
+        values = got.float() if scale is None else got.float() * scale[..., None]
+        want = want[[slot >= 0 for slot in slots]]
+        torch.testing.assert_close(values.flatten(0, 1)[named], want, rtol=0.07, atol=0.0)
+
+
 @given(num_tokens=st.integers(1, 5), head_dim=head_dims, dtype=dtypes, page_dtype=code_dtypes, seed=seeds)
 def test_a_quantised_value_is_within_half_a_step(num_tokens, head_dim, dtype, page_dtype, seed):
     """int8: half a scale. e4m3: a 16th of the value, or half the smallest step, 2^-9 scales."""

@@ -169,6 +169,23 @@ def test_fused_equals_rope_then_write(
         assert_bit_equal(got, want, context=f"{dims=} {num_tokens=} {page_dtype=} {page_size=} {seed=}")
 
 
+@pytest.mark.parametrize("page_dtype", PAGE_DTYPES)
+@pytest.mark.parametrize("slots", [[0], [63], [0, -1, 15, 16, 63]])
+def test_fused_at_the_first_and_last_slot_and_page(slots, page_dtype):
+    """Four pages of 16, tokens at the first and the last position: where every index is 0 or as large as it can be."""
+    step = Step(0, len(slots), 6, 3, 80, 64, torch.float32, page_dtype)
+    step.slots.copy_(torch.tensor(slots))
+    step.positions.copy_(torch.tensor([0, 499, 499, 0, 499][-len(slots) :]))
+    q, written = step.fused()
+    assert_bit_equal(q, rope(step.q, *step.tables, step.positions))
+    pages = step.pages()
+    write_kv(rope(step.k, *step.tables, step.positions), step.v, *pages[:2], step.slots, *pages[2:])
+    for got, want in zip(written, [t.float() for t in pages if t is not None], strict=True):
+        assert_bit_equal(got, want)
+    filled = (written[2] if page_dtype else written[0][..., 0]).flatten(0, 1).isfinite().all(-1)
+    assert filled.nonzero().flatten().tolist() == [slot for slot in slots if slot >= 0]
+
+
 @pytest.mark.parametrize("page_dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("place", [3, 40, 70])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
