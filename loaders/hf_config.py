@@ -57,7 +57,7 @@ REQUIRED = {
 }
 OPTIONAL = {"num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length"}
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-OTHERS_READ = ("model_type", "tie_word_embeddings", "quantization_config")
+OTHERS_READ = ("model_type", "tie_word_embeddings", "transformers_weights", "quantization_config")
 
 RESULT_KEYS = {
     "logits_scaling": "logit_scale",

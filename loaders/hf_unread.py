@@ -25,7 +25,7 @@ BOOKKEEPING = {
     "architectures", "auto_map", "base_model", "base_model_name_or_path", "dtype", "finetuned_from", "finetuning_task",
     "id2label", "is_llama_config", "label2id", "language", "license", "model_name", "name_or_path", "num_labels",
     "problem_type", "task_specific_params", "torch_dtype", "transformers.js_config", "transformers_version",
-    "transformers_weights", "unsloth_fixed", "unsloth_version", "version",
+    "unsloth_fixed", "unsloth_version", "version",
 }  # fmt: skip
 EXECUTION = {
     "attn_implementation", "chunk_size_feed_forward", "experts_implementation", "flash_attn", "is_decoder",
@@ -57,7 +57,6 @@ NO_EFFECT = TRAINING | BOOKKEEPING | EXECUTION | TOKENS | LENGTHS | GENERATION
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "activation": ("silu", "swish", "swiglu"),
     "attention_bias": (False,),
-    "attention_multiplier": (),
     "bias": (False,),
     "causal": (True,),
     "embedding_multiplier": (1,),
@@ -66,18 +65,15 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_activation": ("silu", "swish"),
     "interpolate_factor": (1,),
     "is_causal": (True,),
-    "layer_types": ("full_attention",),
     "lm_head_bias": (False,),
     "logit_scale": (1,),
     "logits_scaling": (1,),
     "mlp_bias": (False,),
-    "no_rope_layers": (1,),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "position_embedding_type": ("rope", "rotary"),
     "qk_norm": (False,),
     "qkv_bias": (False,),
-    "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
     "rope_interleaved": (False,),
     "rope_pct": (1,),
@@ -93,7 +89,15 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_rms_norm": (True,),
     "use_rope": (True,),
 }
-"""Keys that change the logits -> the values that ask for what is done anyway; of a list, what its entries may be."""
+"""Keys that change the logits -> the values that ask for what is done anyway."""
+
+NEUTRAL_LAYERS: dict[str, object] = {"layer_types": "full_attention", "no_rope_layers": 1}
+"""The same of keys that hold a list -> what each of its entries then is."""
+
+CHANGES_RESULT = {
+    *NEUTRAL, *NEUTRAL_LAYERS, "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
+    "query_pre_attn_scalar", "sliding_window",
+}  # fmt: skip
 
 WINDOW_SHAPE = {"max_window_layers", "use_sliding_window"}
 """They change nothing but where ``sliding_window`` holds, which is judged for itself."""
@@ -115,15 +119,14 @@ def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: 
     refused = {key: value for key, value in left.items() if not _is_neutral(key, value, config, windowed)}
     model_type = config.get("model_type")
     if refused:
-        known = all(key in NEUTRAL or key == "sliding_window" for key in refused)
         raise HuggingFaceError(
             f"config.json: {', '.join(f'{key} {value!r}' for key, value in refused.items())}",
             rule=f"model_type {model_type!r} is computed without, and it "
-            + ("changes the result" if known else "may change the result"),
+            + ("changes the result" if CHANGES_RESULT.issuperset(refused) else "may change the result"),
             remedy="Use another model, or teach its family the key (docs/ADAPTER_PATTERN_GUIDE.md); if the key says "
             "nothing about the model, remove it",
         )
-    if unread := sorted(key for key in left if key not in NEUTRAL):
+    if unread := sorted(key for key in left if key not in CHANGES_RESULT - {"sliding_window"}):
         warnings.warn(
             f"config.json has keys that model_type {model_type} does not define, and that are not read: "
             f"{shorten(', '.join(unread))}",
@@ -139,7 +142,8 @@ def _is_neutral(key: str, value: object, config: Mapping[str, Any], windowed: bo
         context = config["max_position_embeddings"]
         wide = isinstance(value, int) and isinstance(context, int) and value >= context
         return not value or wide or config.get("use_sliding_window") is False
-    if key not in NEUTRAL:
-        return value is False or value in ("", [], {})
-    entries = value if isinstance(value, list) else [value]
-    return all(entry in NEUTRAL[key] for entry in entries) and not (key == "layer_types" and windowed)
+    if key in NEUTRAL_LAYERS and isinstance(value, list):
+        return all(entry == NEUTRAL_LAYERS[key] for entry in value) and not (key == "layer_types" and windowed)
+    if key in CHANGES_RESULT:
+        return value in NEUTRAL.get(key, ())
+    return value is False or value in ("", [], {})

@@ -44,7 +44,7 @@ def read_config(folder):
         rope_tables(rope, 4, factor_set=choose_factor_set(rope, 4))
 
 
-@pytest.mark.filterwarnings("ignore:config.json has keys", "ignore:tie_word_embeddings is true")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ["llama3.1", "llama-linear", "qwen2-window", "qwen2-yarn", "phi3-128k"])
 def test_odd_values_in_config_json(name, tmp_path):
     folder = write_case(name, tmp_path, "safetensors")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig
 
 from rooflama.loaders import hf_config
 from rooflama.loaders.hf_config import gguf_metadata, gguf_names
@@ -19,7 +19,7 @@ from rooflama.loaders.safetensors import read_safetensors
 from rooflama.models import CheckpointReader, adapter_for
 from rooflama.models.rope_hf import rope_from_hf
 from running_models import assert_parity, prefill_logits, running
-from tiny_checkpoints import cases, gguf_name, module, random_tokens, reference_logits, write_case
+from tiny_checkpoints import SIZES, cases, gguf_name, module, random_tokens, reference_logits, write_case
 
 
 @pytest.mark.parametrize(
@@ -295,6 +295,8 @@ def test_two_tensors_that_are_one_in_gguf_are_refused():
         {"hidden_activation": "gelu_pytorch_tanh"},
         {"use_qk_norm": True},
         {"no_rope_layers": [1, 0]},
+        {"hidden_activation": ["silu"]},
+        {"clip_qkv": 0},
         {"layer_types": ["full_attention", "sliding_attention"]},
         {"sliding_window": 9},
         {"clip_qkv": 8},
@@ -309,6 +311,19 @@ def test_keys_that_may_change_the_logits_are_refused(changes):
     (key,) = changes
     with pytest.raises(HuggingFaceError, match=f"{key} .*: model_type 'llama' is computed without, and it "):
         metadata_of("llama3", **changes)
+
+
+def test_a_family_with_multipliers_needs_more_than_one_line(monkeypatch):
+    """Granite as the guide's one line adds it: its logits would be 8 times too large."""
+    monkeypatch.setitem(hf_config.FAMILIES, "granite", hf_config.HFFamily("llama"))
+    sizes = {key: value for key, value in SIZES.items() if not key.endswith("token_id")}
+    config = json.loads(GraniteConfig(**sizes, logits_scaling=8.0, residual_multiplier=0.22).to_json_string())
+    with pytest.raises(HuggingFaceError) as refused:
+        gguf_metadata(config, (), name="granite")
+    assert "logits_scaling 8.0" in refused.value.found
+    assert "residual_multiplier 0.22" in refused.value.found
+    assert "attention_multiplier 1.0" in refused.value.found  # not 1 / sqrt(head_dim)
+    assert "embedding_multiplier" not in refused.value.found
 
 
 def test_keys_that_cannot_change_the_logits_are_passed_over(recwarn):
