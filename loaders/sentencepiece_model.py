@@ -5,6 +5,7 @@ The file is a Protocol Buffers message. Read are the pieces, and the settings th
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
     types = [piece.type for piece in model.pieces]
     _extend(tokens, scores, types, settings, path)
     ids = {token: index for index, token in enumerate(tokens)}
-    if missing := [text for text in settings.named.values() if text not in ids]:
-        refuse(path, f"no token {missing[0]!r}", "the special tokens that the other files name are in the vocabulary")
+    for text in sorted({*settings.named.values()} - ids.keys()):
+        if (role := settings.unused_role(text)) is None:
+            refuse(path, f"no token {text!r}", "the special tokens that the other files name are in the vocabulary")
+        warnings.warn(f"{path}: no token {text!r}, the {role}_token of another file; it is not used", stacklevel=4)
     metadata = {
         "general.architecture": settings.arch,
         "tokenizer.ggml.model": "llama",
@@ -54,7 +57,7 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
         "tokenizer.ggml.add_eos_token": settings.add_eos,
     }
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        metadata[f"tokenizer.ggml.{key}_token_id"] = ids[settings.named[name]] if name in settings.named else None
+        metadata[f"tokenizer.ggml.{key}_token_id"] = ids.get(settings.named.get(name, ""))
     return {key: value for key, value in metadata.items() if value is not None}
 
 
@@ -105,9 +108,13 @@ def _extend(tokens: list[str], scores: list[float], types: list[int], settings: 
                 "beside a tokenizer.model, added tokens are matched as they stand",
                 TAKE_JSON,
             )
+    added = {token.content for token in settings.added.values()}
     for text in {*settings.named.values(), *settings.further} & set(tokens):
-        index = tokens.index(text)
-        types[index] = _type(AddedToken(text, special=True), types[index])
+        index, role = tokens.index(text), settings.unused_role(text)
+        if role and text not in added and types[index] == TokenType.NORMAL:
+            warnings.warn(f"{path}: {text!r}, the {role}_token of another file, is a word and stays one", stacklevel=5)
+        else:
+            types[index] = _type(AddedToken(text, special=True), types[index])
 
 
 def _type(token: AddedToken, kind: int) -> int:

@@ -55,6 +55,7 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
     library.no_truncation()
     library.no_padding()
     _add_tokens(library, stored, settings, path)
+    _add_named(library, settings, path)
     spelling = _Spelling(library, path)
     before, after = _additions(library, path)
     vocabulary = _vocabulary(library, settings, spelling, before, path)
@@ -74,7 +75,7 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
                 stacklevel=6,
             )
     text_model = JsonText(library, vocabulary, spelling)
-    text_model.refuse_spelled_controls(path)
+    text_model.settle_spelled_controls(settings, path)
     return Tokenizer(
         vocabulary, text_model, add_bos=bool(before), add_eos=bool(after), chat_templates=settings.chat_templates
     )
@@ -113,17 +114,29 @@ class JsonText:
     def _begins_with_space(self, ids: list[int]) -> bool:
         return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
 
-    def refuse_spelled_controls(self, path: Path) -> None:
-        """Plain text must not become control tokens, which a merge or a word of the vocabulary could make it."""
+    def settle_spelled_controls(self, settings: TokenizerSettings, path: Path) -> None:
+        """Plain text must not become control tokens, which a merge or a word of the vocabulary could make it.
+
+        A word that serves as the padding or the unknown token remains text.
+        """
         for token_id in self._vocabulary.of_type(TokenType.CONTROL):
             text = self._vocabulary.tokens[token_id]
-            if token_id in self.encode(text, parse_special=False):
+            word = self._spelling.to_bytes(text).decode(errors="ignore")
+            if not any(token_id in self.encode(t, parse_special=False) for t in {text, word, word.removeprefix(" ")}):
+                continue
+            if (role := settings.unused_role(text)) is None:
                 refuse(
                     path,
                     f"plain text {text!r} becomes the control token of that name",
                     "a token that the vocabulary spells is no control token",
                     "Use the tokenizer of the model's original checkpoint",
                 )
+            self._vocabulary.types[token_id] = TokenType.NORMAL
+            warnings.warn(
+                f"{path}: {text!r}, the {role}_token, is a word of the vocabulary; it is shown as text, and where "
+                "special tokens are read text is cut around it, as in transformers",
+                stacklevel=7,
+            )
 
 
 class _Spelling:
@@ -190,11 +203,18 @@ def _add_tokens(library: tokenizers.Tokenizer, stored: dict[str, Any], settings:
                 f"token {token.content!r} has id {given}, and {token_id} as an added token",
                 "added tokens follow the vocabulary, and all files agree on their ids",
             )
-    known = {token.content for token in library.get_added_tokens_decoder().values()}
-    for text in {**dict.fromkeys(settings.named.values()), **dict.fromkeys(settings.further)}:
-        if library.token_to_id(text) is None:
+
+
+def _add_named(library: tokenizers.Tokenizer, settings: TokenizerSettings, path: Path) -> None:
+    """Make the tokens special that the other files name."""
+    special = {token.content for token in library.get_added_tokens_decoder().values()}
+    for text in dict.fromkeys((*settings.named.values(), *settings.further)):
+        own_id, role = library.token_to_id(text), settings.unused_role(text)
+        if own_id is None and role is None:
             refuse(path, f"no token {text!r}", "the special tokens that the other files name are in the vocabulary")
-        if text not in known:
+        if own_id is None:
+            warnings.warn(f"{path}: no token {text!r}, the {role}_token of another file; it is not used", stacklevel=7)
+        elif text not in special:
             library.add_special_tokens([_as_library(AddedToken(text, special=True, normalized=False))])
 
 
@@ -237,13 +257,18 @@ def _vocabulary(
     named: dict[str, int | None] = {name: ids.get(settings.named.get(name, "")) for name in NAMED}
     if named["bos"] is None:
         named["bos"] = before[0] if before else settings.bos_id
+        if named["bos"] is not None and named["bos"] >= size:
+            warnings.warn(
+                f"{path}: {size} tokens, and bos_token_id {named['bos']} in config.json; it is not used", stacklevel=7
+            )
+            named["bos"] = None
     unknown = library.model.unk_token
     if named["unk"] is None and unknown is not None:
         named["unk"] = ids.get(unknown)
-    if named["unk"] is not None and unknown is not None:
-        types[named["unk"]] = TokenType.UNKNOWN
-    ends = {*settings.eos_ids, named["eos"]} - {None} | end_ids(ids, types, named["bos"])
-    if outside := [i for i in {*ends, named["bos"]} if i is not None and i >= size]:
+    if unknown is not None and unknown in ids:
+        types[ids[unknown]] = TokenType.UNKNOWN
+    ends = {*settings.eos_ids, named["eos"]} | end_ids(ids, types, named["bos"])
+    if outside := [i for i in ends if i is not None and i >= size]:
         refuse(path, f"{size} tokens, and id {outside[0]} in another file", "special ids are ids of the vocabulary")
     if named["eos"] is None and settings.eos_ids:
         named["eos"] = min(settings.eos_ids)

@@ -3,7 +3,7 @@
 | file | what is taken from it |
 |--|--|
 | tokenizer_config.json | special tokens, tokens added to the vocabulary, add_bos_token, add_eos_token, chat template |
-| special_tokens_map.json | special tokens that tokenizer_config.json does not name |
+| special_tokens_map.json | special tokens; goes first where tokenizer_config.json has no added_tokens_decoder |
 | added_tokens.json | tokens added to the vocabulary, where tokenizer_config.json has none |
 | chat_template.jinja | the chat template; goes before tokenizer_config.json's |
 | additional_chat_templates/NAME.jinja | chat templates by their names |
@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ class TokenizerSettings:
     chat_templates: Mapping[str, str]
     arch: str
 
+    def unused_role(self, text: str) -> str | None:
+        """Where "pad" or "unk" is all that the files name this token for, that; such a token decides nothing here."""
+        roles = {name for name, named in self.named.items() if named == text}
+        if text in self.further or not roles or not roles <= {"pad", "unk"}:
+            return None
+        return min(roles)
+
     @classmethod
     def read(cls, folder: Path) -> TokenizerSettings:
         """Read them; each file may be missing.
@@ -82,14 +90,13 @@ class TokenizerSettings:
         ends = read_json_if_there(generation).get("eos_token_id")
         named = _named(own, older, folder)
         family = FAMILIES.get(str(model.get("model_type")))
-        bos = _ids(model.get("bos_token_id"), folder / "config.json", "bos_token_id")
         return cls(
             named=named,
             further=_further(own, older, path),
             added=_added(own, {*named.values(), *_further(own, older, path)}, folder),
             add_bos=_flag(own, "add_bos_token", path),
             add_eos=_flag(own, "add_eos_token", path),
-            bos_id=bos[0] if bos else None,
+            bos_id=_bos_id(model, folder / "config.json"),
             eos_ids=frozenset(
                 _ids(ends, generation, "eos_token_id")
                 or _ids(model.get("eos_token_id"), folder / "config.json", "eos_token_id")
@@ -100,20 +107,29 @@ class TokenizerSettings:
 
 
 def _named(own: Mapping[str, Any], older: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """The special tokens with a role. Both files name the same; padding, which decides nothing, may differ."""
+    """The special tokens with a role; which file goes first is transformers' choice.
+
+    transformers does not open special_tokens_map.json where tokenizer_config.json lists its added tokens. Names that
+    only that file has are taken all the same.
+    """
     named = {}
+    first_file = "tokenizer_config.json" if own.get("added_tokens_decoder") is not None else "special_tokens_map.json"
     for name in NAMED:
         key = f"{name}_token"
-        first = _text(own.get(key), folder / "tokenizer_config.json", key)
-        second = _text(older.get(key), folder / "special_tokens_map.json", key)
-        if first is not None and second is not None and first != second and name != "pad":
-            refuse(
-                folder / "tokenizer_config.json",
-                f"{key} is {first!r}, and {second!r} in special_tokens_map.json",
-                "the two files name the same token",
+        texts = {
+            "tokenizer_config.json": _text(own.get(key), folder / "tokenizer_config.json", key),
+            "special_tokens_map.json": _text(older.get(key), folder / "special_tokens_map.json", key),
+        }
+        found = {file: text for file, text in texts.items() if text is not None}
+        if len(set(found.values())) == 2:
+            warnings.warn(
+                f"{folder}: {key} is {found['tokenizer_config.json']!r} in tokenizer_config.json and "
+                f"{found['special_tokens_map.json']!r} in special_tokens_map.json; {first_file} is followed, as "
+                "transformers does",
+                stacklevel=6,
             )
-        if (text := first if first is not None else second) is not None:
-            named[name] = text
+        if found:
+            named[name] = found.get(first_file) or next(iter(found.values()))
     return named
 
 
@@ -171,6 +187,16 @@ def _flag(own: Mapping[str, Any], key: str, path: Path) -> bool | None:
     if value is not None and not isinstance(value, bool):
         refuse(path, f"{key} = {value!r}", "it is true or false")
     return value
+
+
+def _bos_id(model: Mapping[str, Any], path: Path) -> int | None:
+    """config.json's, or the first of a list; a negative number stands for none."""
+    value = model.get("bos_token_id")
+    if type(value) is int and value < 0:
+        warnings.warn(f"{path}: bos_token_id = {value} is no id and is not used", stacklevel=5)
+        return None
+    ids = _ids(value, path, "bos_token_id")
+    return ids[0] if ids else None
 
 
 def _ids(value: Any, path: Path, key: str) -> list[int]:

@@ -142,3 +142,16 @@ def test_phi3_special_tokens_of_a_model_file_swallow_the_whitespace_after_them(t
     ours = read_folder_tokenizer(tmp_path)
     pieces = [ours.tokens[i] for i in ours.encode("<|user|>\n the", parse_special=True)]
     assert pieces == ["<s>", "<|user|>", "\u2581the"]
+
+
+def test_a_padding_token_that_is_a_word_remains_one(tmp_path):
+    plain = read_folder_tokenizer(write_model(tmp_path))
+    with pytest.warns(UserWarning, match="'\u2581the', the pad_token of another file, is a word and stays one"):
+        ours = read_folder_tokenizer(write_model(tmp_path, config={"pad_token": "\u2581the"}))
+    assert ours.encode("the roof") == plain.encode("the roof")
+    assert ours.decode(ours.encode("the roof"), skip_special=True) == "the roof"
+
+
+def test_a_padding_token_that_is_none_is_not_used(tmp_path):
+    with pytest.warns(UserWarning, match=r"no token '\[PAD\]', the pad_token of another file; it is not used"):
+        assert read_folder_tokenizer(write_model(tmp_path, config={"pad_token": "[PAD]"})).pad_id is None

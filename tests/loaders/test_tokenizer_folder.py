@@ -183,10 +183,65 @@ def test_ids_of_config_json_count_where_no_file_names_the_tokens(tmp_path):
 
 
 def test_special_tokens_map_names_what_tokenizer_config_does_not(folder):
-    change(folder, "tokenizer_config.json", eos_token=None, pad_token="<|end|>")
+    change(folder, "tokenizer_config.json", eos_token=None)
     change(folder, "special_tokens_map.json", eos_token={"content": "<|eot|>"}, pad_token="<|eot|>")
     ours = read_folder_tokenizer(folder)
-    assert (ours.tokens[ours.eos_id], ours.tokens[ours.pad_id]) == ("<|eot|>", "<|end|>")
+    assert ours.tokens[ours.eos_id] == ours.tokens[ours.pad_id] == "<|eot|>"
+
+
+@pytest.mark.parametrize("lists_added", [False, True])
+def test_a_special_tokens_map_that_disagrees_counts_where_transformers_opens_it(lists_added, folder):
+    added = {str(read_folder_tokenizer(folder).tokens.index("<|eot|>")): {"content": "<|eot|>", "special": True}}
+    change(folder, "tokenizer_config.json", pad_token="<|begin|>", added_tokens_decoder=added if lists_added else None)
+    change(folder, "special_tokens_map.json", eos_token="<|eot|>", pad_token="<|eot|>")
+    with pytest.warns(
+        UserWarning, match=r"eos_token is '<\|end\|>' in tokenizer_config.json and '<\|eot\|>' in special"
+    ):
+        ours = read_folder_tokenizer(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert (ours.eos_id, ours.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.tokens[ours.eos_id] == ("<|end|>" if lists_added else "<|eot|>")
+
+
+@pytest.mark.parametrize("role", ["pad", "unk"])
+@pytest.mark.parametrize(("word", "is_added"), [("the", False), ("the", True), ("!", False), ("Ġthe", False)])
+def test_a_padding_token_that_is_a_word_remains_one(word, is_added, role, folder):
+    change(folder, "tokenizer_config.json", **{f"{role}_token": word})
+    if is_added:
+        stored(folder, word_as_control)
+    with pytest.warns(UserWarning, match=f"'{word}', the {role}_token, is a word of the vocabulary"):
+        ours = read_folder_tokenizer(folder)
+    theirs, text = AutoTokenizer.from_pretrained(folder), "other the roof! <|end|>"
+    for parse_special in (False, True):
+        expected = theirs.encode(text, split_special_tokens=not parse_special)
+        assert ours.encode(text, parse_special=parse_special) == expected
+    assert ours.decode(ours.encode(text), skip_special=True) == text
+    assert (ours.pad_id if role == "pad" else ours.unk_id) == ours.tokens.index(word)
+
+
+def test_a_padding_token_that_is_none_is_not_used(folder):
+    change(folder, "tokenizer_config.json", pad_token="[PAD]", unk_token="[UNK]")
+    with pytest.warns(UserWarning, match=r"no token '\[(PAD\]', the pad|UNK\]', the unk)_token of another file"):
+        ours = read_folder_tokenizer(folder)
+    assert (ours.pad_id, ours.unk_id) == (None, None)
+
+
+@pytest.mark.parametrize("value", [-1, 9999])
+def test_a_bos_id_that_is_none_and_not_added_is_not_used(value, tmp_path):
+    byte_level_json(special=SPECIAL).save(str(tmp_path / "tokenizer.json"))
+    change(tmp_path, "config.json", bos_token_id=value)
+    with pytest.warns(UserWarning, match=f"bos_token_id( =)? {value} .*is not used"):
+        assert read_folder_tokenizer(tmp_path).bos_id is None
+
+
+def test_end_tokens_that_are_not_special_end_and_are_not_shown(tmp_path):
+    made = byte_level_json(special=["<|begin|>"], user_defined=["<|im_end|>", "<|stop|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    stop = made.token_to_id("<|stop|>")
+    change(tmp_path, "generation_config.json", eos_token_id=[stop])
+    ours = read_folder_tokenizer(tmp_path)
+    assert ours.eos_ids == {stop, made.token_to_id("<|im_end|>")}
+    assert ours.decode(ours.encode("the<|im_end|> roof<|stop|>"), skip_special=True) == "the roof"
 
 
 @pytest.mark.parametrize("form", ["string", "list", "file"])
@@ -279,9 +334,9 @@ def stored(folder, edit):
     path.write_text(json.dumps(content))
 
 
-def word_as_control(content):
+def word_as_control(content, word="the"):
     content["added_tokens"].append(
-        {**content["added_tokens"][0], "content": "the", "id": content["model"]["vocab"]["the"]}
+        {**content["added_tokens"][0], "content": word, "id": content["model"]["vocab"][word]}
     )
 
 
@@ -299,11 +354,12 @@ def word_as_control(content):
         (lambda f: stored(f, lambda c: c.update(decoder=None)), "a decoder of None"),
         (lambda f: stored(f, lambda c: c["added_tokens"][0].update(id=999)), "and 999 as an added token"),
         (lambda f: stored(f, word_as_control), "plain text 'the' becomes the control token"),
+        (lambda f: stored(f, lambda c: word_as_control(c, "Ġthe")), "plain text 'Ġthe' becomes the control token"),
         (lambda f: change(f, "tokenizer_config.json", bos_token="<s>"), "no token '<s>'"),
         (lambda f: change(f, "tokenizer_config.json", bos_token="<|eot|>"), "bos_token, here '<|eot|>'"),
         (lambda f: change(f, "tokenizer_config.json", bos_token=5), "bos_token = 5: it is a token's text"),
         (lambda f: change(f, "tokenizer_config.json", add_bos_token="yes"), "add_bos_token = 'yes'"),
-        (lambda f: change(f, "special_tokens_map.json", eos_token="<|eot|>"), "eos_token is '<|end|>', and '<|eot|>'"),
+        (lambda f: change(f, "special_tokens_map.json", eos_token="<|stop|>"), "no token '<|stop|>'"),
         (lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"3": {"content": "<|eot|>"}}),
          "and 3 as an added token"),
         (lambda f: change(f, "tokenizer_config.json", added_tokens_decoder={"9" * 5000: {"content": "<|eot|>"}}),
