@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from .config import ModelConfig
-from .metadata import Hyperparameters
+from .metadata import LARGEST_INTEGER, Hyperparameters
 from .rope import Yarn
 from .rope_metadata import read_rope
 from .weights import CheckpointReader
@@ -47,7 +47,7 @@ def read_decoder_config(
     context_length = keys.integer("context_length")
     rope = read_rope(keys, head_dim=head_dim, context_length=context_length, **_factors(reader, keys, head_dim))
     if isinstance(rope.scaling, Yarn):  # files state the context before YaRN, or the one it reaches
-        context_length = max(context_length, int(rope.scaling.original_context * rope.scaling.factor))
+        context_length = max(context_length, min(int(rope.scaling.reach(context_length)), LARGEST_INTEGER))
     config = ModelConfig(
         architecture=keys.architecture,
         name=_printable(str(reader.checkpoint.metadata.get("general.name", "unnamed"))),

@@ -108,11 +108,12 @@ class MemoryPlan:
     free_bytes: int | None = None
 
     MOST_SEQUENCES: ClassVar[int] = checks.MOST_SEQUENCES  # that can be planned for
+    LONGEST_CONTEXT: ClassVar[int] = 2**24  # tokens, for models that were trained for less
 
     def __post_init__(self) -> None:
-        trained = self.config.context_length
+        longest = max(self.config.context_length, self.LONGEST_CONTEXT)
         for name, value, most, rule in (
-            ("context", self.context, trained, f"this model was trained for contexts of 1 to {trained} tokens"),
+            ("context", self.context, longest, f"contexts are of 1 to {longest} tokens"),
             ("sequences", self.sequences, self.MOST_SEQUENCES, f"plans are for 1 to {self.MOST_SEQUENCES} sequences"),
             ("limit", self.limit, sys.maxsize, f"a limit is a whole number of bytes from 1 to {sys.maxsize}"),
         ):

@@ -79,6 +79,10 @@ class Scaling:
     def derived_attention_factor(self) -> float:
         return 1.0
 
+    def reach(self, trained: int) -> float:
+        """Tokens that a model trained for contexts of ``trained`` is meant to reach. Dynamic scaling sets no limit."""
+        return trained
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Scaling):
@@ -89,6 +93,9 @@ class Linear(Scaling):
 
     def frequencies(self, spec: RopeSpec, factor_set: FactorSet | None, seq_len: int | None) -> np.ndarray:
         return spec.plain_frequencies() / self.factor
+
+    def reach(self, trained: int) -> float:
+        return trained * self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +170,9 @@ class Yarn(Scaling):
             return g(self.mscale) / g(self.mscale_all_dim)
         return g(1.0)
 
+    def reach(self, trained: int) -> float:
+        return self.original_context * self.factor
+
 
 @dataclass(frozen=True, kw_only=True)
 class LongRope(Scaling):
@@ -188,6 +198,9 @@ class LongRope(Scaling):
 
     def derived_attention_factor(self) -> float:
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_context)) if self.factor > 1 else 1.0
+
+    def reach(self, trained: int) -> float:
+        return self.original_context * self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +229,9 @@ class Llama3(Scaling):
         turns = self.original_context * plain / (2 * math.pi)
         keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
         return plain * keep + plain / self.factor * (1 - keep)
+
+    def reach(self, trained: int) -> float:
+        return self.original_context * self.factor
 
 
 KINDS: dict[str, type[Scaling]] = {cls.kind: cls for cls in (Scaling, Linear, Dynamic, Yarn, LongRope, Llama3)}

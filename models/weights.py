@@ -246,7 +246,7 @@ class TensorSource(CheckpointReader):
         row_order = None
         if self.checkpoint.interleaved_rope_rows:
             row_order = np.arange(fused["attn_qkv"])
-            rotated = unpair_rows(config.num_heads + config.num_kv_heads, head_dim, config.rope.rotary_dim)
+            rotated = unpair_rows(config.num_heads + config.num_kv_heads, head_dim, head_dim)  # such files rotate all
             row_order[: len(rotated)] = rotated
         rows = fused if self.has(f"{prefix}attn_qkv.weight") else sizes
         biases = fused if self.has(f"{prefix}attn_qkv.bias") else sizes

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from rooflama.kernels import RooflamaError
 
-from .cli_support import ModelSource, register
+from .cli_support import ModelSource, Rope, register
 from .cli_template import TemplateVariables, ToolsFile, template_variables
 
 app = typer.Typer(
@@ -62,6 +62,7 @@ def run(
     dtype: Dtype = "auto",
     kv_dtype: KvDtype = "auto",
     max_context: MaxContext = None,
+    rope: Rope = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt through the model's chat template")] = False,
     variables: TemplateVariables = [],  # noqa: B006  # typer makes a new list
     tools: ToolsFile = None,
@@ -70,7 +71,7 @@ def run(
     _answer(
         model, prompt, chat=chat, variables=template_variables(variables, tools, chat=chat),
         max_new_tokens=max_new_tokens,
-        load_options={"device": device, "dtype": dtype, "kv_dtype": kv_dtype, "max_context": max_context},
+        load_options={"device": device, "dtype": dtype, "kv_dtype": kv_dtype, "max_context": max_context, "rope": rope},
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
     )  # fmt: skip
 
@@ -114,6 +115,7 @@ def chat(
     seed: Seed = None,
     device: DeviceName = "auto",
     max_context: MaxContext = None,
+    rope: Rope = None,
     variables: TemplateVariables = [],  # noqa: B006  # typer makes a new list
     tools: ToolsFile = None,
 ) -> None:
@@ -121,7 +123,7 @@ def chat(
     import rooflama
 
     chosen = template_variables(variables, tools)
-    with rooflama.load(model, device=device, max_context=max_context) as loaded:
+    with rooflama.load(model, device=device, max_context=max_context, rope=rope) as loaded:
         messages: list[dict[str, str]] = []
         while True:
             try:
@@ -143,11 +145,11 @@ def chat(
 
 
 @app.command()
-def inspect(model: ModelSource) -> None:
+def inspect(model: ModelSource, rope: Rope = None) -> None:
     """Show what MODEL is, from its header alone."""
     import rooflama
 
-    Console().print(rooflama.inspect(model))
+    Console().print(rooflama.inspect(model, rope=rope))
 
 
 @app.command()

@@ -18,6 +18,10 @@ ModelSource = Annotated[
 ]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 Limit = Annotated[str | None, typer.Option(help="memory it must fit into, such as 24GiB")]
+Rope = Annotated[
+    str | None,
+    typer.Option(metavar="KEY=VALUE,...", help="another rotation than the file's, such as kind=yarn,factor=4"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -35,13 +39,21 @@ def plan(
     dtype: Annotated[str, typer.Option(help="of activations: auto, float32, float16, bfloat16")] = "auto",
     device: DeviceName = "auto",
     limit: Limit = None,
+    rope: Rope = None,
     as_json: Json = False,
 ) -> None:
     """Show what MODEL will take on a device, here or not, without loading it. Exit status 1 if it does not fit."""
     from .planning import plan_memory
 
     made = plan_memory(
-        model, context=context, sequences=sequences, kv_dtype=kv_dtype, dtype=dtype, device=device, limit=limit
+        model,
+        context=context,
+        sequences=sequences,
+        kv_dtype=kv_dtype,
+        dtype=dtype,
+        device=device,
+        limit=limit,
+        rope=rope,
     )
     if as_json:
         print(json_text(made.to_dict(), indent=2))

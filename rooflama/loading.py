@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from rooflama.models.memory_display import count, size
 from rooflama.models.rope import FactorSetPolicy
 
 from .model import Model
-from .planning import adapter_of, parse_bytes, plan_for_device
+from .planning import adapter_of, parse_bytes, plan_for_device, warn_beyond_training, with_rope
 
 MOST_WITHOUT_ROWS = 16  # tokens that a fine-tune adds without enlarging the embedding: padding, turns of a chat
 
@@ -34,6 +35,7 @@ def load(
     max_context: int | None = None,
     memory_limit: int | str | None = None,
     longrope: FactorSetPolicy = "auto",
+    rope: Mapping[str, Any] | str | None = None,
     batch_invariant: bool = False,
     progress: bool = True,
 ) -> Model:
@@ -47,13 +49,18 @@ def load(
         dtype: of activations: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``float32``, ``float16``, ``bfloat16``.
         kv_dtype: of the key/value pages: ``auto`` (that of the activations), one of those, ``fp8`` or ``int8``.
         max_context: tokens a sequence may reach. None takes the model's own context, or, with a warning, as much of it
-            as fits into memory.
+            as fits into memory. More than the model was trained for, or than its RoPE scaling reaches, is a warning.
         memory_limit: bytes, or text such as ``8GiB``, that the process may take on the device for this model, the
             driver's context included, on a CPU without Python and torch; None for all that is free. What it would take
             is planned first, and nothing is allocated if that does not fit.
         longrope: for models with LongRoPE (Phi-3 128k): which of the two sets of frequencies a sequence gets, for life.
             ``auto`` gives ``long`` to a sequence whose prompt and new tokens together may exceed the original context
-            (Phi-3: 4096), else ``short``.
+            (Phi-3: 4096), else ``short``. Without ``max_new_tokens`` a sequence may fill the context: ``long``.
+        rope: another rotation than the file's, for experiments: ``{"kind": "yarn", "factor": 4}``, or the same as text,
+            ``kind=yarn,factor=4``. Kinds: default, linear, dynamic, yarn, longrope, llama3. A kind replaces the file's
+            scaling; without one, what is given changes single parameters of it, ``base`` among them. See
+            ``models.rope_override`` for the keys. The model's own context becomes what the scaling reaches (factor
+            times the original context); with ``dynamic`` it stays, and ``max_context`` says how far to stretch.
         batch_invariant: make each sequence's results equal, in every bit, whatever runs beside it and in whatever
             chunks its prompt is read. Without it they agree up to rounding, since products of few and of many tokens
             take different kernels. Costs most of the prompt's speed. A promise of the Triton kernels: refused where
@@ -65,6 +72,7 @@ def load(
         HubError: the download failed.
         GGUFError, HuggingFaceError, ConfigError, TokenizerError: the files are damaged, contradict each other, or are
             of a model that rooflama cannot run right.
+        RopeError: ``rope`` has an unknown kind or key, or describes no rotation.
         DeviceError: the device is missing, or its memory does not suffice.
     """
     with open_checkpoint(path) as checkpoint:
@@ -80,7 +88,7 @@ def load(
                     remedy="Load on a GPU, or without batch_invariant",
                 )
             return _load(
-                checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, longrope, batch_invariant, progress
+                checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, longrope, rope, batch_invariant, progress
             )
         except BaseException:
             owner.close()
@@ -95,6 +103,7 @@ def _load(
     kv_dtype: str,
     max_context: int | None,
     longrope: FactorSetPolicy,
+    rope: Mapping[str, Any] | str | None,
     batch_invariant: bool,
     progress: bool,
 ) -> Model:
@@ -105,9 +114,10 @@ def _load(
         source = TensorSource(
             checkpoint, device, lambda nbytes: bar.advance(task, nbytes), batch_invariant=batch_invariant
         )
-        config = adapter.read_config(source)
+        config = with_rope(adapter.read_config(source), rope)
         check_vocabulary(tokenizer, config.vocab_size)
         plan = _plan(source, config, device, max_context, dtype, kv_dtype)
+        warn_beyond_training(plan)
         decoder = Decoder.load(source, config, adapter)
     weight_bytes = device.held_bytes
     engine = start_engine(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from math import ceil
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ from rooflama.models import (
     checkpoint_weights,
     config_weights,
 )
+from rooflama.models.rope_override import override_rope
 
 PAGE_SIZE = 64  # tokens; the waste is at most one page a sequence
 PREFILL_CHUNK = 2048  # tokens; larger passes gain nothing on an H100 and take more workspace
@@ -43,15 +46,17 @@ def plan_memory(
     device: str = "auto",
     limit: int | str | None = None,
     batch_invariant: bool = False,
+    rope: Mapping[str, Any] | str | None = None,
     weight_types: str | Callable[[str, tuple[int, ...]], str] = "F16",
 ) -> MemoryPlan:
     """What a model would take, without loading it.
 
     Args:
         path_or_config: a checkpoint as for ``load``, of which the header is read; or a config.
-        context: tokens each sequence may reach; None for the model's own context.
+        context: tokens each sequence may reach; None for the model's own context. More than that is planned with a
+            warning.
         sequences: sequences held at once.
-        kv_dtype, dtype, batch_invariant: as for ``load``.
+        kv_dtype, dtype, batch_invariant, rope: as for ``load``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. A GPU that is not here can be planned for too.
         limit: bytes, or text such as ``24GiB``, that the whole process may take on the device (on a CPU, the model
             alone, without Python and torch); None for no limit but what the device has free, if it is here.
@@ -60,20 +65,21 @@ def plan_memory(
     Raises:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: the checkpoint cannot be found or read.
         ConfigError: it is of a model that rooflama cannot run, or an argument is out of range.
+        RopeError: ``rope`` describes no rotation.
         DeviceUnavailable: ``device`` is no device's name.
     """
     target, free_bytes = _target(device)
     if isinstance(path_or_config, ModelConfig):
-        config = path_or_config
+        config = with_rope(path_or_config, rope)
         type_of = weight_types if callable(weight_types) else lambda name, shape: weight_types
         weights = config_weights(config, type_of, target.backend)
     else:
         with open_headers(path_or_config) as checkpoint:
             adapter, reader = adapter_of(checkpoint), CheckpointReader(checkpoint)
-            config = adapter.read_config(reader)
+            config = with_rope(adapter.read_config(reader), rope)
             weights = checkpoint_weights(reader, config, adapter, target.backend)
     activations, pages = choose_dtypes(dtype, kv_dtype, target.kind)
-    return MemoryPlan(
+    plan = MemoryPlan(
         config=config,
         weights=weights,
         context=config.context_length if context is None else context,
@@ -87,6 +93,8 @@ def plan_memory(
         limit=parse_bytes(limit) if isinstance(limit, str) else limit,
         free_bytes=free_bytes,
     )
+    warn_beyond_training(plan)
+    return plan
 
 
 def plan_for_device(
@@ -116,6 +124,23 @@ def plan_for_device(
         limit=device.memory_limit,
         free_bytes=device.free_bytes,
     )
+
+
+def with_rope(config: ModelConfig, rope: Mapping[str, Any] | str | None) -> ModelConfig:
+    """The config as the file says, or with another rotation. Raises RopeError."""
+    return config if rope is None else override_rope(config, rope)
+
+
+def warn_beyond_training(plan: MemoryPlan) -> None:
+    """Warn of a context that neither the model's training nor its RoPE scaling reaches."""
+    config = plan.config
+    if plan.context > config.context_length and config.rope.kind != "dynamic":
+        warnings.warn(
+            f"a context of {plan.context:,} tokens is more than the {config.context_length:,} that {config.name} was "
+            f"trained for or that its RoPE ({config.rope.kind}) stretches to: text degrades there. A scaling such as "
+            "rope={'kind': 'yarn', 'factor': 4} reaches further",
+            stacklevel=4,
+        )
 
 
 def adapter_of(checkpoint: Checkpoint):

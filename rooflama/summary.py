@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -13,7 +15,7 @@ from rich.text import Text
 from rooflama.loaders.opening import open_headers
 from rooflama.models import CheckpointReader, ModelConfig
 
-from .planning import adapter_of
+from .planning import adapter_of, with_rope
 
 
 @dataclass(frozen=True)
@@ -79,18 +81,19 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def inspect(path: str | os.PathLike[str]) -> Summary:
+def inspect(path: str | os.PathLike[str], *, rope: Mapping[str, Any] | str | None = None) -> Summary:
     """Summarise a checkpoint without loading its weights.
 
     Args:
         path: as for ``load``: a ``.gguf`` file, a Hugging Face folder, or a reference ``hf:owner/repo``.
+        rope: another rotation than the file's, as for ``load``.
 
     Raises:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: it cannot be found or read.
         ConfigError: its architecture or a parameter is unknown.
     """
     with open_headers(path) as checkpoint:
-        config = adapter_of(checkpoint).read_config(CheckpointReader(checkpoint))
+        config = with_rope(adapter_of(checkpoint).read_config(CheckpointReader(checkpoint)), rope)
         sizes: Counter[str] = Counter()
         counts: Counter[str] = Counter()
         parameters = 0

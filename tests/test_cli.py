@@ -110,3 +110,14 @@ def test_env_names_the_backend():
     assert result.returncode == 0, result.stderr
     assert "torch" in result.stdout
     assert "NumPy definitions" in result.stdout or "compiled Triton" in result.stdout
+
+
+@pytest.mark.parametrize("command", [["run", "hello"], ["chat"], ["plan"], ["inspect"]], ids=lambda command: command[0])
+def test_rope_of_the_command_line(tmp_path, command):
+    """Every command that loads or describes a model takes it, and refuses what describes no rotation."""
+    path = str(write_small(tmp_path / "small.gguf"))
+    name, *rest = command
+    assert_one_line_error(rooflama(name, path, *rest, "--rope", "kind=warp"), "the kinds are default, linear, dynamic")
+    if name == "inspect":
+        described = rooflama(name, path, "--rope", "kind=yarn,factor=4,base=1e6")
+        assert "yarn (factor 4" in described.stdout, described.stderr

@@ -238,7 +238,7 @@ def test_what_is_no_amount_of_memory(text):
 def test_arguments_out_of_range(small):
     for wrong in (
         {"context": 0},
-        {"context": 129},
+        {"context": 2**24 + 1},
         {"context": 8, "sequences": 0},
         {"sequences": 65537},
         {"sequences": 10**400},
