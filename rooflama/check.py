@@ -190,7 +190,7 @@ def check(
     tell = on_progress or (lambda report: None)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # lines "config" and "tokenizer" say what was warned of
+        warnings.simplefilter("ignore")  # lines "structure", "config" and "tokenizer" say what was warned of
         subject = check_file.Subject(os.fspath(path), device, limit, stack)
         tell(report := Report(subject.name, (), ()))
         for item in CHECKS:

@@ -119,10 +119,14 @@ class Subject:
 
 def structure(subject: Subject) -> Finding:
     """Every count, length, offset and type in the headers of its files holds."""
-    file = subject.file
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        file = subject.file
     details = {"metadata": {name: _short(value) for name, value in file.metadata.items()}}
     number = f"{len(file.paths)} file{'s' * (len(file.paths) > 1)}"
     said = f"{len(file.metadata)} keys, {len(file.tensors)} tensors, {size(file.file_nbytes)} in {number}"
+    if notes:
+        return Finding("WARN", "; ".join(str(note.message) for note in notes), details)
     return Finding("PASS", f"{file.format}, {said}", details)
 
 

@@ -118,6 +118,17 @@ def test_the_checklist_says_what_the_tokenizer_warns_of(tmp_path):
     assert found.reason.startswith("llama3/tokenizer.json: its post_processor adds BOS")
 
 
+def test_the_checklist_says_what_was_odd_about_the_files(tmp_path):
+    folder = write_folder("llama3", tmp_path / "llama3")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"of_my_own": False}))
+    found = rooflama.check(folder, device="cpu").of("structure")
+    assert found.status == "WARN"
+    assert found.reason.startswith("llama3: the weights are read from model.safetensors; not read is adapter_model.saf")
+    assert found.reason.endswith("not read: of_my_own")
+
+
 def test_half_precision_weights_run(tmp_path):
     made = module("qwen2")
     half = AutoModelForCausalLM.from_config(made.config, dtype=torch.bfloat16)
