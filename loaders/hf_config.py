@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from .hf_json import HuggingFaceError
+from .hf_rope import rope_arguments
 from .hf_unread import check_unread
 
 LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")  # one spelling for each layer
@@ -94,6 +94,7 @@ class HFFamily:
             adapter's default holds; list those whose default in transformers is another one in ``required`` too.
         unused_keys: further keys that change no result of this type, whatever they hold.
         tied_by_default: what a missing ``tie_word_embeddings`` means.
+        partial_rotary: whether ``partial_rotary_factor`` counts.
         tensor_names: as ``TENSOR_NAMES``.
     """
 
@@ -104,6 +105,7 @@ class HFFamily:
     result_keys: tuple[str, ...] = ()
     unused_keys: tuple[str, ...] = ()
     tied_by_default: bool = False
+    partial_rotary: bool = False
     tensor_names: Mapping[str, str] = field(default_factory=lambda: TENSOR_NAMES)
 
 
@@ -117,7 +119,12 @@ FAMILIES: dict[str, HFFamily] = {
     ),
     "qwen2": HFFamily("qwen2", required=("num_key_value_heads",), window_keys=QWEN_WINDOW),
     "qwen3": HFFamily("qwen3", required=("num_key_value_heads", "head_dim"), biases=QKV_BIAS, window_keys=QWEN_WINDOW),
-    "phi3": HFFamily("phi3", required=("original_max_position_embeddings",), window_keys=("sliding_window",)),
+    "phi3": HFFamily(
+        "phi3",
+        required=("original_max_position_embeddings",),
+        window_keys=("sliding_window",),
+        partial_rotary=True,
+    ),
 }
 """Every ``model_type`` that is read. What is not here raises."""
 
@@ -212,37 +219,10 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
     windows = _windows(config, family)
     check_unread(config, _keys_read(family), windowed="attention.sliding_window" in windows)
     keys = {gguf: config[key] for key, gguf in {**REQUIRED, **OPTIONAL}.items() if config.get(key) is not None}
-    keys["rope.huggingface"] = _rope(config)
+    keys["rope.huggingface"] = rope_arguments(config, partial_rotary=family.partial_rotary)
     keys |= windows | _result_keys(config, family)
     arch = family.architecture
     return {"general.architecture": arch, "general.name": name, **{f"{arch}.{key}": v for key, v in keys.items()}}
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``rope_from_hf`` that the config gives."""
-    old, new = config.get("rope_scaling"), config.get("rope_parameters")
-    if old and new and old != new:
-        both = isinstance(old, Mapping) and isinstance(new, Mapping)
-        if both and "rope_theta" in new and "rope_theta" not in {*old, *config}:
-            _refuse(
-                "rope_scaling and rope_parameters that differ, and rope_theta only in rope_parameters",
-                "transformers takes rope_scaling alone, and with it the default rope_theta",
-                "Move what is meant into rope_parameters and remove rope_scaling",
-            )
-        warnings.warn(
-            "config.json has rope_scaling and rope_parameters that differ: rope_scaling counts, as in transformers",
-            stacklevel=5,
-        )
-    parameters = old or new
-    if config["model_type"] == "phi3" and isinstance(parameters, Mapping):
-        types = {key: "longrope" for key in ("rope_type", "type") if parameters.get(key) == "yarn"}
-        parameters = {**parameters, **types}  # the first Phi-3 configs say yarn and mean LongRoPE
-    return {
-        "rope_parameters": parameters,
-        "theta": config.get("rope_theta"),
-        "partial_rotary_factor": config.get("partial_rotary_factor"),
-        "original_max_position_embeddings": config.get("original_max_position_embeddings"),
-    }
 
 
 def _windows(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def read_rope(
         "rotary_dim": keys.integer("rope.dimension_count", head_dim),
         "base": keys.real("rope.freq_base", 10_000.0),
     }
-    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
+    older = keys.real("rope.scale_linear", 0.0, positive=False)
+    factor = keys.real("rope.scaling.factor", older, positive=False) or 1.0  # 0 is llama.cpp's "not given"
     original_context = keys.integer("rope.scaling.original_context_length", context_length)
     magnitude = keys.real("rope.scaling.attn_factor", None)
     # A file without a type is linear to llama.cpp; Phi-3's files name no type and are told by their factor tensors.

@@ -410,9 +410,27 @@ def test_odd_rotary_parameters_are_read_as_transformers_reads_them(name, changes
     assert_parity(logits, reference_logits(oracle.eval(), tokens), f"{name} with {changes}")
 
 
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.usefixtures("numpy_backend")
+def test_part_of_a_head_counts_only_where_the_type_rotates_parts(inside, tmp_path):
+    part = {"partial_rotary_factor": 0.5}
+    parameters = config_json("qwen3")["rope_parameters"]
+    config = config_json("qwen3", rope_parameters=parameters | part) if inside else config_json("qwen3", **part)
+    folder = write_case("qwen3", tmp_path, "safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = random_tokens(20)
+    oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    warned = pytest.warns(UserWarning, match=r"partial_rotary_factor is 0\.5")
+    with warned, read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
+        (logits,) = prefill_logits(engine, [tokens], 1024)
+    assert_parity(logits, reference_logits(oracle.eval(), tokens), "with a factor that does not count")
+    with pytest.raises(HuggingFaceError, match=r"partial_rotary_factor 0\.5 with rope_type 'linear'"):
+        metadata_of("qwen3", rope_parameters={"rope_type": "linear", "factor": 2.0, **part})
+
+
 def test_rope_scaling_counts_before_rope_parameters():
     linear = {"rope_type": "linear", "factor": 4.0}
-    with pytest.warns(UserWarning, match="rope_scaling counts"):
+    with pytest.warns(UserWarning, match="differ: rope_scaling counts"):
         given = metadata_of("llama3", rope_scaling=linear, rope_theta=1e4)["llama.rope.huggingface"]
     assert given["rope_parameters"] == linear
     with pytest.raises(HuggingFaceError, match="rope_theta only in rope_parameters"):

@@ -337,7 +337,7 @@ def test_tensors_missing_misshapen_or_left_over_are_refused(name, tensors, witho
         ("llama3", {"rope.freq_base": float("nan")}, ConfigError, "must be a finite number > 0"),
         ("llama3", {"rope.freq_base": -1e4}, ConfigError, "must be a finite number > 0"),
         ("llama3", {"rope.freq_base": 1.0}, RopeError, "the base is above 1"),
-        ("llama-linear", {"rope.scaling.factor": -4.0}, ConfigError, "must be a finite number > 0"),
+        ("llama-linear", {"rope.scaling.factor": -4.0}, RopeError, "factor is -4.0: factor is a finite number above 0"),
         ("llama3", {"rope.huggingface": "default"}, ConfigError, "must be a mapping"),
         ("phi3-4k", {"rope.dimension_count": 15}, RopeError, "rotary_dim is even"),
         ("phi3-4k", {"rope.dimension_count": 32}, RopeError, "between 2 and head_dim"),
@@ -410,6 +410,12 @@ def test_yarn_keys_are_those_of_llama_cpp(changes, unread, attn_factor, recwarn)
         magnitude *= implied
     np.testing.assert_allclose(inverse_frequencies(spec), expected, rtol=1e-12)
     assert attention_factor(spec) == pytest.approx(magnitude, rel=1e-12)
+
+
+def test_a_factor_of_0_is_none():
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        assert config_of(checkpoint("llama3", {key: 0.0})).rope == config_of(checkpoint("llama3")).rope
+        assert config_of(checkpoint("llama3", {key: 4.0})).rope.kind == "linear"
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama-linear"])
