@@ -210,7 +210,7 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
             "a quantization_config", "weights are F32, F16 or BF16", "Use the unquantised checkpoint, or a GGUF file"
         )
     for key, tensor in family.biases.items():
-        if config.get(key, False) != (tensor in tensors):
+        if bool(config.get(key)) != (tensor in tensors):
             _refuse(
                 f"{key} {config.get(key, False)}, and {tensor} is {'there' if tensor in tensors else 'not there'}",
                 "a bias that the config names is in the files, and no other",

@@ -7,6 +7,7 @@ which the weights are holes. The readers take such a file as it is, and check it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,7 @@ FIRST_BYTES = 2**14  # asked for of a GGUF file, then as many again until the he
 MOST_BYTES = 2**26  # of a header; a vocabulary of 256,000 tokens takes 2^23
 ROPE_FACTORS = "rope_"  # begin of the names of tensors that the config needs: a number per rotary pair
 MOST_FACTOR_BYTES = 2**16
+AT_ONCE = 8  # shards whose headers are fetched at a time
 
 
 class RemoteFile(NamedTuple):
@@ -143,8 +145,9 @@ def fetch_headers(text: str, scratch: Path) -> tuple[Path, str]:
         return snapshot, title
     folder = copy_json(snapshot, scratch / title)
     listed = repository_files(hub, text, pinned)
-    for name in chosen_weights(hub, text, pinned, snapshot, listed):
-        RemoteFile(hub, text, pinned, name).hollow(folder / name)
+    files = [RemoteFile(hub, text, pinned, name) for name in chosen_weights(hub, text, pinned, snapshot, listed)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda file: file.hollow(folder / file.name), files))
     for name in TOKENIZER_FILES:
         if name in listed:
             (folder / name).touch()

@@ -36,7 +36,7 @@ def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
     named = config.get("transformers_weights")
     if named is not None:
         chosen = _named(folder, named)
-    elif SINGLE in present:
+    elif (folder / SINGLE).is_file():
         chosen = [SINGLE]
     elif (folder / INDEX).is_file():
         chosen = _indexed(folder / INDEX)

@@ -236,6 +236,11 @@ def test_windows_of_odd_configs_are_those_of_transformers(name, changes, unread,
     assert_parity(logits, reference_logits(oracle.eval(), tokens), f"{name} with {changes}")
 
 
+@pytest.mark.parametrize("value", [None, 0])
+def test_biases_that_are_null_are_none(value):
+    assert metadata_of("llama3", attention_bias=value, mlp_bias=value) == metadata_of("llama3")
+
+
 def test_rotary_parameters_arrive_whole_in_old_and_new_spelling():
     new = metadata_of("llama3.1")["llama.rope.huggingface"]
     parameters = config_json("llama3.1")["rope_parameters"]

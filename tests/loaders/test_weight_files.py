@@ -113,6 +113,13 @@ def test_the_index_decides_where_there_is_no_single_file(folder):
     agree(folder, r"read from model-00001-of-00002.safetensors, .*; not read is model-00003-of-00003\.safetensors$")
 
 
+def test_a_dangling_link_is_no_single_file(folder):
+    shard(folder, factor=0.5)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("gone")
+    agree(folder, r"not read is model\.safetensors$")
+
+
 def test_the_config_may_name_the_file(folder):
     shard(folder, factor=0.5)
     (folder / INDEX).rename(folder / "half.safetensors.index.json")
