@@ -56,6 +56,7 @@ NO_EFFECT = TRAINING | BOOKKEEPING | EXECUTION | TOKENS | LENGTHS | GENERATION
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "activation": ("silu", "swish", "swiglu"),
+    "add_cross_attention": (False,),
     "attention_bias": (False,),
     "bias": (False,),
     "causal": (True,),
@@ -72,6 +73,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_experts": (0,),
     "num_local_experts": (0,),
     "position_embedding_type": ("rope", "rotary"),
+    "pruned_heads": ({}, []),
     "qk_norm": (False,),
     "qkv_bias": (False,),
     "residual_multiplier": (1,),
@@ -80,6 +82,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "rotary_pct": (1,),
     "scale_attn_weights": (True,),
     "scale_emb": (1,),
+    "tie_encoder_decoder": (False,),
     "use_bias": (False,),
     "use_bidirectional_attention": (False,),
     "use_dynamic_ntk": (False,),

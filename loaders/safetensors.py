@@ -168,7 +168,8 @@ def _read_folder(folder: Path, name: str) -> SafetensorsCheckpoint:
             _check_repeated([(entries[stored], found[stored]) for stored in repeated], maps)
         entries |= found
     tensors = {}
-    for stored, canonical in gguf_names(config, set(entries)).items():
+    names = gguf_names(config, entries)
+    for stored, canonical in names.items():
         info = entries[stored]
         if info.dtype not in GGML_TYPES:
             refuse(
@@ -180,10 +181,9 @@ def _read_folder(folder: Path, name: str) -> SafetensorsCheckpoint:
         tensors[canonical] = replace(info, name=canonical)
     if is_tied(config) and OUTPUT in tensors:
         _untie(config, tensors, maps)
-    if wide := [stored for stored, info in entries.items() if info.dtype == "F64"]:
-        warnings.warn(
-            f"{name}: {shorten(', '.join(wide))} stored as float64, and rounded to float32 when read", stacklevel=4
-        )
+    if wide := [stored for stored in names if entries[stored].dtype == "F64"]:
+        others = f" and {len(wide) - 1} other tensors" if len(wide) > 1 else ""
+        warnings.warn(f"{name}: {shorten(wide[0])}{others}: float64, read as float32", stacklevel=4)
     metadata = gguf_metadata(config, tensors, name=name)
     return SafetensorsCheckpoint(folder, metadata, tensors, maps)
 

@@ -338,7 +338,7 @@ def test_keys_that_cannot_change_the_logits_are_passed_over(recwarn):
         "attention_bias": False, "full_attn_mod": 1, "use_mrope": False, "unsloth_version": "2026.1", "top_p": 0.6,
         "torch_dtype": "float16", "dtype": "float32", "transformers.js_config": {"dtype": "q4"}, "pretraining_tp": 8,
         "max_sequence_length": 7, "attn_implementation": "sdpa", "_flash_attn_2_enabled": True, "eos_token_id": [1, 2],
-        "attention_dropout": 0.5,
+        "attention_dropout": 0.5, "pruned_heads": {}, "add_cross_attention": False,
     }  # fmt: skip
     assert metadata_of("llama3", **neutral) == metadata_of("llama3")
     assert not recwarn.list
