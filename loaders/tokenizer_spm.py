@@ -12,7 +12,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from .token_types import BYTE_TOKENS, TokenType
-from .vocabulary import Metadata, TokenizerError, Vocabulary, read_flag, refuse, warn
+from .vocabulary import Metadata, TokenizerError, Vocabulary, read_flag, read_string, refuse, warn
 
 SPACE = "\u2581"
 
@@ -28,6 +28,12 @@ class SentencePieceBPE:
         self._byte_values = _read_byte_tokens(vocabulary, metadata)
         self._byte_ids = {value: token_id for token_id, value in self._byte_values.items()}
         _refuse_normalisation(metadata)
+        if (pre := read_string(metadata, "tokenizer.ggml.pre")) not in (None, "default"):
+            warn(
+                metadata,
+                "tokenizer.ggml.pre",
+                f"tokenizer.ggml.pre = {pre!r} is not used by SentencePiece vocabularies",
+            )
         words = vocabulary.of_type(TokenType.NORMAL, TokenType.UNUSED)
         model = _model_file(vocabulary, words, vocabulary.scores(metadata))
         self._id_of_piece = [None, *words]  # sentencepiece's ids -> ids; 0 is what no word covers
@@ -68,7 +74,7 @@ class SentencePieceBPE:
     def _unknown(self, character: str) -> int:
         if self._vocabulary.unk_id is None:
             raise TokenizerError(
-                f"character {character!r} (U+{ord(character):04X})",
+                f"character {character.replace(SPACE, ' ')!r}",
                 rule="this vocabulary has no word with it, no token for one of its bytes and no unknown token",
                 remedy="Remove or replace the character",
             )

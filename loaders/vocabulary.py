@@ -120,9 +120,7 @@ def _read_special(metadata: Metadata, name: str, vocab_size: int) -> int | None:
         return int(value)
     if name == "eos":
         refuse(metadata, key, f"{key} = {value!r}", rule)
-    warn(
-        metadata, key, f"{key} = {value} is no id of the vocabulary, 0 to {vocab_size - 1}: read as if it were missing"
-    )
+    warn(metadata, key, f"{key} = {value} is no id of the vocabulary, 0 to {vocab_size - 1}: not used")
     return None
 
 
@@ -182,7 +180,9 @@ class Vocabulary:
         def special(name: str, customary: int | None = None) -> int | None:
             """The id the file names; else SentencePiece's customary one, where that token is indeed special."""
             if metadata.get(f"tokenizer.ggml.{name}_token_id") is not None:
-                return _read_special(metadata, name, len(tokens))
+                named = _read_special(metadata, name, len(tokens))
+                if named is not None or name != "unknown":
+                    return named
             if model != "llama" or customary is None or customary >= len(tokens):
                 return None
             return customary if types[customary] in (TokenType.CONTROL, TokenType.UNKNOWN) else None

@@ -211,8 +211,21 @@ def test_a_character_without_any_token_is_refused(unknown):
         warnings.simplefilter("ignore")
         tokenizer = Tokenizer.from_metadata(metadata)
     assert tokenizer.encode("the roof") == rebuilt(False).encode("the roof")
-    with pytest.raises(TokenizerError, match=r"'🙂' \(U\+1F642\): this vocabulary has no word with it"):
+    with pytest.raises(TokenizerError, match="character '🙂': this vocabulary has no word with it"):
         tokenizer.encode("the 🙂")
+
+
+def test_an_unknown_id_out_of_range_leaves_the_customary_one():
+    metadata = spm_metadata(trained_sentencepiece(byte_fallback=False), unknown_token_id=999)
+    with pytest.warns(UserWarning, match="unknown_token_id = 999 is no id of the vocabulary, 0 to 149: not used"):
+        tokenizer = Tokenizer.from_metadata(metadata)
+    assert tokenizer.encode("the 🙂") == rebuilt(False).encode("the 🙂")
+
+
+def test_a_pre_tokenizer_of_a_sentencepiece_vocabulary_is_said_to_be_unused():
+    with pytest.warns(UserWarning, match="tokenizer.ggml.pre = 'llama-spm' is not used by SentencePiece vocabularies"):
+        tokenizer = Tokenizer.from_metadata(spm_metadata(trained_sentencepiece(), pre="llama-spm"))
+    assert tokenizer.encode("the 12 🙂") == rebuilt().encode("the 12 🙂")
 
 
 def test_an_unknown_token_that_is_a_word_is_still_that_word():
