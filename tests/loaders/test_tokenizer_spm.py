@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from rooflama.loaders.tokenizer import Tokenizer, TokenizerError
 from vocabularies import published_phi3_metadata, spm_metadata, trained_sentencepiece, without_tokens
@@ -44,6 +45,24 @@ def with_user_defined(**keys):
 @example(text="text] tele")  # the scores decide which merge goes first
 def test_encode_equals_sentencepiece(byte_fallback, text):
     assert rebuilt(byte_fallback).encode(text, add_special=False) == original(byte_fallback).encode(text)
+
+
+@given(text=texts)
+@example(text="the roof")
+def test_unused_pieces_are_steps_of_a_merge_as_in_sentencepiece(text):
+    """Neither word is a result, and both can become part of a longer one."""
+    ours, theirs = with_unused_words()
+    assert ours.encode(text, add_special=False) == theirs.encode(text)
+
+
+@functools.cache
+def with_unused_words():
+    model = ModelProto.FromString(trained_sentencepiece())
+    for piece in model.pieces:
+        if piece.piece in ("\u2581the", "\u2581t", "oof"):
+            piece.type = ModelProto.SentencePiece.UNUSED
+    model = model.SerializeToString()
+    return Tokenizer.from_metadata(spm_metadata(model)), sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
 @given(text=texts)
