@@ -1,8 +1,8 @@
 """Chat templates: Jinja source out of a file that nobody vouches for, rendered within bounds.
 
-What a template sees is what transformers gives it: messages, add_generation_prompt, the special tokens' texts, tools
-and documents (None unless given), raise_exception, strftime_now, a tojson without HTML escapes, {% break %},
-{% continue %} and {% generation %}. A file may hold several templates, each with a name.
+What a template sees is what transformers gives it: messages, add_generation_prompt (False unless given), the special
+tokens' texts, tools and documents (None unless given), raise_exception, strftime_now, a tojson without HTML escapes,
+{% break %}, {% continue %} and {% generation %}. A file may hold several templates, each with a name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ChatTemplate:
         """
         for name in ("tools", "documents"):
             checked_dictionaries(variables.get(name), name)
-        names: dict[str, Any] = {"tools": None, "documents": None}
+        names: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": False}
         names |= {name: plain(value, name) for name, value in variables.items()}
         names["messages"] = [with_reasoning_names(message) for message in checked_messages(messages)]
         given = len(str(names))

@@ -1,5 +1,6 @@
 """Chat templates: the models' own shapes rendered as transformers renders them, and hostile ones stopped in time."""
 
+import itertools
 import resource
 import time
 
@@ -13,6 +14,7 @@ from rooflama.loaders import chat_template
 from rooflama.loaders.chat_template import ChatTemplate, ChatTemplateError
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.tokenizer import Tokenizer
+from template_styles import STYLES
 from vocabularies import bpe_metadata, trained_bpe
 
 # The shapes that the families document, with the constructs their templates use.
@@ -135,6 +137,54 @@ def test_a_call_gives_the_same_wherever_it_stands(place):
     expected, _ = render_jinja_template([[]], chat_template=source)
     assert "a+b" in expected[0]
     assert ChatTemplate(source).render([]) == expected[0]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "Größe <b>", "enum": ["Oslo", "Köln"]},
+        "days": {"type": ["integer", "null"], "default": 1},
+        "also": {"type": "array", "items": {"type": "object", "additionalProperties": {"type": "number"}}},
+    },
+    "required": ["city"],
+}
+TOOLS = [{"type": "function", "function": {"name": "sun", "description": "d", "parameters": SCHEMA, "return": SCHEMA}}]
+CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "sun", "arguments": {"city": "Köln's"}}}
+ASKED = [{"role": "system", "content": " Be brief. /no_think"}, {"role": "user", "content": " Sun?\n/think"}]
+ANSWERED = [{"role": "assistant", "content": "<think>\nHm\n</think>\n\nNo."}, {"role": "user", "content": "Why?"}]
+CALLED = [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
+CONVERSATIONS = {
+    "question": ASKED[1:],
+    "answered": ASKED + ANSWERED,
+    "reasoned": [*ASKED[1:], {"role": "assistant", "content": "No.", "reasoning_content": "Hm"}],
+    "called": [*ASKED, *CALLED, {"role": "tool", "name": "sun", "tool_call_id": "abcdefghi", "content": "<5>"}],
+    "called twice": [*ASKED[1:], *CALLED, *[{"role": "tool", "tool_call_id": i, "content": {"h": 5}} for i in "ab"]],
+    "parts": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " Where? "}]}],
+    "out of order": [*ANSWERED[:1], *ASKED],
+}
+
+
+VARIABLES = [
+    {},
+    {"tools": TOOLS, "add_generation_prompt": True},
+    {"enable_thinking": False, "add_generation_prompt": True, "date_string": "1 Jan"},
+    {"documents": [{"title": "t", "text": "é"}], "controls": {"length": "short"}, "xml_tools": ["a"]},
+]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_styles_of_the_families(style):
+    agreed = 0
+    for said, variables in itertools.product(CONVERSATIONS.values(), VARIABLES):
+        try:
+            wanted, _ = render_jinja_template([said], chat_template=STYLES[style], **SPECIAL, **variables)
+        except Exception:  # the template does not take this conversation: for a reason of its own, or Jinja's
+            with pytest.raises(ChatTemplateError, match=r"refuses the messages|failed with"):
+                ChatTemplate(STYLES[style]).render(said, **SPECIAL, **variables)
+        else:
+            assert ChatTemplate(STYLES[style]).render(said, **SPECIAL, **variables) == wanted[0]
+            agreed += 1
+    assert agreed >= 10
 
 
 FILTERS = """{% set n = [3, 1, 2, 1] %}{% set w = ['b', 'A', 'c'] %}{% set d = {'b': 1, 'a': 2} %}
