@@ -100,7 +100,7 @@ def _items(value: Any) -> Iterable[Any] | None:
         return chain.from_iterable(value)
     if isinstance(value, Cycler):
         return value.items
-    return value if isinstance(value, list | tuple | KeysView | ValuesView) else None
+    return value if isinstance(value, list | tuple | set | KeysView | ValuesView) else None
 
 
 current: ContextVar[Budget] = ContextVar("budget of the rendering at work")

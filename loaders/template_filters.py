@@ -79,6 +79,13 @@ def pieces(text: str, method: str, separator: Any) -> int:
     return text.count(separator) + 1 if separator and isinstance(separator, str) else len(text)
 
 
+def ticking(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, each paid for when it is taken."""
+    for value in values:
+        current.get().spend(ITEM_COST)
+        yield value
+
+
 class _Formatter(SandboxedFormatter):
     """``str.format``, whose fields are looked up in the sandbox and whose widths are paid for."""
 
@@ -170,12 +177,12 @@ def _indent_filter(s: str, width: int | str = 4, first: bool = False, blank: boo
 
 def _batch_filter(value: Any, linecount: int, fill_with: Any = None) -> list[Any]:
     current.get().spend(ITEM_COST * linecount if fill_with is not None and isinstance(linecount, int) else 0)
-    return current.get().pay(list(filters.do_batch(_ticking(value), linecount, fill_with)))
+    return current.get().pay(list(filters.do_batch(ticking(value), linecount, fill_with)))
 
 
 def _slice_filter(value: Any, slices: int, fill_with: Any = None) -> list[Any]:
     current.get().spend(ITEM_COST * slices if isinstance(slices, int) else 0)
-    return current.get().pay(list(filters.sync_do_slice(list(_ticking(value)), slices, fill_with)))
+    return current.get().pay(list(filters.sync_do_slice(list(ticking(value)), slices, fill_with)))
 
 
 def _round_filter(value: float, precision: int = 0, method: Any = "common") -> float:
@@ -188,7 +195,7 @@ def _round_filter(value: float, precision: int = 0, method: Any = "common") -> f
 def _sum_filter(environment: SandboxedEnvironment, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
     if attribute is not None:
         iterable = map(filters.make_attrgetter(environment, attribute), iterable)
-    for item in _ticking(iterable):
+    for item in ticking(iterable):
         start = environment.call_binop(None, "+", start, item)  # type: ignore[arg-type]  # the context is not looked at
     return start
 
@@ -223,18 +230,12 @@ def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:
         if name in _LAZY_FILTERS and args[value_at]:
-            args = (*args[:value_at], _ticking(args[value_at]), *args[value_at + 1 :])
+            args = (*args[:value_at], ticking(args[value_at]), *args[value_at + 1 :])
         if name in _SPLITTING_FILTERS:
             current.get().spend(ITEM_COST * max((len(arg) for arg in args if isinstance(arg, str)), default=0))
         return current.get().pay(function(*args, **kwargs))
 
     return paid
-
-
-def _ticking(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        current.get().spend(ITEM_COST)
-        yield value
 
 
 FILTERS: dict[str, Callable[..., Any]] = {name: _paid(name, filters.FILTERS[name]) for name in _FILTERS.split()} | {

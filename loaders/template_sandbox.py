@@ -39,6 +39,7 @@ from .template_filters import (
     replaced,
     stripping_cost,
     text_of,
+    ticking,
 )
 
 _TIME_PATTERN_CHARACTERS = 256
@@ -76,7 +77,7 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # self is among args: "self" may be one of the names
         Namespace.__init__(args[0])
-        for name, value in dict(*args[1:], **kwargs).items():
+        for name, value in _dict(*args[1:], **kwargs).items():
             args[0][name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -85,8 +86,12 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
 
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
+def _dict(values: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
+    """``dict``, item by item: each is compared with all before it whose hash is the same."""
+    made = {}
+    for key, value in ticking(values.items() if isinstance(values, dict) else values):
+        made[key] = value
+    return made | kwargs
 
 
 def _raise_exception(message: str) -> None:
@@ -238,6 +243,10 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(obj, kind):
                 return attr in methods
         return super().is_safe_attribute(obj, attr, value)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        current.get().spend(1)  # a filter may look up many for each item
+        return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         return formatting(self, value)

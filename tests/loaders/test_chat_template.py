@@ -409,6 +409,9 @@ BOMBS = {
         "{% set ns = namespace(x=()) %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}{{ {ns.x: 1} }}",
         "nest 256 deep at most",
     ),
+    "sorting by many attributes": ("{{ range(99999)|sort(attribute='a,' * 30000)|length }}", TOO_LONG),
+    "keys of one hash": ("{{ dict(range(0, 99999 * (2**61 - 1), 2**61 - 1)|batch(2))|length }}", TOO_LONG),
+    "names of one hash": ("{{ namespace(range(0, 99999 * (2**61 - 1), 2**61 - 1)|batch(2)) }}", TOO_LONG),
     "recursion through a block's caller": (
         "{% macro f() %}{% call f() %}{{ caller() }}{% endcall %}{% endmacro %}{% call f() %}{% endcall %}",
         "RecursionError",
