@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rooflama
-from rooflama.models import CheckpointReader, adapter_for
+from memory_checkpoints import checkpoint, config_of
 from rooflama.models.rope import KINDS, Llama3, RopeError, RopeSpec, Yarn
 from rooflama.models.rope_override import override_rope, parse_rope
 from rooflama.planning import plan_memory
 from running_models import assert_parity
-from tiny_checkpoints import MemoryCheckpoint, gguf_metadata, gguf_tensors, module, random_tokens, reference_logits
+from tiny_checkpoints import random_tokens, reference_logits
 from whole_checkpoints import write_file, write_folder
 
 TRAINED = 256  # tokens
@@ -38,14 +38,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     return write_file("llama3", tmp_path_factory.mktemp("override") / "tiny.gguf")
-
-
-def config_of(name, **changes):
-    """The config of case ``name`` as a GGUF file describes it."""
-    metadata = gguf_metadata(module(name).config)
-    metadata |= {f"{metadata['general.architecture']}.{key}": value for key, value in changes.items()}
-    stored = MemoryCheckpoint(metadata, gguf_tensors(module(name)))
-    return adapter_for(metadata["general.architecture"]).read_config(CheckpointReader(stored))
 
 
 def load(path, **options):
@@ -129,7 +121,7 @@ def test_tables_of_dynamic_scaling_do_not_grow_with_the_context(file):
 
 
 def test_the_files_own_kind_keeps_its_parameters():
-    config = config_of("qwen2-yarn", **{"rope.scaling.yarn_beta_fast": 16.0})
+    config = config_of(checkpoint("qwen2-yarn", {"rope.scaling.yarn_beta_fast": 16.0}))
     assert config.rope.scaling == Yarn(factor=4.0, original_context=32, beta_fast=16.0)
     for rope in ({"factor": 16}, {"kind": "yarn", "factor": 16}):
         changed = override_rope(config, rope)
@@ -142,7 +134,7 @@ def test_the_files_own_kind_keeps_its_parameters():
 
 
 def test_a_kind_replaces_rope_freqs_and_no_kind_keeps_them():
-    config = config_of("llama3.1")
+    config = config_of(checkpoint("llama3.1"))
     assert config.rope.frequency_divisors is not None
     assert override_rope(config, {"base": 1e6}).rope.frequency_divisors == config.rope.frequency_divisors
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 32}
@@ -160,7 +152,7 @@ def test_part_of_a_head_rotates_alike_from_both_formats(folder, file):
             assert model.config.rope.rotary_dim == 4
             logits.append(model.logits(tokens))
     assert_parity(logits[0], logits[1], "from a folder against from a file", 2e-6)
-    assert override_rope(config_of("llama3"), {"rotary_dim": 4}).rope.rotary_dim == 4
+    assert override_rope(config_of(checkpoint("llama3")), {"rotary_dim": 4}).rope.rotary_dim == 4
 
 
 @pytest.mark.parametrize(
@@ -194,7 +186,7 @@ def test_part_of_a_head_rotates_alike_from_both_formats(folder, file):
 )
 def test_what_describes_no_rotation_is_refused(rope, message):
     with pytest.raises(RopeError, match=re.escape(message)):
-        override_rope(config_of("llama3"), rope)
+        override_rope(config_of(checkpoint("llama3")), rope)
 
 
 def test_a_reach_beyond_all_numbers_is_bounded(file):
