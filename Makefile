@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help demo test lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards clean
+.PHONY: help demo test check-kernel lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -26,6 +26,9 @@ demo: $(VENV)/.checkpoint  ## stream an answer from SmolLM2-135M-Instruct
 
 test: $(VENV)/.checkpoint  ## the whole suite, on the CPU
 	HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+check-kernel: $(VENV)/.ready  ## the tests of kernels/NAME.py on two cores: make check-kernel NAME=quantized_tiles
+	$(BIN)/python tests/kernel_tests.py $(NAME)
 
 lint: $(VENV)/.ready  ## ruff, then mypy over the package as it is installed
 	$(BIN)/ruff check .

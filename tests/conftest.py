@@ -11,7 +11,7 @@ if not torch.cuda.is_available():  # before rooflama.kernels is imported: Triton
 import pytest
 from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
 
-from interpreter import use_ordered_dot
+from interpreter import use_ordered_dot, watch_memory
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("dev", max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate], **_common)
@@ -23,6 +23,7 @@ settings.load_profile(PROFILE)
 CASES_A_FILE = 500  # of the deep profile, at least, over all properties of a file that run its kernel
 
 use_ordered_dot()
+watch_memory()
 
 # torch.empty now hands out NaN (or the largest integer), so a kernel that leaves an element unwritten is seen.
 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,12 +1,18 @@
-"""Triton's interpreter, with the one thing about tl.dot that tests of single bits rely on.
+"""Triton's interpreter, with two things that the tests rely on: an order of sums, and a watch over memory.
 
 On a GPU an element of a dot depends on its own row and column alone. The interpreter hands the tile to BLAS, which may
 sum an element in another order because of where it stands in the tile; whether it does depends on the processor
 (OpenBLAS's kernels for AVX2 do).
+
+A GPU under compute-sanitizer faults on a load beyond the ends of a tensor. The interpreter reads what lies there, which
+no result shows if a later mask drops it.
 """
 
 import numpy as np
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+import torch
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+_extents: list[tuple[int, int]] = []  # first address and the one past the end of each tensor of the running launch
 
 
 def ordered_dot(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -21,3 +27,46 @@ def use_ordered_dot() -> None:
         return TensorHandle(ordered_dot(a.data, b.data, d.data.dtype) + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+def watch_memory() -> None:
+    """Refuse loads and stores outside the tensors that a launch was given, for this process."""
+    launch, load, store = (
+        GridExecutor.__call__,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+
+    def watched_launch(self, *arguments, **named):
+        _extents[:] = [
+            extent(tensor)
+            for tensor in (*arguments, *named.values())
+            if isinstance(tensor, torch.Tensor) and tensor.numel()
+        ]
+        return launch(self, *arguments, **named)
+
+    def watched_load(self, ptrs, mask, *others):
+        check_addresses(ptrs, mask)
+        return load(self, ptrs, mask, *others)
+
+    def watched_store(self, ptrs, value, mask, *others):
+        check_addresses(ptrs, mask)
+        return store(self, ptrs, value, mask, *others)
+
+    GridExecutor.__call__ = watched_launch
+    InterpreterBuilder.create_masked_load = watched_load
+    InterpreterBuilder.create_masked_store = watched_store
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def check_addresses(ptrs: TensorHandle, mask: TensorHandle) -> None:
+    """All addresses of one load or store lie in one tensor."""
+    addresses = ptrs.data[mask.data]
+    if addresses.size:
+        first, last = int(addresses.min()), int(addresses.max())
+        end = last + max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+        assert any(start <= first and end <= stop for start, stop in _extents), "an access beyond the tensors' ends"

@@ -1,5 +1,6 @@
-"""The interpreter's tl.dot keeps what tests of single bits rely on, on any processor."""
+"""The interpreter's tl.dot keeps what tests of single bits rely on, and no access beyond a tensor's ends passes."""
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -39,3 +40,21 @@ def test_an_element_depends_on_its_row_and_column_alone(m, n, k, seed):
     whole = dot(a, b)
     assert_bit_equal(dot(a.flip(0), b.roll(1, 0)), whole.flip(0).roll(1, 1), context="moved")
     assert_bit_equal(dot(a[-16:].contiguous(), b[:16].contiguous()), whole[-16:, :16], context="in a smaller tile")
+
+
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, shift, read, written, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + shift + offs, mask=offs < read, other=0.0)
+    tl.store(out_ptr + shift + offs, x, mask=offs < written)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU compute-sanitizer watches")
+@pytest.mark.parametrize(("shift", "read", "written"), [(0, 5, 4), (0, 4, 5), (-1, 4, 1)])
+def test_an_access_beyond_a_tensor_is_refused(shift, read, written):
+    """Even where memory goes on: x and out are parts of larger buffers, and what is read beyond is thrown away."""
+    x, out = torch.ones(2, 12)[:, 4:8]
+    _copy_kernel[(1,)](x, out, 0, 4, 4, BLOCK=8)
+    assert out.tolist() == [1.0] * 4
+    with pytest.raises(Exception, match="an access beyond the tensors' ends"):
+        _copy_kernel[(1,)](x, out, shift, read, written, BLOCK=8)

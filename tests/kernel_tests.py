@@ -1,0 +1,56 @@
+"""Which tests belong to which file of ``kernels/``, parts included, and the command that runs them on two cores.
+
+python tests/kernel_tests.py quantized_tiles       stops at the first failure
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# kernels/NAME.py -> tests/kernels/test_*.py, those first that find most in the least time.
+KERNEL_TESTS: dict[str, tuple[str, ...]] = {
+    "attention_common": ("attention_edges", "strides", "attention_decode", "attention_prefill", "paged_cache"),
+    "attention_decode": ("attention_edges", "strides", "attention_decode", "beyond_int32_outputs"),
+    "attention_prefill": ("attention_edges", "strides", "attention_prefill", "beyond_int32_outputs"),
+    "backend": ("norm", "operators"),
+    "checks": ("norm", "mlp", "embedding", "paged_cache_refused", "quantized_matmul_inputs"),
+    "dequantize": ("dequantize",),
+    "embedding": ("embedding",),
+    "errors": ("norm",),
+    "mlp": ("mlp", "beyond_int32_outputs"),
+    "norm": ("norm", "beyond_int32_outputs"),
+    "operators": ("operators", "norm"),
+    "paged_cache": ("paged_cache_refused", "strides", "paged_cache", "beyond_int32_outputs"),
+    "paged_checks": ("paged_cache_refused", "attention_edges", "rope", "attention_decode", "attention_prefill"),
+    "paged_common": ("paged_cache_refused", "strides", "paged_cache", "rope"),
+    "quantized_matmul": ("quantized_matmul_inputs", "quantized_matmul"),
+    "quantized_tensor": ("embedding", "quantized_matmul_inputs", "dequantize"),
+    "quantized_tiles": ("embedding", "dequantize", "quantized_matmul"),
+    "rope": ("rope",),
+    "rope_cache_write": ("strides", "rope"),
+    "sampling": ("sampling", "sampling_filters", "strides"),
+    "sampling_filters": ("sampling_filters", "sampling", "strides"),
+}
+
+
+def suite_of(name: str) -> list[str]:
+    """The test files of ``kernels/NAME.py``, from the root, in the order in which they are run."""
+    return [f"tests/kernels/test_{test}.py" for test in KERNEL_TESTS[name]]
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in KERNEL_TESTS:
+        print(f"name one kernel file: {', '.join(KERNEL_TESTS)}", file=sys.stderr)
+        return 2
+    environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--dist", "load", "--maxschedchunk", "1"]
+    return subprocess.run([*command, *suite_of(arguments[0])], cwd=ROOT, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
