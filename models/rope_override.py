@@ -102,6 +102,7 @@ def _canonical(given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if value is None:
             continue
+        value = value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
         value = tuple(value) if isinstance(value, list) else value
         name = ALIASES.get(key, key)
         both = f"rope keys {name!r} twice, as {values.get(name)!r} and {value!r}"

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -140,6 +141,17 @@ def test_a_kind_replaces_rope_freqs_and_no_kind_keeps_them():
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context": 32}
     rope = override_rope(config, {"kind": "llama3", **scaling}).rope
     assert rope == RopeSpec(head_dim=32, rotary_dim=32, base=5e5, scaling=Llama3(**scaling))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    config = config_of(checkpoint("llama3"))
+    plain = {"kind": "longrope", "factor": 8.0, "original_context": 32, **LISTS}
+    arrays = plain | {"factor": np.float32(8), "original_context": torch.tensor(32)}
+    arrays |= {
+        "short_factor": np.array(LISTS["short_factor"]),
+        "long_factor": torch.tensor(LISTS["long_factor"]).double(),
+    }
+    assert override_rope(config, arrays) == override_rope(config, plain)
 
 
 @pytest.mark.usefixtures("numpy_backend")
