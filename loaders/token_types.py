@@ -26,7 +26,7 @@ MATCHED_WHOLE = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 BYTE_TOKENS = {f"<0x{value:02X}>": value for value in range(256)}
 """How a SentencePiece vocabulary spells bytes."""
 
-# Tokens that end a turn or a text whatever their type: llama.cpp's list, less "</s>".
+# Tokens that end a turn or a text whatever their type: llama.cpp's list and CodeLlama's, less "</s>".
 END_OF_GENERATION = frozenset(
     [
         "<eos>",
@@ -41,6 +41,7 @@ END_OF_GENERATION = frozenset(
         "<|tool_response>",
         "<EOT>",
         "_<EOT>",
+        "\u2581<EOT>",
         "[EOT]",
         "[EOS]",
         "[e~[",

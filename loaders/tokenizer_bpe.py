@@ -43,7 +43,10 @@ class PreTokenizer(NamedTuple):
 
 # Rules, and the names in `tokenizer.ggml.pre` that stand for them, as llama.cpp groups them. What is not here raises.
 _NAMES = (
-    (PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True), "llama-bpe llama3 llama-v3 falcon3 lfm2 pixtral"),
+    (
+        PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 lfm2 midm-2.0 pixtral",
+    ),
     (PreTokenizer((_LLAMA3,)), "smaug-bpe dbrx chatglm-bpe glm4"),  # SmolLM3; Phi-4, OLMo 2, Granite 4
     (
         PreTokenizer((_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),)),
@@ -76,7 +79,7 @@ _BYTE_OF = {ord(character): byte for byte, character in enumerate(BYTE_ALPHABET)
 def read_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
     """The pre-tokeniser that the file names; a file that names none gets llama.cpp's "default", with a warning."""
     name = read_string(metadata, key := "tokenizer.ggml.pre")
-    if name is None:
+    if not name:
         warnings.warn(
             "tokenizer.ggml.pre is missing: words are cut by the 'default' rules, which few models were trained with. "
             "Convert the model again with a current convert_hf_to_gguf.py.",

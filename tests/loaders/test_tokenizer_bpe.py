@@ -154,6 +154,7 @@ def test_unknown_pre_tokenizer_names_the_known():
         Tokenizer.from_metadata(bpe_metadata(BYTE_ALPHABET, [], pre="bloom"))
 
 
-def test_missing_pre_tokenizer_warns():
+@pytest.mark.parametrize("missing", [None, ""])
+def test_missing_pre_tokenizer_warns(missing):
     with pytest.warns(UserWarning, match="tokenizer.ggml.pre is missing: words are cut by the 'default' rules"):
-        Tokenizer.from_metadata(bpe_metadata(BYTE_ALPHABET, [], pre=None))
+        Tokenizer.from_metadata(bpe_metadata(BYTE_ALPHABET, [], pre=missing))
