@@ -197,6 +197,7 @@ def both_attentions(
 def mlp_calls(model: Model, everything: bool) -> Iterator[Call]:
     gate, up = empty(8, 2 * model.intermediate_size).chunk(2, dim=-1)
     yield Call("swiglu", "", (gate, up))
+    yield Call("geglu", "", (gate, up))
 
 
 def weight_types(model: Model) -> tuple[str, str]:

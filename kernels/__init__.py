@@ -6,7 +6,7 @@ from .backend import INTERPRETED, backend_for, use_backend
 from .dequantize import dequantize
 from .embedding import embedding
 from .errors import KernelInputError, RooflamaError
-from .mlp import swiglu
+from .mlp import geglu, swiglu
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
 from .quantized_matmul import quantized_matmul
@@ -29,6 +29,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "gather_kv",
+    "geglu",
     "quantized_matmul",
     "resident_form",
     "rms_norm",

@@ -1,6 +1,9 @@
-"""SwiGLU: the gated activation between the two matmuls of an MLP.
+"""SwiGLU and GEGLU: the gated activation between the two matmuls of an MLP.
 
-    y = silu(gate) * up,  silu(x) = x / (1 + exp(-x))           (Shazeer, 2020)
+    swiglu  y = silu(gate) * up,  silu(x) = x / (1 + exp(-x))                                    (Shazeer, 2020)
+    geglu   y = gelu(gate) * up,  gelu(x) = x / (1 + exp(-2 u)),  u = sqrt(2/pi) (x + 0.044715 x^3)
+
+GEGLU's gelu is the tanh approximation, x/2 (1 + tanh u), in the form that does not cancel where u is negative.
 
 Layout: gate and up [num_tokens, intermediate], last dimension contiguous, any row stride: both may be halves of one
 fused projection [num_tokens, 2 * intermediate].
@@ -22,16 +25,18 @@ from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_same_d
 from .operators import operator
 
 BLOCK = 1024
+_TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 
 
 @triton.jit
-def _swiglu_kernel(
+def _gated_kernel(
     gate_ptr,  # [num_tokens, intermediate]
     up_ptr,  # [num_tokens, intermediate]
     out_ptr,  # [num_tokens, intermediate]
     gate_stride,
     up_stride,
     intermediate,
+    GELU: tl.constexpr,  # else silu
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -39,15 +44,36 @@ def _swiglu_kernel(
     mask = offs < intermediate
     gate = tl.load(gate_ptr + row * gate_stride + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + offs, mask=mask, other=0.0).to(tl.float32)
-    out = gate / (1.0 + tl.exp(-gate)) * up
+    exponent = gate
+    if GELU:
+        exponent = _TWICE_SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)
+    out = gate / (1.0 + tl.exp(-exponent)) * up
     tl.store(out_ptr + row * intermediate + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _swiglu_fake(gate: Tensor, up: Tensor) -> Tensor:
+def _check(gate: Tensor, up: Tensor) -> None:
+    check_shape("gate", gate, (None, None))
+    check_shape("up", up, tuple(gate.shape))
+    check_dtype("gate", gate, FLOATS)
+    check_dtype("up", up, (gate.dtype,))
+    check_same_device(gate=gate, up=up)
+    check_last_dim_contiguous(gate=gate, up=up)
+
+
+def _launch(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
+    num_tokens, intermediate = gate.shape
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        grid = (num_tokens, triton.cdiv(intermediate, BLOCK))
+        _gated_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), intermediate, GELU=gelu, BLOCK=BLOCK)
+    return out
+
+
+def _gated_fake(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-@operator(_swiglu_fake)
+@operator(_gated_fake)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element.
 
@@ -61,17 +87,27 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
     """
-    check_shape("gate", gate, (None, None))
-    check_shape("up", up, tuple(gate.shape))
-    check_dtype("gate", gate, FLOATS)
-    check_dtype("up", up, (gate.dtype,))
-    check_same_device(gate=gate, up=up)
-    check_last_dim_contiguous(gate=gate, up=up)
+    _check(gate, up)
     if runs_numpy(gate, up):
         return as_tensor(reference.swiglu(as_array(gate), as_array(up)), like=gate)
-    num_tokens, intermediate = gate.shape
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if out.numel():
-        grid = (num_tokens, triton.cdiv(intermediate, BLOCK))
-        _swiglu_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), intermediate, BLOCK=BLOCK)
-    return out
+    return _launch(gate, up, gelu=False)
+
+
+@operator(_gated_fake)
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, element by element, with gelu's tanh approximation.
+
+    Args:
+        gate: [num_tokens, intermediate], float32, float16 or bfloat16.
+        up: the same shape and dtype.
+
+    Returns:
+        [num_tokens, intermediate], dtype of ``gate``, contiguous.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices do not fit.
+    """
+    _check(gate, up)
+    if runs_numpy(gate, up):
+        return as_tensor(reference.geglu(as_array(gate), as_array(up)), like=gate)
+    return _launch(gate, up, gelu=True)

@@ -60,7 +60,11 @@ class Checkpoint(Protocol):
 
     @property
     def interleaved_rope_rows(self) -> bool:
-        """Whether q and k rows of architecture ``llama`` are stored as rotary pairs (2j, 2j+1), as GGUF does."""
+        """Whether q and k rows are stored as rotary pairs (2j, 2j+1), as GGUF does for some architectures."""
+
+    @property
+    def norm_offset(self) -> float:
+        """What is to be added to each stored weight of a norm: 1 in a Gemma folder, 0 in GGUF and in most folders."""
 
     def data(self, name: str) -> np.ndarray:
         """The tensor's stored bytes, uint8 [rows, bytes_per_row], mapped and not copied."""

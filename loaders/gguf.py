@@ -44,6 +44,13 @@ _WIDE_FIELDS: dict[str, tuple[int, ...]] = {
     "Q1_0": (0,),
 }  # fmt: skip
 _PLAIN_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+INTERLEAVED = {
+    "arcee", "arctic", "baichuan", "bailingmoe", "chameleon", "chatglm", "cohere2", "command-r", "deci", "deepseek",
+    "deepseek2", "ernie4_5", "glm4", "granite", "granitehybrid", "granitemoe", "internlm2", "llada", "llama", "llama4",
+    "minicpm", "mistral3", "olmo", "plm", "smollm3", "xverse",
+}  # fmt: skip
+"""Architectures whose q and k rows files hold as rotary pairs (2j, 2j+1): those that llama.cpp rotates as such."""
+
 _FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -91,10 +98,12 @@ class GGUFFile:
         """The tokenizer that the metadata describes. Raises TokenizerError."""
         return Tokenizer.from_metadata(self.metadata)
 
+    norm_offset = 0.0  # Gemma's converter has added the 1
+
     @property
     def interleaved_rope_rows(self) -> bool:
-        """llama.cpp's converter stores q and k rows of architecture ``llama`` as rotary pairs (2j, 2j+1)."""
-        return self.metadata.get("general.architecture") == "llama"
+        """Whether q and k rows are rotary pairs (2j, 2j+1), which the architecture decides."""
+        return self.metadata.get("general.architecture") in INTERLEAVED
 
     @property
     def file_nbytes(self) -> int:

@@ -72,6 +72,7 @@ RESULT_KEYS = {
     "hidden_act": "feed_forward.activation",
     "hidden_activation": "feed_forward.activation",
     "no_rope_layers": "rope.layers",
+    "rope_local_base_freq": "rope.freq_base_swa",
 }
 """Keys that change the logits -> the key under which an adapter reads them, if its family's ``result_keys`` list them.
 
@@ -96,6 +97,7 @@ class HFFamily:
         tied_by_default: what a missing ``tie_word_embeddings`` means.
         partial_rotary: whether ``partial_rotary_factor`` counts.
         tensor_names: as ``TENSOR_NAMES``.
+        norm_offset: added to each stored norm weight; Gemma stores them less 1.
     """
 
     architecture: str
@@ -107,6 +109,7 @@ class HFFamily:
     tied_by_default: bool = False
     partial_rotary: bool = False
     tensor_names: Mapping[str, str] = field(default_factory=lambda: TENSOR_NAMES)
+    norm_offset: float = 0.0
 
 
 QKV_BIAS = {"attention_bias": "blk.0.attn_q.bias"}

@@ -24,7 +24,7 @@ import numpy as np
 
 from rooflama.kernels.errors import shorten
 
-from .hf_config import EMBEDDING, OUTPUT, gguf_metadata, gguf_names, is_tied
+from .hf_config import EMBEDDING, OUTPUT, family_of, gguf_metadata, gguf_names, is_tied
 from .hf_json import HuggingFaceError, parse_json, read_json, readable, refuse
 from .tokenizer import Tokenizer
 from .tokenizer_folder import read_folder_tokenizer, tokenizer_file
@@ -78,7 +78,8 @@ class SafetensorsCheckpoint:
         file_nbytes: bytes of them.
         metadata: the config under GGUF's keys.
         tensors: GGUF's name -> TensorInfo.
-        interleaved_rope_rows: False: these files store rotary pairs half-split.
+        interleaved_rope_rows: False: these files store rotary pairs half-split, or the family itself rotates others.
+        norm_offset: of the family, see ``HFFamily``.
     """
 
     interleaved_rope_rows = False
@@ -86,9 +87,15 @@ class SafetensorsCheckpoint:
     format = "Hugging Face safetensors"
 
     def __init__(
-        self, folder: Path, metadata: Mapping[str, Any], tensors: dict[str, TensorInfo], maps: dict[Path, np.ndarray]
+        self,
+        folder: Path,
+        metadata: Mapping[str, Any],
+        tensors: dict[str, TensorInfo],
+        maps: dict[Path, np.ndarray],
+        norm_offset: float = 0.0,
     ):
         self.folder, self.metadata, self.tensors = folder, metadata, tensors
+        self.norm_offset = norm_offset
         self.paths = tuple(maps)
         self.file_nbytes = sum(mapped.nbytes for mapped in maps.values())
         self._maps: dict[Path, np.ndarray] | None = maps
@@ -185,7 +192,7 @@ def _read_folder(folder: Path, name: str) -> SafetensorsCheckpoint:
         others = f" and {len(wide) - 1} other tensors" if len(wide) > 1 else ""
         warnings.warn(f"{name}: {shorten(wide[0])}{others}: float64, read as float32", stacklevel=4)
     metadata = gguf_metadata(config, tensors, name=name)
-    return SafetensorsCheckpoint(folder, metadata, tensors, maps)
+    return SafetensorsCheckpoint(folder, metadata, tensors, maps, family_of(config).norm_offset)
 
 
 def _check_repeated(pairs: list[tuple[TensorInfo, TensorInfo]], maps: Mapping[Path, np.ndarray]) -> None:

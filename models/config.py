@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .metadata import ConfigError
 from .rope import RopeSpec
+
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,14 @@ class ModelConfig:
         tied_embeddings: the output projection is the token embedding.
         qkv_bias, output_bias, ffn_bias: which projections add a bias: those into attention, out of it, feed-forward.
         qk_norm: whether each query and key head is normed before rotation.
+        post_norms: whether what attention and feed-forward add is normed before it is added.
+        activation: of the feed-forward's gate, one of ``ACTIVATIONS``.
+        embedding_scale, residual_scale, logit_scale: factors on the embedding, on what attention and feed-forward add
+            to the residual stream, and on the logits.
+        attention_softcap, logit_softcap: c of cap(x) = c tanh(x / c), on scores and (after their scale) logits; 0: off.
+        rope_interleaved: rotary pairs are (2j, 2j+1) in the stored rows, whatever the format, and rotated so.
+        local_rope: the rotary embedding of layers with a sliding window; None where it is ``rope``.
+        unrotated_layers: layers whose queries and keys are not rotated at all.
     """
 
     architecture: str
@@ -48,6 +59,16 @@ class ModelConfig:
     output_bias: bool = False
     ffn_bias: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    rope_interleaved: bool = False
+    local_rope: RopeSpec | None = None
+    unrotated_layers: frozenset[int] = frozenset()
     generation: str = ""
 
     def __post_init__(self) -> None:
@@ -57,10 +78,10 @@ class ModelConfig:
                 rule="every key/value head serves the same number of query heads",
                 remedy="Check attention.head_count and attention.head_count_kv in the file",
             )
-        if self.head_dim > 256 or self.head_dim % 8:
+        if self.head_dim > 256:
             raise ConfigError(
                 f"head_dim {self.head_dim}",
-                rule="the attention kernels take multiples of 8 up to 256",
+                rule="the attention kernels take at most 256",
                 remedy="Check attention.key_length in the file",
             )
         if len(self.sliding_windows) != self.num_layers:
@@ -69,6 +90,46 @@ class ModelConfig:
                 rule="every layer has one, 0 for none",
                 remedy="Correct the adapter that built this config",
             )
+        self._check_hooks()
+
+    def _check_hooks(self) -> None:
+        """Raise ConfigError for what the model could not compute, or would compute as something else."""
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation {self.activation!r}",
+                rule=f"the feed-forward's gate is one of {', '.join(ACTIVATIONS)}",
+                remedy="Use another model, or add the activation to kernels/mlp.py",
+            )
+        for name in ("embedding_scale", "residual_scale", "logit_scale"):
+            if not math.isfinite(value := getattr(self, name)) or value == 0:
+                raise ConfigError(
+                    f"{name} {value}", rule="a scale is a finite number, not 0", remedy="Check the file's number"
+                )
+        for name in ("attention_softcap", "logit_softcap"):
+            if not math.isfinite(value := getattr(self, name)) or value < 0:
+                raise ConfigError(
+                    f"{name} {value}",
+                    rule="a cap is finite and above 0, or 0 for none",
+                    remedy="Check the file's number",
+                )
+        if outside := sorted(self.unrotated_layers - set(range(self.num_layers))):
+            raise ConfigError(
+                f"unrotated_layers {outside}",
+                rule=f"layers are numbered 0 to {self.num_layers - 1}",
+                remedy="Correct the adapter that built this config",
+            )
+        if self.local_rope is not None and self.local_rope.kind in ("longrope", "dynamic"):
+            raise ConfigError(
+                f"local_rope of kind {self.local_rope.kind!r}",
+                rule="layers with a sliding window rotate alike in sequences of every length",
+                remedy="Use another model",
+            )
+
+    def rope_of(self, layer: int) -> RopeSpec | None:
+        """The rotary embedding of layer ``layer``, None if it has none."""
+        if layer in self.unrotated_layers:
+            return None
+        return self.local_rope if self.local_rope is not None and self.sliding_windows[layer] else self.rope
 
     @property
     def group_size(self) -> int:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 from .config import ModelConfig
 from .metadata import LARGEST_INTEGER, Hyperparameters
 from .rope import Yarn
-from .rope_metadata import read_rope
+from .rope_metadata import read_local_rope, read_rope
 from .weights import CheckpointReader
 
 MOST_LAYERS = 10_000  # so that a damaged header asks for no table of billions
+HF_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
 FACTOR_TENSORS = {
     "divisors": "rope_freqs.weight",
     "short_factors": "rope_factors_short.weight",
@@ -23,9 +31,13 @@ def read_decoder_config(
     keys: Hyperparameters,
     *,
     softmax_scale: float | None = None,
-    qk_norm: bool = False,
     qkv_bias: bool | None = None,
+    slides: Callable[[int], bool] = lambda layer: True,
+    rotates: Callable[[int], bool] = lambda layer: True,
+    local_rope_base: float | None = None,
+    activation: str = "silu",
     harmless: Collection[str] = (),
+    **declared: Any,
 ) -> ModelConfig:
     """The numbers of a decoder, from metadata and tensor shapes.
 
@@ -33,9 +45,14 @@ def read_decoder_config(
         reader: the checkpoint.
         keys: its hyperparameters; the family has read its own keys already.
         softmax_scale: None for 1 / sqrt(head_dim).
-        qk_norm: whether the family norms query and key heads.
         qkv_bias: True where the family always has the biases; None as the file says.
+        slides: whether a layer has the sliding window, in files that name a window and not its layers.
+        rotates: whether a layer has a rotation, where the file does not say.
+        local_rope_base: of the unscaled rotation of layers with a sliding window, where the file names none; None for
+            the rotation of the others.
+        activation: of the feed-forward's gate, where the file names none; GGUF files never do.
         harmless: keys that the family knows and that change no result.
+        declared: what else the family says of itself, by the names of ``ModelConfig``'s attributes.
 
     Raises:
         ConfigError: a key is missing, out of range, contradicts another or the tensors, or is unknown.
@@ -46,6 +63,7 @@ def read_decoder_config(
     head_dim = _head_dim(keys, hidden_size, num_heads)
     context_length = keys.integer("context_length")
     rope = read_rope(keys, head_dim=head_dim, context_length=context_length, **_factors(reader, keys, head_dim))
+    local_rope = read_local_rope(keys, rope, context_length=context_length, base=local_rope_base)
     if isinstance(rope.scaling, Yarn):  # files state the context before YaRN, or the one it reaches
         context_length = max(context_length, min(int(rope.scaling.reach(context_length)), LARGEST_INTEGER))
     config = ModelConfig(
@@ -62,12 +80,15 @@ def read_decoder_config(
         rms_norm_eps=keys.real("attention.layer_norm_rms_epsilon"),
         softmax_scale=softmax_scale or head_dim**-0.5,
         rope=rope,
-        sliding_windows=_sliding_windows(keys, num_layers),
+        sliding_windows=_sliding_windows(keys, num_layers, slides),
         tied_embeddings=not reader.has("output.weight"),
         qkv_bias=_any(reader, "attn_q.bias", "attn_qkv.bias") if qkv_bias is None else qkv_bias,
         output_bias=_any(reader, "attn_output.bias"),
         ffn_bias=_any(reader, "ffn_down.bias"),
-        qk_norm=qk_norm,
+        local_rope=local_rope,
+        unrotated_layers=_unrotated_layers(keys, num_layers, rotates),
+        activation=_activation(keys, activation),
+        **declared,
     )
     keys.refuse_unread(("rope.scaling.finetuned", *harmless))
     return config
@@ -103,6 +124,21 @@ def _head_dim(keys: Hyperparameters, hidden_size: int, num_heads: int) -> int:
     return head_dim
 
 
+def _activation(keys: Hyperparameters, default: str) -> str:
+    """``ModelConfig.activation``, from the name that transformers has for it."""
+    name = keys.text("feed_forward.activation", None)
+    if name is None:
+        return default
+    if name not in HF_ACTIVATIONS:
+        keys.refuse(
+            "feed_forward.activation",
+            f"activation {name!r}",
+            f"the feed-forward's gate is one of {', '.join(HF_ACTIVATIONS)}",
+            "Use another model, or add the activation to kernels/mlp.py",
+        )
+    return HF_ACTIVATIONS[name]
+
+
 def _factors(reader: CheckpointReader, keys: Hyperparameters, head_dim: int) -> dict[str, tuple[float, ...] | None]:
     """The rotary factor tensors that the file has, one number a pair each."""
     num_pairs = keys.integer("rope.dimension_count", head_dim) // 2
@@ -112,8 +148,16 @@ def _factors(reader: CheckpointReader, keys: Hyperparameters, head_dim: int) -> 
     }
 
 
-def _sliding_windows(keys: Hyperparameters, num_layers: int) -> tuple[int, ...]:
-    """One window a layer; ``sliding_window_pattern`` says which layers have it, without it all do."""
+def _unrotated_layers(keys: Hyperparameters, num_layers: int, rotates: Callable[[int], bool]) -> frozenset[int]:
+    """Layers without rotation; ``rope.layers`` says which layers have one, without it ``rotates`` does."""
+    default = tuple(rotates(layer) for layer in range(num_layers))
+    rotated = keys.booleans("rope.layers", default, length=num_layers)
+    return frozenset(layer for layer, rotating in enumerate(rotated) if not rotating)
+
+
+def _sliding_windows(keys: Hyperparameters, num_layers: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
+    """One window a layer; ``sliding_window_pattern`` says which layers have it, without it ``slides`` does."""
     window = keys.integer("attention.sliding_window", 0, minimum=0)
-    slides = keys.booleans("attention.sliding_window_pattern", (True,) * num_layers, length=num_layers)
-    return tuple(window if sliding else 0 for sliding in slides)
+    default = tuple(slides(layer) for layer in range(num_layers))
+    pattern = keys.booleans("attention.sliding_window_pattern", default, length=num_layers)
+    return tuple(window if sliding else 0 for sliding in pattern)

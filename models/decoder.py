@@ -14,7 +14,9 @@ from rooflama.kernels import (
     attention_prefill,
     embedding,
     quantized_matmul,
+    rms_norm,
     rope_and_cache_write,
+    write_kv,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Step:
     Attributes:
         config, cache: the model's numbers, and the pages it reads and writes.
         cos, sin: rotary tables, float32 [rows, rotary_dim / 2].
+        local_rotation: cos, sin and rope_rows of layers with ``config.local_rope``; None if there are none.
         token_ids: int32 [num_tokens], all sequences' new tokens one after the other.
         rope_rows: int32 [num_tokens], each token's row in the tables: its position, unless tables are stacked.
         slot_mapping: int64 [num_tokens], where each token's key and value go; negative for nowhere.
@@ -53,11 +56,12 @@ class Step:
     block_table: Tensor
     seq_lens: Tensor
     query_start_loc: Tensor | None = None
+    local_rotation: tuple[Tensor, Tensor, Tensor] | None = None
 
     def attention(
         self, layer: int, qkv: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None
     ) -> Tensor:
-        """Rotate, write keys and values to their pages, attend.
+        """Rotate, write keys and values to their pages, attend; each as the config says of this layer.
 
         Args:
             layer: whose pages.
@@ -72,13 +76,18 @@ class Step:
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         k_pages, v_pages = cache.k_pages[layer], cache.v_pages[layer]
         scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
-        norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": config.rms_norm_eps}
-        q = rope_and_cache_write(
-            q, k, v, self.cos, self.sin, self.rope_rows, self.slot_mapping, k_pages, v_pages, **norms, **scales
-        )
+        if layer in config.unrotated_layers:
+            q, k = self._normed(q, q_norm), self._normed(k, k_norm)
+            write_kv(k, v, k_pages, v_pages, self.slot_mapping, **scales)
+        else:
+            q = rope_and_cache_write(
+                q, k, v, *self.rotation(layer), self.slot_mapping, k_pages, v_pages, q_norm, k_norm,
+                eps=config.rms_norm_eps, interleaved=config.rope_interleaved, **scales,
+            )  # fmt: skip
         options = {
             "softmax_scale": config.softmax_scale,
             "sliding_window": config.sliding_windows[layer],
+            "softcap": config.attention_softcap,
             **scales,
         }
         if self.query_start_loc is None:
@@ -88,6 +97,18 @@ class Step:
                 q, k_pages, v_pages, self.block_table, self.seq_lens, self.query_start_loc, **options
             )
         return out.flatten(1)
+
+    def rotation(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """cos, sin, and each token's row in them, of a layer that rotates."""
+        if self.local_rotation is not None and self.config.rope_of(layer) is self.config.local_rope:
+            return self.local_rotation
+        return self.cos, self.sin, self.rope_rows
+
+    def _normed(self, heads: Tensor, weight: Tensor | None) -> Tensor:
+        """[num_tokens, heads, head_dim], each head normed where there is a weight."""
+        if weight is None:
+            return heads
+        return rms_norm(heads.flatten(0, 1), weight, self.config.rms_norm_eps).view(heads.shape)
 
 
 @dataclass(frozen=True)
@@ -121,6 +142,8 @@ class Decoder:
         ``observe(index, hidden)`` is called after each layer, to compare layer by layer.
         """
         hidden = embedding(step.token_ids, self.token_embedding, dtype)
+        if self.config.embedding_scale != 1:
+            hidden *= self.config.embedding_scale
         for index, layer in enumerate(self.layers):
             hidden = self.adapter.block(layer, hidden, step)
             if observe is not None:
@@ -129,10 +152,16 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
-        return quantized_matmul(
+        config = self.config
+        logits = quantized_matmul(
             hidden.float(),
             self.output,
             norm_weight=self.output_norm,
-            eps=self.config.rms_norm_eps,
+            eps=config.rms_norm_eps,
             batch_invariant=self.batch_invariant,
         )
+        if config.logit_scale != 1:
+            logits *= config.logit_scale
+        if cap := config.logit_softcap:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,11 @@ class Engine:
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
         self.rotation = make_rotation(
-            decoder.config.rope, max_context=max_context, longrope=longrope, device=cache.device
+            decoder.config.rope,
+            local=decoder.config.local_rope,
+            max_context=max_context,
+            longrope=longrope,
+            device=cache.device,
         )
 
     def block_table(self, sequence_ids: list[int]) -> Tensor:
@@ -144,10 +149,10 @@ class Engine:
             }
             yield chunk, self.hidden_states(observe, **batch)  # not kept here while the next chunk runs
 
-    def hidden_states(self, observe: Callable[[int, Tensor], None] | None = None, **batch: Tensor) -> Tensor:
+    def hidden_states(self, observe: Callable[[int, Tensor], None] | None = None, **batch: Any) -> Tensor:
         """One pass through the layers: the residual stream [num_tokens, hidden_size] after the last.
 
-        ``batch`` holds the tensors of ``Step`` that change from one pass to the next.
+        ``batch`` holds what changes in ``Step`` from one pass to the next.
         """
         step = Step(config=self.decoder.config, cache=self.cache, **batch)
         return self.decoder.hidden_states(step, self.dtype, observe)

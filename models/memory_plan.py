@@ -31,7 +31,7 @@ from . import memory_display, memory_remedies, memory_terms
 from .allocator import Segments
 from .config import ModelConfig
 from .kv_cache import is_scaled
-from .memory_terms import FORMULAS, ROTARY_FORMULAS, Moment, pages_a_sequence
+from .memory_terms import FORMULAS, Moment, pages_a_sequence
 from .memory_weights import Backend, Matrix, WeightBytes, form_on_device
 from .metadata import ConfigError
 
@@ -151,7 +151,7 @@ class MemoryPlan:
             ),
             Line("keys and values", "tokens", tokens * token, f"{tokens:,} tokens x {token:,} bytes = {heads}"),
             Line("keys and values", "rest of last pages", (slots - tokens) * token, f"{slots - tokens:,} tokens"),
-            Line("tables", "rotary tables", tables, ROTARY_FORMULAS.get(config.rope.kind, ROTARY_FORMULAS["default"])),
+            Line("tables", "rotary tables", tables, memory_terms.rotary_formula(config)),
             Line("tables", "block tables", blocks, "2 x 4 x sequences x pages of a context"),
             *(Line("workspace", name, nbytes, FORMULAS[name]) for name, nbytes in self._prefill.items()),
         ]

@@ -47,6 +47,14 @@ ROTARY_FORMULAS = {
 """By the kind of scaling; the default's for those that are not here."""
 
 
+def rotary_formula(config: ModelConfig) -> str:
+    """What ``rope_table_bytes`` computes, in words."""
+    formula = ROTARY_FORMULAS.get(config.rope.kind, ROTARY_FORMULAS["default"])
+    return formula + (
+        "" if config.local_rope is None else ", and 2 x 4 x tokens x rotary_dim / 2 for layers with a window"
+    )
+
+
 def kv_token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
     """2 L Hkv (D c + 4 where elements are codes): a token's keys and values with their scales, in all layers."""
     head = config.head_dim * kv_dtype.itemsize + (4 if is_scaled(kv_dtype) else 0)
@@ -66,15 +74,16 @@ def kv_allocations(config: ModelConfig, kv_dtype: torch.dtype, num_pages: int, p
 
 
 def rope_table_bytes(config: ModelConfig, context: int, pass_tokens: int, sequences: int) -> int:
-    """2 x 4 T d / 2 (cos and sin in float32), twice that for LongRoPE's two sets.
+    """2 x 4 T d / 2 (cos and sin in float32), twice that for LongRoPE's two sets, and once more for a local rotation.
 
     For dynamic scaling, whose tables no plan could hold, 32 (n + S) d / 2 whatever the context: cos and sin of a pass's
     and of a step's tokens, and the float64 angles that they come from.
     """
     pairs = config.rope.rotary_dim // 2
+    local = 2 * 4 * context * (config.local_rope.rotary_dim // 2) if config.local_rope is not None else 0
     if config.rope.kind == "dynamic":
-        return 32 * (pass_tokens + sequences) * pairs
-    return 2 * 4 * (2 if config.rope.kind == "longrope" else 1) * context * pairs
+        return 32 * (pass_tokens + sequences) * pairs + local
+    return 2 * 4 * (2 if config.rope.kind == "longrope" else 1) * context * pairs + local
 
 
 def block_table_bytes(context: int, sequences: int, page_size: int) -> int:

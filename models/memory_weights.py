@@ -198,6 +198,9 @@ def config_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]
         if config.output_bias:
             yield prefix + "attn_output.bias", (hidden,)
         yield prefix + "ffn_norm.weight", (hidden,)
+        if config.post_norms:
+            yield prefix + "post_attention_norm.weight", (hidden,)
+            yield prefix + "post_ffw_norm.weight", (hidden,)
         for name, rows, columns in (("gate", width, hidden), ("up", width, hidden), ("down", hidden, width)):
             yield f"{prefix}ffn_{name}.weight", (rows, columns)
             if config.ffn_bias:

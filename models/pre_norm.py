@@ -1,17 +1,21 @@
 """The block of Llama, Qwen and Phi-3: attention, then a gated feed-forward, each on the norm of what it adds to.
 
     h = x + Wo attention(rope(q), rope(k), v)           with q, k, v from norm(x)
-    y = h + Wdown (silu(Wgate n) * (Wup n))             with n = norm(h)
+    y = h + Wdown (act(Wgate n) * (Wup n))              with n = norm(h)
 
 What varies is in the config or in the tensors: biases, a norm on each query and key head before the rotation (Qwen 3),
-q, k and v in one tensor, gate and up in one tensor (Phi-3).
+q, k and v in one tensor, gate and up in one tensor (Phi-3), the activation and a norm on what is added (Gemma 2), a
+factor on what is added (Granite).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from rooflama.kernels import rms_norm
 
 from .config import ModelConfig
 from .decoder import Step
@@ -26,25 +30,44 @@ class PreNormLayer:
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None  # [head_dim]
     attn_output: Projection  # [hidden_size, num_heads * head_dim]
+    attn_post_norm: Tensor | None  # [hidden_size]
     ffn_norm: Tensor  # [hidden_size]
     gate_up: Projection  # [2 intermediate_size, hidden_size]
     ffn_down: Projection  # [hidden_size, intermediate_size]
+    ffn_post_norm: Tensor | None  # [hidden_size]
 
 
 def block(layer: PreNormLayer, hidden: Tensor, step: Step) -> Tensor:
     """One layer: the residual stream [num_tokens, hidden_size] in, the residual stream out."""
-    eps = step.config.rms_norm_eps
+    config = step.config
+    eps = config.rms_norm_eps
     qkv = layer.qkv(hidden, norm_weight=layer.attn_norm, eps=eps)
     attended = step.attention(layer.index, qkv, q_norm=layer.q_norm, k_norm=layer.k_norm)
-    hidden = layer.attn_output(attended, residual=hidden)
-    gated = layer.gate_up(hidden, norm_weight=layer.ffn_norm, eps=eps, swiglu=True)
-    return layer.ffn_down(gated, residual=hidden)
+    hidden = add_projected(hidden, layer.attn_output, attended, config, layer.attn_post_norm)
+    gated = layer.gate_up(hidden, norm_weight=layer.ffn_norm, eps=eps, gate=config.activation)
+    return add_projected(hidden, layer.ffn_down, gated, config, layer.ffn_post_norm)
+
+
+def add_projected(
+    hidden: Tensor, projection: Projection, x: Tensor, config: ModelConfig, post_norm: Tensor | None
+) -> Tensor:
+    """hidden + residual_scale * norm(projection(x)), without the norm if ``post_norm`` is None."""
+    if post_norm is None and config.residual_scale == 1:
+        return projection(x, residual=hidden)
+    added = projection(x)
+    if post_norm is not None:
+        added = rms_norm(added, post_norm, config.rms_norm_eps)
+    return torch.add(hidden, added, alpha=config.residual_scale)
 
 
 def load_layer(source: TensorSource, config: ModelConfig, index: int) -> PreNormLayer:
     """Layer ``index``'s weights, on the device."""
     prefix = f"blk.{index}."
     hidden, head_dim, inner = config.hidden_size, config.head_dim, config.intermediate_size
+    post_norm = {
+        name: source.vector(f"{prefix}{name}.weight", hidden) if config.post_norms else None
+        for name in ("post_attention_norm", "post_ffw_norm")
+    }
     return PreNormLayer(
         index=index,
         attn_norm=source.vector(prefix + "attn_norm.weight", hidden),
@@ -54,7 +77,9 @@ def load_layer(source: TensorSource, config: ModelConfig, index: int) -> PreNorm
         attn_output=source.projection(
             prefix, {"attn_output": hidden}, config.num_heads * head_dim, bias=config.output_bias
         ),
+        attn_post_norm=post_norm["post_attention_norm"],
         ffn_norm=source.vector(prefix + "ffn_norm.weight", hidden),
         gate_up=source.gate_up(prefix, config),
         ffn_down=source.projection(prefix, {"ffn_down": hidden}, inner, bias=config.ffn_bias),
+        ffn_post_norm=post_norm["post_ffw_norm"],
     )

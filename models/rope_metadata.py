@@ -7,7 +7,9 @@ A GGUF file's keys are read as llama.cpp reads them. A Hugging Face folder's own
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from .metadata import Hyperparameters
 from .rope import Linear, LongRope, RopeSpec, Scaling, Yarn
@@ -37,7 +39,8 @@ def read_rope(
         RopeError: numbers that describe no rotation.
     """
     if (parameters := keys.mapping("rope.huggingface")) is not None:
-        return rope_from_hf(**parameters, head_dim=head_dim, max_position_embeddings=context_length)
+        full, _ = _by_layer_type(parameters)
+        return rope_from_hf(**full, head_dim=head_dim, max_position_embeddings=context_length)
     common = {
         "head_dim": head_dim,
         "rotary_dim": keys.integer("rope.dimension_count", head_dim),
@@ -140,3 +143,27 @@ def _yarn(factor: float, original_context: int, magnitude: float | None, yarn_ke
     implied = yarn_keys.pop("yarn_attn_factor", 1.0) if extrapolation == 0 else yarn.derived_attention_factor()
     given = implied * (magnitude or 1.0)
     return yarn if given == yarn.derived_attention_factor() else replace(yarn, attention_factor=given)
+
+
+def read_local_rope(
+    keys: Hyperparameters, rope: RopeSpec, *, context_length: int, base: float | None = None
+) -> RopeSpec | None:
+    """The rotation of layers with a sliding window, None where it is that of the others, ``rope``.
+
+    Config.json gives it as the ``rope_parameters`` of ``sliding_attention``; a file of either format as a base,
+    ``rope.freq_base_swa``, without scaling. ``base`` is for files that give neither.
+    """
+    _, local = _by_layer_type(keys.mapping("rope.huggingface") or {})
+    if local is not None:
+        return rope_from_hf(**local, head_dim=rope.head_dim, max_position_embeddings=context_length)
+    base = keys.real("rope.freq_base_swa", base)
+    return None if base is None else RopeSpec(head_dim=rope.head_dim, rotary_dim=rope.rotary_dim, base=base)
+
+
+def _by_layer_type(parameters: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """The arguments of ``rope_from_hf`` for layers that see every key, and for those with a window if they differ."""
+    given = parameters.get("rope_parameters")
+    if not isinstance(given, Mapping) or set(given) != {"full_attention", "sliding_attention"}:
+        return parameters, None
+    full, local = ({**parameters, "rope_parameters": given[kind]} for kind in ("full_attention", "sliding_attention"))
+    return full, local

@@ -15,7 +15,7 @@ one. What a sequence computes does not depend on the sequences beside it.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -41,19 +41,37 @@ class Rotation(Protocol):
     def pin(self, planned: list[int]) -> Tensor:
         """What each sequence of so many planned tokens keeps for life: a tensor [num_seqs, ...] on the device."""
 
-    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
         """``Step``'s cos, sin and rope_rows for tokens at ``positions``, int32 [num_tokens], with a pin each."""
 
 
-def make_rotation(spec: RopeSpec, *, max_context: int, longrope: FactorSetPolicy, device: Device) -> Rotation:
+def make_rotation(
+    spec: RopeSpec,
+    *,
+    local: RopeSpec | None = None,
+    max_context: int,
+    longrope: FactorSetPolicy,
+    device: Device,
+) -> Rotation:
     """The rotation of a model whose sequences reach at most ``max_context`` tokens.
+
+    ``local`` is that of layers with a sliding window, where it is another: one table for all sequences.
 
     Raises RopeError if ``longrope`` is no policy.
     """
     choose_factor_set(spec, 0, longrope)  # refuses an unknown policy
+    if local is not None:
+        rotation = make_rotation(spec, max_context=max_context, longrope=longrope, device=device)
+        return _WithLocal(rotation, *_upload([rope_tables(local, max_context)], device, "local rotary"))
     if isinstance(spec.scaling, Dynamic):
         return _Computed(spec, device)
     return _Tables(spec, max_context, longrope, device)
+
+
+def _upload(tables: list[tuple[np.ndarray, np.ndarray]], device: Device, label: str) -> tuple[Tensor, Tensor]:
+    """The (cos, sin) pairs stacked, on the device."""
+    cos, sin = (np.concatenate(table) for table in zip(*tables, strict=True))
+    return device.upload(cos, label=f"{label} cosines").tensor, device.upload(sin, label=f"{label} sines").tensor
 
 
 class _Tables:
@@ -63,15 +81,13 @@ class _Tables:
         self._spec, self._max_context, self._longrope = spec, max_context, longrope
         sets: tuple[FactorSet | None, ...] = ("short", "long") if spec.kind == "longrope" else (None,)
         tables = [rope_tables(spec, max_context, factor_set=factor_set) for factor_set in sets]
-        cos, sin = (np.concatenate(table) for table in zip(*tables, strict=True))
-        self._cos = device.upload(cos, label="rotary cosines").tensor
-        self._sin = device.upload(sin, label="rotary sines").tensor
+        self._cos, self._sin = _upload(tables, device, "rotary")
 
     def pin(self, planned: list[int]) -> Tensor:
         long = [choose_factor_set(self._spec, length, self._longrope) == "long" for length in planned]
         return torch.tensor(long, device=self._cos.device).int() * self._max_context
 
-    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
         return {"cos": self._cos, "sin": self._sin, "rope_rows": pins + positions}
 
 
@@ -86,7 +102,7 @@ class _Computed:
             self._device
         )
 
-    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
         angles = pins * positions.unsqueeze(1)
         scale = attention_factor(self._spec)
         cos, sin = ((table(angles) * scale).float() for table in (torch.cos, torch.sin))
@@ -95,3 +111,16 @@ class _Computed:
             "sin": sin,
             "rope_rows": torch.arange(len(positions), dtype=torch.int32, device=pins.device),
         }
+
+
+class _WithLocal:
+    """A rotation, and beside it the table of the layers with a sliding window."""
+
+    def __init__(self, rotation: Rotation, cos: Tensor, sin: Tensor):
+        self._rotation, self._cos, self._sin = rotation, cos, sin
+
+    def pin(self, planned: list[int]) -> Tensor:
+        return self._rotation.pin(planned)
+
+    def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
+        return self._rotation.rows(pins, positions) | {"local_rotation": (self._cos, self._sin, positions)}

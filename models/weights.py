@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import QuantizedTensor, quantized_matmul, resident_form
-from rooflama.kernels import swiglu as gated
+from rooflama.kernels import QuantizedTensor, geglu, quantized_matmul, resident_form, swiglu
 from rooflama.loaders.gguf_metadata import place
 from rooflama.loaders.quant_layout import repack
 
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from rooflama.loaders.device import Device
 
     from .config import ModelConfig
+
+
+GATED = {"silu": swiglu, "gelu_tanh": geglu}  # the activation of a gate -> its product with up
 
 
 class Projection:
@@ -41,19 +43,22 @@ class Projection:
         residual: Tensor | None = None,
         norm_weight: Tensor | None = None,
         eps: float = 0.0,
-        swiglu: bool = False,
+        gate: str | None = None,
     ) -> Tensor:
-        """x [num_tokens, columns] -> [num_tokens, rows], or with swiglu [num_tokens, rows / 2].
+        """x [num_tokens, columns] -> [num_tokens, rows], or with a gate [num_tokens, rows / 2].
 
-        The arguments are those of ``quantized_matmul``.
+        Args:
+            x, residual, norm_weight, eps: as for ``quantized_matmul``.
+            gate: activation of the first half of the rows, whose product with the second half is returned.
         """
         norm: dict[str, Any] = {"norm_weight": norm_weight, "eps": eps, "batch_invariant": self.batch_invariant}
-        if len(self.parts) == 1:
-            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=swiglu, **norm)
-        parts = zip(self.parts, self.biases, strict=True)
-        y = torch.cat([quantized_matmul(x, part, bias, **norm) for part, bias in parts], -1)
-        if swiglu:
-            y = gated(*y.chunk(2, dim=-1))
+        if len(self.parts) == 1 and gate in (None, "silu"):
+            fused = {"residual": residual, "swiglu": gate is not None}
+            return quantized_matmul(x, self.parts[0], self.biases[0], **fused, **norm)
+        parts = [quantized_matmul(x, part, bias, **norm) for part, bias in zip(self.parts, self.biases, strict=True)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        if gate is not None:
+            y = GATED[gate](*y.chunk(2, dim=-1))
         return y if residual is None else y + residual
 
 
@@ -180,8 +185,8 @@ class TensorSource(CheckpointReader):
         self._progress(sum(self.checkpoint.tensors[name].nbytes for name in names))
 
     def vector(self, name: str, size: int) -> Tensor:
-        """A norm's weight, float32 [size]."""
-        vector = self._place(self.host_vector(name, size), name)
+        """A norm's weight, float32 [size], with 1 added where the file stores weights less 1."""
+        vector = self._place(self.host_vector(name, size) + self.checkpoint.norm_offset, name)
         self._done(name)
         return vector
 
@@ -234,7 +239,7 @@ class TensorSource(CheckpointReader):
     def qkv(self, prefix: str, config: ModelConfig) -> Projection:
         """Queries, keys and values, from ``attn_q``, ``attn_k``, ``attn_v`` or from ``attn_qkv``, as the file has them.
 
-        Rows that the file stores as interleaved rotary pairs come out half-split.
+        Rows that the file stores as interleaved rotary pairs come out half-split, unless they are rotated as they are.
         """
         head_dim = config.head_dim
         sizes = {
@@ -244,7 +249,13 @@ class TensorSource(CheckpointReader):
         }
         fused = {"attn_qkv": sum(sizes.values())}
         row_order = None
-        if self.checkpoint.interleaved_rope_rows:
+        if self.checkpoint.interleaved_rope_rows and not config.rope_interleaved:
+            if config.qk_norm:
+                raise ConfigError(
+                    "a norm on each head of q and k, whose rows are stored as interleaved pairs",
+                    rule="the norms' weights have the order of the rows, so these stay as they are",
+                    remedy="Declare rope_interleaved in the adapter",
+                )
             row_order = np.arange(fused["attn_qkv"])
             rotated = unpair_rows(config.num_heads + config.num_kv_heads, head_dim, head_dim)  # such files rotate all
             row_order[: len(rotated)] = rotated

@@ -14,7 +14,7 @@ import numpy as np
 from rooflama.kernels import reference
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.models import ModelConfig, rope_tables
-from rooflama.models.rope import choose_factor_set
+from rooflama.models.rope import RopeSpec, choose_factor_set
 
 ROWS = 4096  # of a matrix, dequantised at a time
 
@@ -30,12 +30,7 @@ class Definition:
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, num_tokens: int):
         self.checkpoint, self.config = checkpoint, config
-        self.cos, self.sin = rope_tables(
-            config.rope,
-            num_tokens,
-            factor_set=choose_factor_set(config.rope, num_tokens),
-            seq_len=num_tokens if config.rope.kind == "dynamic" else None,
-        )
+        self.tables = {spec: _tables(spec, num_tokens) for spec in (config.rope, config.local_rope) if spec is not None}
         self.positions = np.arange(num_tokens)
 
     def vector(self, name: str) -> np.ndarray:
@@ -54,23 +49,30 @@ class Definition:
         return y + self.vector(bias) if bias in self.checkpoint.tensors else y
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        return reference.rms_norm(x, self.vector(name), self.config.rms_norm_eps)
+        return reference.rms_norm(x, self.vector(name) + self.checkpoint.norm_offset, self.config.rms_norm_eps)
 
     def embed(self, token_ids: list[int]) -> np.ndarray:
         """float64 [num_tokens, hidden_size]."""
-        return np.concatenate([self._rows("token_embd.weight", token, token + 1) for token in token_ids])
+        rows = [self._rows("token_embd.weight", token, token + 1) for token in token_ids]
+        return np.concatenate(rows) * self.config.embedding_scale
 
     def layer(self, index: int, hidden: np.ndarray) -> np.ndarray:
         """Layer ``index`` of hidden [num_tokens, hidden_size]."""
         prefix = f"blk.{index}."
-        hidden = hidden + self.attention(index, self.norm(hidden, prefix + "attn_norm.weight"))
+        attended = self.attention(index, self.norm(hidden, prefix + "attn_norm.weight"))
+        hidden = self.added(hidden, attended, prefix + "post_attention_norm.weight")
         normed = self.norm(hidden, prefix + "ffn_norm.weight")
         up = self.product(normed, prefix + "ffn_up")
         if prefix + "ffn_gate.weight" in self.checkpoint.tensors:
             gate = self.product(normed, prefix + "ffn_gate")
         else:
             gate, up = np.split(up, 2, axis=-1)
-        return hidden + self.product(reference.swiglu(gate, up), prefix + "ffn_down")
+        gated = {"silu": reference.swiglu, "gelu_tanh": reference.geglu}[self.config.activation](gate, up)
+        return self.added(hidden, self.product(gated, prefix + "ffn_down"), prefix + "post_ffw_norm.weight")
+
+    def added(self, hidden: np.ndarray, values: np.ndarray, norm: str) -> np.ndarray:
+        """The residual stream and what joins it, normed and scaled where the config says so."""
+        return hidden + self.config.residual_scale * (self.norm(values, norm) if self.config.post_norms else values)
 
     def attention(self, index: int, normed: np.ndarray) -> np.ndarray:
         config, prefix, num_tokens = self.config, f"blk.{index}.", len(normed)
@@ -82,10 +84,9 @@ class Definition:
         q, k, v = np.split(heads, [config.num_heads, config.num_heads + config.num_kv_heads], axis=1)
         if config.qk_norm:
             q, k = self.norm(q, prefix + "attn_q_norm.weight"), self.norm(k, prefix + "attn_k_norm.weight")
-        q, k = (
-            reference.rope(x, self.cos, self.sin, self.positions, interleaved=self.checkpoint.interleaved_rope_rows)
-            for x in (q, k)
-        )
+        if (spec := config.rope_of(index)) is not None:
+            interleaved = self.checkpoint.interleaved_rope_rows or config.rope_interleaved
+            q, k = (reference.rope(x, *self.tables[spec], self.positions, interleaved=interleaved) for x in (q, k))
         out, _ = reference.attention_prefill(
             q,
             k[None],  # one page as long as the sequence
@@ -95,10 +96,23 @@ class Definition:
             np.array([0, num_tokens]),
             softmax_scale=config.softmax_scale,
             sliding_window=config.sliding_windows[index],
+            softcap=config.attention_softcap,
         )
         return self.product(out.reshape(num_tokens, -1), prefix + "attn_output")
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """[num_tokens, vocab_size] of the last layer's hidden."""
         stem = "token_embd" if self.config.tied_embeddings else "output"
-        return self.product(self.norm(hidden, "output_norm.weight"), stem)
+        logits = self.product(self.norm(hidden, "output_norm.weight"), stem) * self.config.logit_scale
+        cap = self.config.logit_softcap
+        return cap * np.tanh(logits / cap) if cap else logits
+
+
+def _tables(spec: RopeSpec, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of a sequence of ``num_tokens`` tokens."""
+    return rope_tables(
+        spec,
+        num_tokens,
+        factor_set=choose_factor_set(spec, num_tokens),
+        seq_len=num_tokens if spec.kind == "dynamic" else None,
+    )

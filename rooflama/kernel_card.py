@@ -33,7 +33,7 @@ CARDS: dict[str, tuple[str, ...]] = {
     "attention_prefill": ("attention_prefill",),
     "dequantize": ("dequantize",),
     "embedding": ("embedding",),
-    "mlp": ("swiglu",),
+    "mlp": ("swiglu", "geglu"),
     "norm": ("rms_norm", "add_rms_norm"),
     "paged_cache": ("write_kv", "gather_kv", "copy_pages"),
     "quantized_matmul": ("quantized_matmul",),

@@ -52,7 +52,8 @@ class Summary:
             ("attention", f"{c.attention_kind}: {c.num_heads} query heads on {c.num_kv_heads} key/value heads "
                           f"(group {c.group_size}), head_dim {c.head_dim}"),
             ("QK norm", "yes" if c.qk_norm else "no"),
-            ("RoPE", c.rope.describe()),
+            *_beyond_llama(c),
+            ("RoPE", _rope(c)),
             ("sliding window", window),
             ("biases", ", ".join(biases) or "none"),
             ("context", f"{c.context_length:,} tokens"),
@@ -75,6 +76,35 @@ class Summary:
 
         rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.rows())
         return f"<table style='text-align:left'>{rows}</table>"
+
+
+def _rope(config: ModelConfig) -> str:
+    """The rotation, and which layers have another or none."""
+    local = [] if config.local_rope is None else [f"with a sliding window {config.local_rope.describe()}"]
+    none = [f"none on {len(config.unrotated_layers)} of {config.num_layers} layers"] if config.unrotated_layers else []
+    pairs = ["pairs (2j, 2j+1)"] if config.rope_interleaved else []
+    return "; ".join([config.rope.describe(), *pairs, *local, *none])
+
+
+def _beyond_llama(config: ModelConfig) -> list[tuple[str, str]]:
+    """The facts of families that do more than Llama, where they do."""
+    factors = {
+        "embedding": config.embedding_scale,
+        "residual": config.residual_scale,
+        "logits": config.logit_scale,
+        "q·k": config.softmax_scale * config.head_dim**0.5,
+    }
+    factors = {name: value for name, value in factors.items() if abs(value - 1) > 1e-6}
+    if "q·k" in factors:
+        factors["q·k"] = config.softmax_scale
+    caps = {"attention": config.attention_softcap, "logits": config.logit_softcap}
+    rows = [
+        ("factors", ", ".join(f"{name} {value:.4g}" for name, value in factors.items())),
+        ("soft caps", ", ".join(f"{name} {value:g}" for name, value in caps.items() if value)),
+        ("activation", "" if config.activation == "silu" else config.activation),
+        ("post norms", "yes" if config.post_norms else ""),
+    ]
+    return [(label, value) for label, value in rows if value]
 
 
 def _size(num_bytes: int) -> str:

@@ -15,7 +15,7 @@ from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
 NAN = float("nan")
 GROUPS = [*range(1, 17), 24, 32]
-HEAD_DIMS = [8, 16, 40, 64, 80, 96, 112, 128, 160, 192, 256]
+HEAD_DIMS = [8, 10, 16, 40, 64, 80, 96, 100, 112, 128, 160, 192, 256]
 PAGE_SIZES = [16, 32, 64, 128, 256]
 TOP = {torch.int8: 40.0, torch.float8_e4m3fn: 100.0}  # codes drawn for a value of 1, before the scale's own factor
 

@@ -448,8 +448,15 @@ MUTANTS = [
     Mutant(
         "swiglu: gate and up swapped",
         "kernels/mlp.py",
-        "out = gate / (1.0 + tl.exp(-gate)) * up",
-        "out = up / (1.0 + tl.exp(-up)) * gate",
+        "out = gate / (1.0 + tl.exp(-exponent)) * up",
+        "out = up / (1.0 + tl.exp(-exponent)) * gate",
+        "tests/kernels/test_mlp.py",
+    ),
+    Mutant(
+        "geglu: the logistic approximation in place of the tanh",
+        "kernels/mlp.py",
+        "exponent = _TWICE_SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate)",
+        "exponent = 1.702 * gate",
         "tests/kernels/test_mlp.py",
     ),
     Mutant(

@@ -125,6 +125,8 @@ def cases() -> dict[str, Case]:
         "llama-group5": Case(_llama(hidden_size=80, num_attention_heads=10)),
         "llama-group7": Case(_llama(num_attention_heads=7, num_key_value_heads=1, head_dim=24, hidden_size=56)),
         "llama-key-length": Case(_llama(head_dim=40)),
+        "llama-head-dim-100": Case(_llama(head_dim=100)),
+        "llama-head-dim-10": Case(_llama(head_dim=10, num_key_value_heads=6)),
         "llama-biases": Case(_llama(attention_bias=True, mlp_bias=True)),
         "llama-fused-qkv": Case(_llama(), fused_qkv=True),
         "llama-fused-qkv-biases": Case(_llama(attention_bias=True), fused_qkv=True),
@@ -382,6 +384,7 @@ class MemoryCheckpoint:
             for name, array in arrays.items()
         }
         self.interleaved_rope_rows = metadata["general.architecture"] == "llama"
+        self.norm_offset = 0.0
 
     def data(self, name: str) -> np.ndarray:
         array = np.ascontiguousarray(self.arrays[name], dtype=np.float32)

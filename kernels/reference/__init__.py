@@ -8,7 +8,7 @@ on a machine without a GPU. Imports NumPy and nothing else.
 from .attention import attention_decode, attention_prefill
 from .dequantize import dequantize
 from .embedding import embedding
-from .mlp import swiglu
+from .mlp import geglu, swiglu
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
 from .quantized_matmul import quantized_matmul
@@ -23,6 +23,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "gather_kv",
+    "geglu",
     "quantized_matmul",
     "rms_norm",
     "rope",

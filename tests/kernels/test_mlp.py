@@ -1,4 +1,4 @@
-"""SwiGLU against its definition, and the laws it keeps."""
+"""SwiGLU and GEGLU against their definitions, and the laws they keep."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
-from rooflama.kernels import KernelInputError, reference, swiglu, use_backend
+from rooflama.kernels import KernelInputError, geglu, reference, swiglu, use_backend
 from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
 sizes = {"num_tokens": st.integers(0, 5), "intermediate": st.integers(1, 2500)}
@@ -30,29 +30,53 @@ def test_swiglu_equals_definition(num_tokens, intermediate, dtype, seed):
     assert_guards_intact(up_buffer, context=context)
 
 
+def torch_geglu(gate, up):
+    return (torch.nn.functional.gelu(gate.float(), approximate="tanh") * up.float()).to(gate.dtype)
+
+
+@given(**sizes, dtype=dtypes, seed=seeds)
+@example(num_tokens=2, intermediate=1536, dtype=torch.float16, seed=0)
+def test_geglu_equals_definition(num_tokens, intermediate, dtype, seed):
+    rng = np.random.default_rng(seed)
+    gate, gate_buffer = guarded(normal(rng, num_tokens, intermediate, dtype=dtype, scale=10 ** rng.uniform(-3, 0)))
+    up, up_buffer = guarded(normal(rng, num_tokens, intermediate, dtype=dtype))
+    got = geglu(gate, up)
+    context = f"num_tokens={num_tokens} intermediate={intermediate} seed={seed}"
+    assert_within_rounding(got, reference.geglu(exact(gate), exact(up)), torch_geglu(gate, up), context=context)
+    assert_guards_intact(gate_buffer, context=context)
+    assert_guards_intact(up_buffer, context=context)
+
+
 def test_definition_equals_torch():
     rng = np.random.default_rng(0)
     gate, up = rng.standard_normal((2, 7, 300)) * 20
     want = torch.nn.functional.silu(torch.from_numpy(gate)) * torch.from_numpy(up)
     np.testing.assert_allclose(reference.swiglu(gate, up), want.numpy(), rtol=1e-13)
+    want = torch.nn.functional.gelu(torch.from_numpy(gate), approximate="tanh") * torch.from_numpy(up)
+    np.testing.assert_allclose(reference.geglu(gate, up), want.numpy(), rtol=1e-12, atol=1e-13)
 
 
+both = pytest.mark.parametrize("gated", [swiglu, geglu])
+
+
+@both
 @given(**sizes, seed=seeds)
-def test_silu_is_a_line_plus_an_even_function(num_tokens, intermediate, seed):
-    """silu(x) - silu(-x) = x."""
+def test_the_activation_is_a_line_plus_an_even_function(gated, num_tokens, intermediate, seed):
+    """act(x) - act(-x) = x."""
     gate = normal(np.random.default_rng(seed), num_tokens, intermediate, scale=3.0)
     one = torch.ones_like(gate)
-    difference = swiglu(gate, one) - swiglu(-gate, one)
+    difference = gated(gate, one) - gated(-gate, one)
     assert_within_rounding(difference, exact(gate), context=f"seed={seed}")
 
 
+@both
 @given(num_tokens=st.integers(2, 5), intermediate=st.integers(1, 300), dtype=dtypes, seed=seeds)
-def test_batch_invariance(num_tokens, intermediate, dtype, seed):
+def test_batch_invariance(gated, num_tokens, intermediate, dtype, seed):
     """A row's bits do not depend on the rows beside it."""
     rng = np.random.default_rng(seed)
     gate, up = (normal(rng, num_tokens, intermediate, dtype=dtype) for _ in range(2))
-    alone = torch.cat([swiglu(gate[i : i + 1], up[i : i + 1]) for i in range(num_tokens)])
-    assert_bit_equal(swiglu(gate, up), alone)
+    alone = torch.cat([gated(gate[i : i + 1], up[i : i + 1]) for i in range(num_tokens)])
+    assert_bit_equal(gated(gate, up), alone)
 
 
 def test_the_same_call_gives_the_same_bits():
@@ -60,21 +84,24 @@ def test_the_same_call_gives_the_same_bits():
     assert_bit_equal(swiglu(gate, up), swiglu(gate, up))
 
 
+@both
 @given(num_tokens=st.integers(1, 4), intermediate=st.integers(1, 300), dtype=dtypes, seed=seeds)
-def test_halves_of_one_projection(num_tokens, intermediate, dtype, seed):
-    both = normal(np.random.default_rng(seed), num_tokens, 2 * intermediate, dtype=dtype)
-    gate, up = both.chunk(2, dim=1)
-    want = swiglu(gate.contiguous(), up.contiguous())
-    assert_bit_equal(swiglu(gate, up), want)
-    assert_bit_equal(swiglu(gate.contiguous(), up), want)
+def test_halves_of_one_projection(gated, num_tokens, intermediate, dtype, seed):
+    projected = normal(np.random.default_rng(seed), num_tokens, 2 * intermediate, dtype=dtype)
+    gate, up = projected.chunk(2, dim=1)
+    want = gated(gate.contiguous(), up.contiguous())
+    assert_bit_equal(gated(gate, up), want)
+    assert_bit_equal(gated(gate.contiguous(), up), want)
 
 
+@both
 @pytest.mark.parametrize("backend", ["triton", "numpy"])
-def test_large_gates_reach_the_limits(backend):
-    """exp overflows on the way: silu(-large) is 0, silu(large) is large."""
-    gate = torch.tensor([[-1e4, -200.0, 200.0, 1e4]], device=DEVICE)
+def test_large_gates_reach_the_limits(backend, gated):
+    """exp and the cube overflow on the way: act(-large) is 0, act(large) is large."""
+    gate = torch.tensor([[-1e30, -1e4, -200.0, 200.0, 1e4, 1e30]], device=DEVICE)
     with use_backend(backend):
-        assert swiglu(gate, torch.ones_like(gate)).tolist() == [[0.0, 0.0, 200.0, 1e4]]
+        got = gated(gate, torch.ones_like(gate))
+    assert torch.equal(got, gate.clamp(min=0))
 
 
 def test_offsets_beyond_int32():
@@ -83,9 +110,10 @@ def test_offsets_beyond_int32():
     assert_bit_equal(swiglu(beyond_int32(gate), beyond_int32(up)), swiglu(gate, up))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("name", ["swiglu", "geglu"])
+def test_opcheck(name):
     gate = torch.randn(3, 40, device=DEVICE)
-    torch.library.opcheck(torch.ops.rooflama.swiglu, (gate, gate.clone()))
+    torch.library.opcheck(getattr(torch.ops.rooflama, name), (gate, gate.clone()))
 
 
 def test_compiles_into_one_graph():
@@ -106,8 +134,9 @@ def test_compiles_into_one_graph():
     ],
 )
 def test_bad_input_is_refused_before_a_launch(gate, up, message):
-    with pytest.raises(KernelInputError, match=message):
-        swiglu(gate.to(DEVICE), up.to(DEVICE))
+    for gated in (swiglu, geglu):
+        with pytest.raises(KernelInputError, match=message):
+            gated(gate.to(DEVICE), up.to(DEVICE))
 
 
 def test_tensors_on_two_devices_are_refused():
