@@ -53,8 +53,8 @@ class Projection:
         """
         norm: dict[str, Any] = {"norm_weight": norm_weight, "eps": eps, "batch_invariant": self.batch_invariant}
         if len(self.parts) == 1 and gate in (None, "silu"):
-            fused = {"residual": residual, "swiglu": gate is not None}
-            return quantized_matmul(x, self.parts[0], self.biases[0], **fused, **norm)
+            fused = gate is not None
+            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=fused, **norm)
         parts = [quantized_matmul(x, part, bias, **norm) for part, bias in zip(self.parts, self.biases, strict=True)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if gate is not None:

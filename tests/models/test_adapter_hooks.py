@@ -69,7 +69,9 @@ GEMMA = HFFamily(
 )
 GEMMA_SAYS = {"post_norms": True, "activation": "gelu_tanh", "embedding_scale": 48**0.5}
 GLM = HFFamily("glm", biases=QKV_BIAS)
-SMOLLM3 = HFFamily("smollm3", result_keys=("no_rope_layers",), unused_keys=("no_rope_layer_interval",))
+SMOLLM3 = HFFamily(
+    "smollm3", result_keys=("no_rope_layers",), unused_keys=("no_rope_layer_interval", "use_sliding_window")
+)
 
 # hook: (transformers' config, entry for folders, what the page declares, what is left of the config without the hook)
 HOOKS = {
