@@ -68,7 +68,7 @@ GEMMA = HFFamily(
     norm_offset=1.0,
 )
 GEMMA_SAYS = {"post_norms": True, "activation": "gelu_tanh", "embedding_scale": 48**0.5}
-GLM = HFFamily("glm", biases=QKV_BIAS)
+GLM = HFFamily("glm", biases=QKV_BIAS, partial_rotary=True)
 SMOLLM3 = HFFamily(
     "smollm3", result_keys=("no_rope_layers",), unused_keys=("no_rope_layer_interval", "use_sliding_window")
 )
