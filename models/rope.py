@@ -108,7 +108,6 @@ class Dynamic(Scaling):
 
     def frequencies(self, spec: RopeSpec, factor_set: FactorSet | None, seq_len: int | None) -> np.ndarray:
         d = spec.rotary_dim
-        check(d > 2, f"rotary_dim {d}", "dynamic scaling raises to d / (d - 2), so rotary_dim is at least 4")
         stretch = self.factor * max(seq_len or 0, self.original_context) / self.original_context - (self.factor - 1)
         return spec.plain_frequencies(spec.base * stretch ** (d / (d - 2)))
 
@@ -265,6 +264,11 @@ class RopeSpec:
             self.rotary_dim % 2 == 0 and 2 <= self.rotary_dim <= self.head_dim,
             f"rotary_dim {self.rotary_dim} of head_dim {self.head_dim}",
             "rotary_dim is even and between 2 and head_dim",
+        )
+        check(
+            self.rotary_dim > 2 or self.kind != Dynamic.kind,
+            f"rotary_dim {self.rotary_dim}",
+            "dynamic scaling raises to d / (d - 2), so rotary_dim is at least 4",
         )
         check_positive("the RoPE base", self.base)
         check(self.base > 1, f"the RoPE base is {self.base}", "the base is above 1, so that frequencies fall")

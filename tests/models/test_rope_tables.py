@@ -368,9 +368,7 @@ def test_numbers_out_of_range_are_refused(bad):
         (lambda: inverse_frequencies(RopeSpec(head_dim=4, rotary_dim=4), factor_set="short"), "has one set"),
         (lambda: inverse_frequencies(RopeSpec(head_dim=4, rotary_dim=4), seq_len=9), "'default' ignores it"),
         (
-            lambda: inverse_frequencies(
-                RopeSpec(head_dim=2, rotary_dim=2, scaling=Dynamic(factor=2, original_context=8))
-            ),
+            lambda: RopeSpec(head_dim=2, rotary_dim=2, scaling=Dynamic(factor=2, original_context=8)),
             "rotary_dim is at least 4",
         ),
         (lambda: choose_factor_set(longrope(), 10, "medium"), "it is auto, short or long"),
