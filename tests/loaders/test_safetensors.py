@@ -150,6 +150,7 @@ def test_every_truncation_is_refused(folder):
         ("mistral-window", {"sliding_window": DROPPED}, "no sliding_window"),
         ("qwen3", {"head_dim": DROPPED}, "no head_dim"),
         ("phi3-128k", {"original_max_position_embeddings": DROPPED}, "no original_max_position_embeddings"),
+        ("phi3-4k", {"layer_types": ["full_attention"] * 2}, "layer_types ['full_attention', 'full_attention']"),
         ("llama3", {"hidden_act": "gelu"}, "hidden_act 'gelu': model_type 'llama' is computed without, and it changes"),
         ("llama3", {"quantization_config": {"bits": 4}}, "a quantization_config"),
         ("llama3", {"attention_bias": True}, "blk.0.attn_q.bias is not there"),
