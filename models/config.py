@@ -22,7 +22,7 @@ class ModelConfig:
         num_layers, hidden_size, intermediate_size, vocab_size: sizes.
         num_heads, num_kv_heads: query heads, and the key/value heads they share.
         head_dim: elements of one head; need not be hidden_size / num_heads.
-        context_length: tokens the model was trained for.
+        context_length: tokens the model was trained for, or that its RoPE scaling reaches.
         rms_norm_eps: added to the mean square in every norm.
         softmax_scale: factor on q·k before the softmax.
         rope: the rotary embedding.

@@ -35,7 +35,7 @@ def override_rope(config: ModelConfig, given: Mapping[str, Any] | str) -> ModelC
             change only those given. The keys are ``kind``, ``base``, ``rotary_dim`` or ``partial_rotary_factor``, and
             the parameters of the kind (``models/rope.py``), under our names or under Hugging Face's.
             ``original_context`` is by default the context that the model was trained for: what the file's YaRN or
-            LongRoPE scaling started from, else the file's whole context.
+            LongRoPE scaling started from, else the file's whole context. A ``local_rope`` stays as it is.
 
     Raises:
         RopeError: an unknown kind or key, a missing one, or a number out of range.
