@@ -242,6 +242,9 @@ def sampling_calls(model: Model, everything: bool) -> Iterator[Call]:
         narrowed = {name: empty(num_seqs, dtype=F32) for name in ("top_p", "min_p", "penalty")}
         narrowed |= {"top_k": empty(num_seqs, dtype=INT32)}
         narrowed |= {"seen": empty(num_seqs, model.vocab_size, dtype=torch.bool)}
+        columns = [empty(num_seqs, dtype=F32) for _ in range(3)]
+        counts = empty(num_seqs, model.vocab_size, dtype=INT32)
+        yield Call("penalise", f"{num_seqs} sequences", (logits, counts, *columns))
         yield Call("sample", f"greedy {num_seqs} sequences", (logits,))
         yield Call("sample", f"drawn {num_seqs} sequences", (logits,), drawn)
         if everything:

@@ -9,6 +9,7 @@ from .errors import KernelInputError, RooflamaError
 from .mlp import geglu, swiglu
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
+from .penalties import penalise
 from .quantized_matmul import quantized_matmul
 from .quantized_tensor import LAYOUTS, QuantizedTensor, resident_form
 from .rope import rope
@@ -30,6 +31,7 @@ __all__ = [
     "embedding",
     "gather_kv",
     "geglu",
+    "penalise",
     "quantized_matmul",
     "resident_form",
     "rms_norm",

@@ -3,13 +3,14 @@
 from .adapter import ADAPTERS, Adapter, adapter_for
 from .config import ModelConfig
 from .decoder import Decoder, Step
-from .engine import DecodeBatch, Engine, SamplingParams
+from .engine import DecodeBatch, Engine
 from .generate import Generation, NaNLogits, Request, Timings
 from .kv_cache import OutOfPages, PagedKVCache, PagePool
 from .memory_plan import MemoryPlan, Target
 from .memory_weights import checkpoint_weights, config_weights
 from .metadata import ConfigError
 from .rope import RopeSpec, rope_tables
+from .sampling import SamplingParams, TokenLogprob
 from .weights import CheckpointReader, TensorSource
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Target",
     "TensorSource",
     "Timings",
+    "TokenLogprob",
     "adapter_for",
     "checkpoint_weights",
     "config_weights",

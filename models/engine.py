@@ -6,7 +6,6 @@ device, the sampler included. So on a GPU the step is captured once as a CUDA gr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,36 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import sample
-
 from .decoder import Decoder, Step
 from .kv_cache import PagedKVCache
-from .metadata import ConfigError
 from .rope import FactorSetPolicy
 from .rotation import make_rotation
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is drawn: temperature 0 takes the likeliest; top_k 0, top_p 1 and min_p 0 are off."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _require("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
-        _require("top_k", self.top_k, self.top_k >= 0, "at least 0; 0 is off")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1; 1 is off")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1; 0 is off")
-        _require("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1")
-
-
-def _require(name: str, value: float, holds: bool, rule: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} {value}", rule=f"{name} is {rule}", remedy="Correct the sampling parameter")
+from .sampling import Sampler, SamplingParams
+from .turns import Turns
 
 
 @dataclass(frozen=True)
@@ -104,6 +79,7 @@ class Engine:
         self.decoder, self.cache, self.num_tokens = decoder, cache, num_tokens
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
+        self.turns = Turns()
         self.rotation = make_rotation(
             decoder.config.rope,
             local=decoder.config.local_rope,
@@ -169,7 +145,7 @@ class DecodeBatch:
         sequence_ids: in the cache; each has pages for all the tokens up to its limit.
         limits: tokens a sequence may hold in the cache; a row at its limit rests: it writes nothing and stays put.
         planned: as given to ``Engine.prefill``.
-        params: one for each sequence.
+        params, prompts, drawn: each sequence's parameters, its prompt, and the tokens drawn after that before.
     """
 
     def __init__(
@@ -179,6 +155,8 @@ class DecodeBatch:
         limits: list[int],
         planned: list[int],
         params: list[SamplingParams],
+        prompts: list[list[int]],
+        drawn: list[list[int]],
     ):
         device = engine.device
         self.engine = engine
@@ -192,19 +170,14 @@ class DecodeBatch:
         self.lengths = column(lengths, torch.int32)  # tokens in the cache
         self.limits = column(limits, torch.int32)
         self.pins = engine.rotation.pin(planned)
-        self.steps = column([0] * len(sequence_ids), torch.int64)  # tokens drawn
-        self.sampling: dict[str, Tensor] = {}  # without them the sampler is greedy; what is off for all costs nothing
-        if any(p.temperature > 0 for p in params):
-            self.sampling["temperature"] = column([p.temperature for p in params], torch.float32)
-            self.sampling["seeds"] = column([p.seed for p in params], torch.int64)
-            for name, off, dtype in (
-                ("top_k", 0, torch.int32),
-                ("top_p", 1, torch.float32),
-                ("min_p", 0, torch.float32),
-            ):
-                values = [getattr(p, name) for p in params]
-                if any(value != off for value in values):
-                    self.sampling[name] = column(values, dtype)
+        self.sampler = Sampler(
+            params,
+            prompts,
+            drawn,
+            num_rows=engine.decoder.config.vocab_size,
+            num_tokens=engine.num_tokens,
+            device=device,
+        )
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stepped_eagerly = False
 
@@ -213,13 +186,17 @@ class DecodeBatch:
 
         A row with a NaN gives -1, whose embedding is NaN again: nothing out of bounds is read.
         """
-        self.token_ids.copy_(sample(logits, steps=self.steps, vocab_size=self.engine.num_tokens, **self.sampling))
-        self.steps += 1
+        self.token_ids.copy_(self.sampler.draw(logits))
         return self.token_ids
 
     def rest(self, row: int) -> None:
         """Let a finished sequence write nothing from now on."""
         self.limits[row] = 0
+
+    def extend(self, row: int, sequence_id: int, limit: int) -> None:
+        """Let a sequence that has not reached its limit go on to another, for which it has pages."""
+        self.block_table[row].copy_(self.engine.block_table([sequence_id])[0])
+        self.limits[row] = limit
 
     def step(self) -> Tensor:
         """Feed every sequence its last token and draw the next, int32 [num_seqs]; overwritten by the next step."""

@@ -13,8 +13,9 @@ from rooflama.models import ConfigError, MemoryPlan
 
 from .check import Report, check
 from .loading import demo_checkpoint, load, load_tokenizer
-from .model import Generation, Model
+from .model import Model
 from .planning import plan_memory
+from .results import Generation
 from .summary import Summary, inspect
 
 try:

@@ -15,8 +15,9 @@ from rooflama.models.memory_display import size
 
 from .check_file import CONTEXT, Finding, Status, Subject
 from .definition import Definition
-from .model import Generation, Model
+from .model import Model
 from .planning import plan_memory
+from .results import Generation
 
 TEXT = "The quick brown fox jumps over the lazy dog. The capital of France is Paris, and the sky is blue because"
 TOKENS = 12  # of TEXT, run through every layer

@@ -36,6 +36,7 @@ CARDS: dict[str, tuple[str, ...]] = {
     "mlp": ("swiglu", "geglu"),
     "norm": ("rms_norm", "add_rms_norm"),
     "paged_cache": ("write_kv", "gather_kv", "copy_pages"),
+    "penalties": ("penalise",),
     "quantized_matmul": ("quantized_matmul",),
     "rope": ("rope", "rope_and_cache_write"),
     "sampling": ("sample",),

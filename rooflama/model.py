@@ -5,55 +5,34 @@ from __future__ import annotations
 import inspect
 import secrets
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from rooflama.loaders.device import Device
 from rooflama.loaders.tokenizer import Tokenizer
-from rooflama.models import ConfigError, Engine, MemoryPlan, ModelConfig, Request, SamplingParams, Timings
+from rooflama.models import ConfigError, Engine, MemoryPlan, ModelConfig, Request, SamplingParams
 from rooflama.models import Generation as TokenRun
 from rooflama.models.decoder import LOGITS_ROWS
 
+from . import arguments
+from .arguments import Prompt
+from .results import Generation, Stream
 from .text_stream import TextStream
 
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What came back for one prompt.
-
-    Attributes:
-        text: the new text, without the prompt and without the tokens that ended it.
-        token_ids: every token drawn, the ending one included.
-        finish_reason: ``stop`` (an end token or a stop string) or ``length`` (max_new_tokens).
-        timings: prompt tokens, seconds, steps.
-        seed: what reproduces a sampled text.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    timings: Timings
-    seed: int
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        t = self.timings
-        note = (
-            f"{t.prompt_tokens} prompt tokens in {t.prefill_s:.2f} s, {len(self.token_ids)} new at "
-            f"{t.decode_tokens_per_s:.1f} tokens/s, ended by {self.finish_reason}"
-        )
-        return f"<pre style='white-space:pre-wrap'>{escape(self.text)}</pre><small>{escape(note)}</small>"
+MOST_SEEDS = 2**63
 
 
 class Model:
-    """A checkpoint on a device. Made by ``rooflama.load``; close it, or use it as a context manager."""
+    """A checkpoint on a device. Made by ``rooflama.load``; close it, or use it as a context manager.
+
+    Several threads may use one model. Their requests advance in turns, token by token, as long as the page pool holds
+    them side by side; one that does not fit waits for the others. A stream that nobody reads from makes way for it, and
+    reads its text again when it is asked to go on; its logits then agree up to rounding.
+    """
 
     def __init__(
         self,
@@ -72,6 +51,7 @@ class Model:
         self.device = device
         self.weight_bytes = weight_bytes
         self.plan = plan
+        self._turns = engine.turns
         self._runs: weakref.WeakSet[TokenRun] = weakref.WeakSet()
         self._closed = False
 
@@ -80,11 +60,13 @@ class Model:
         """Tokens a sequence may reach, prompt included."""
         return self.plan.context
 
-    def logits(self, token_ids: Sequence[int], *, observe: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    def logits(
+        self, token_ids: Sequence[int] | Tensor, *, observe: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
         """Teacher-forced logits: row i scores the token after ``token_ids[: i + 1]``.
 
         Args:
-            token_ids: 1 to ``max_context`` ids of this model's vocabulary.
+            token_ids: 1 to ``max_context`` ids of this model's vocabulary, as a sequence or an array.
             observe: called with (layer index, residual stream) after each layer.
 
         Returns:
@@ -93,82 +75,144 @@ class Model:
         Raises:
             ConfigError: no tokens, an unknown token, or more tokens than the context.
         """
+        request = Request(arguments.token_ids(token_ids), 0, SamplingParams())
+        with self._turns.turn():
+            self._check_open()
+            request.check(self.engine)
+            self._wait_for_pages(len(request.prompt))
+            cache = self.engine.cache
+            sequence_id = cache.add()
+            try:
+                passes = self.engine.prefill([sequence_id], [request.prompt], [len(request.prompt)], observe)
+                with self.device.guard("logits"):
+                    rows = (part for _, hidden in passes for part in hidden.split(LOGITS_ROWS))
+                    return torch.cat([self.engine.decoder.logits(part).cpu() for part in rows])
+            finally:
+                cache.free(sequence_id)
+
+    def _wait_for_pages(self, num_tokens: int) -> None:
+        pool, needed = self.engine.cache.pool, self.engine.cache.pages_for(num_tokens)
+        self._turns.make_room(lambda: self._closed or pool.num_free >= needed)
         self._check_open()
-        request = Request(list(token_ids), 0, SamplingParams())
-        request.check(self.engine)
-        cache = self.engine.cache
-        sequence_id = cache.add()
-        try:
-            passes = self.engine.prefill([sequence_id], [request.prompt], [request.planned_tokens], observe)
-            with self.device.guard("logits"):
-                rows = (part for _, hidden in passes for part in hidden.split(LOGITS_ROWS))
-                return torch.cat([self.engine.decoder.logits(part).cpu() for part in rows])
-        finally:
-            cache.free(sequence_id)
 
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = (),
+        n: int = 1,
+        logprobs: int | None = None,
     ) -> Generation | list[Generation]:
         """Continue one prompt, or each of a list of prompts.
 
         Args:
-            prompt: text, or token ids, or a list of either. Text is encoded with the model's special beginning tokens,
-                and its own special tokens are read as such.
-            max_new_tokens: at most so many tokens follow.
+            prompt: text, or token ids (a sequence or a one-dimensional array of integers), or a list of either. Text is
+                encoded with the model's special beginning tokens, and its own special tokens are read as such.
+            max_new_tokens: at most so many tokens follow. None: until the model ends its text or the context is full;
+                prompts of a batch then take pages as their texts grow, and one that finds none free waits and reads its
+                text again.
             temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
             top_k, top_p, min_p: narrow the choice; 0, 1 and 0 are off.
-            seed: reproduces a draw; None picks one, which the result names.
-            stop: text that ends the generation when it appears; not part of the result.
+            repetition_penalty: divides positive logits of tokens that the prompt or the text holds, and multiplies
+                negative ones; 1 is off.
+            frequency_penalty, presence_penalty: subtracted from a token's logit for each time, and once, if it was
+                generated; 0 is off.
+            logit_bias: token id -> what is added to its logit, before the penalties.
+            seed: reproduces a draw. The i-th result of a call draws with ``seed + i``, alone or beside others. None
+                picks seeds; each result names its own.
+            stop: text that ends the generation when it appears; not part of the result. Tokens that are not shown, such
+                as ``<|im_end|>``, count with their text.
+            n: results for each prompt, each with its own random stream, one after the other in a flat list.
+            logprobs: report each token's log probability and so many of the likeliest tokens', by the model's own
+                distribution: before biases, penalties and temperature. None reports nothing.
 
         Returns:
-            A Generation, or a list of them for a list of prompts.
+            A Generation; a list of them for a list of prompts or ``n`` above 1.
 
         Raises:
-            ConfigError: an empty prompt, a parameter out of range, or more tokens than the context holds.
+            ConfigError: an empty prompt, a parameter of a wrong type or out of range, or more tokens than the context
+                holds.
         """
-        single = isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int)
-        prompts = cast(
-            "list[Prompt]", [prompt] if single else list(prompt)
-        )  # ``single`` says which, mypy cannot see it
-        params = _sampling(temperature, top_k, top_p, min_p, seed)
-        run, streams = self._start(prompts, max_new_tokens, params, stop)
-        texts = ["" for _ in prompts]
-        token_ids: list[list[int]] = [[] for _ in prompts]
-        for number, token in run:
-            token_ids[number].append(token)
-            texts[number] += streams[number].feed(token)
-            if streams[number].finished:
-                run.finish(number)
+        prompts, single = arguments.prompts(prompt)
+        n = arguments.whole("n", n, "n is a whole number, 1 or more")
+        if n < 1:
+            raise ConfigError(f"n {n}", rule="n is 1 or more", remedy="Ask for one result or more")
+        params = arguments.sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+        )
+        repeated = [item for item in prompts for _ in range(n)]
+        run, streams = self._start(repeated, max_new_tokens, params, seed, stop)
+        texts = ["" for _ in repeated]
+        token_ids: list[list[int]] = [[] for _ in repeated]
+        try:
+            for number, token in run:
+                token_ids[number].append(token)
+                texts[number] += streams[number].feed(token)
+                if streams[number].finished:
+                    run.finish(number)
+        finally:
+            run.close()
         results = [
-            Generation(text + stream.flush(), ids, stream.finish_reason, timings, params.seed)
-            for text, ids, stream, timings in zip(texts, token_ids, streams, run.timings, strict=True)
+            Generation(text + stream.flush(), ids, stream.finish_reason, timings, request.params.seed, scores)
+            for text, ids, stream, timings, request, scores in zip(
+                texts, token_ids, streams, run.timings, run.requests, run.logprobs, strict=True
+            )
         ]
-        return results[0] if single else results
+        return results[0] if single and n == 1 else results
 
     def stream(
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = (),
+        logprobs: int | None = None,
     ) -> Stream:
-        """The same for one prompt, piece by piece as it is made: iterate over what this returns."""
-        params = _sampling(temperature, top_k, top_p, min_p, seed)
-        run, (text_stream,) = self._start([prompt], max_new_tokens, params, stop)
+        """Like ``generate`` for a single prompt, yielding text as it is produced: iterate over what this returns."""
+        prompts, single = arguments.prompts(prompt)
+        if not single:
+            raise ConfigError(
+                f"a list of {len(prompts)} prompts", rule="a stream continues one", remedy="Open a stream for each"
+            )
+        params = arguments.sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            logit_bias=logit_bias,
+            logprobs=logprobs,
+        )
+        run, (text_stream,) = self._start(prompts, max_new_tokens, params, seed, stop)
         return Stream(run, text_stream)
 
     def chat(
@@ -200,16 +244,30 @@ class Model:
         return self.generate(ids, **options)  # type: ignore[return-value]
 
     def _start(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, params: SamplingParams, stop: str | Sequence[str]
+        self,
+        prompts: Sequence[str | list[int]],
+        max_new_tokens: int | None,
+        params: SamplingParams,
+        seed: int | None,
+        stop: str | Iterable[str] | None,
     ) -> tuple[TokenRun, list[TextStream]]:
         self._check_open()
+        rule = "max_new_tokens is a whole number, or None for as many as the context holds"
+        limit = arguments.whole_or_none("max_new_tokens", max_new_tokens, rule)
+        first = arguments.whole_or_none("seed", seed, "a seed is a whole number, or None")
+        stops = arguments.stops(stop)
         requests = []
-        for prompt in prompts:
-            ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
-            requests.append(Request(ids, max_new_tokens, params))
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        run = TokenRun(self.engine, requests, self.tokenizer.eos_ids)
-        self._runs.add(run)
+        for row, prompt in enumerate(prompts):
+            ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
+            if first is None:
+                of_row = secrets.randbits(32) if params.temperature > 0 else 0
+            else:
+                of_row = first if row == 0 else (first + row) % MOST_SEEDS
+            requests.append(Request(ids, limit, replace(params, seed=of_row)))
+        with self._turns.turn():
+            self._check_open()
+            run = TokenRun(self.engine, requests, self.tokenizer.eos_ids)
+            self._runs.add(run)
         return run, [TextStream(self.tokenizer, stops, after=request.prompt[-1]) for request in requests]
 
     def describe(self) -> str:
@@ -224,12 +282,16 @@ class Model:
         return f"Model({self.config.name!r}, {'closed' if self._closed else self.describe()})"
 
     def close(self) -> None:
-        """End every stream and free everything on the device. May be called twice."""
-        if not self._closed:
-            self._closed = True
+        """End every request and free everything on the device.
+
+        A request of another thread ends with a ConfigError after the step that it computes. May be called again, also
+        to complete a close that was interrupted.
+        """
+        self._closed = True
+        with self._turns.turn():
             for run in list(self._runs):
                 run.close()
-            del self.engine  # its views of the weights would keep their memory
+            self.__dict__.pop("engine", None)  # its views of the weights would keep their memory
             self.device.close()
 
     def _check_open(self) -> None:
@@ -243,42 +305,3 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-class Stream:
-    """Pieces of one generation's text, none of which ends inside a character.
-
-    Attributes:
-        timings, finish_reason: as in Generation, final once the iteration has ended.
-    """
-
-    def __init__(self, run: TokenRun, text: TextStream):
-        self._run, self._text = run, text
-
-    @property
-    def timings(self) -> Timings:
-        return self._run.timings[0]
-
-    @property
-    def finish_reason(self) -> str:
-        return self._text.finish_reason
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for number, token in self._run:
-                piece = self._text.feed(token)
-                if self._text.finished:
-                    self._run.finish(number)
-                if piece:
-                    yield piece
-        except GeneratorExit:  # abandoned
-            self._run.close()
-            raise
-        if rest := self._text.flush():
-            yield rest
-
-
-def _sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> SamplingParams:
-    if seed is None:
-        seed = secrets.randbits(32) if temperature > 0 else 0
-    return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)

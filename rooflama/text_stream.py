@@ -8,9 +8,11 @@ from rooflama.loaders.tokenizer import Tokenizer
 class TextStream:
     """Feeds tokens through the detokeniser and holds back text that may be the beginning of a stop string.
 
+    The text of tokens that are not shown, such as ``<|im_end|>``, counts where stop strings are looked for.
+
     Args:
         tokenizer: the model's.
-        stops: strings that end the text.
+        stops: strings that end the text, none of them empty.
         after: the prompt's last token, which decides whether a first space is text.
 
     Attributes:
@@ -19,10 +21,11 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: list[str], *, after: int | None = None):
-        self._end_ids = tokenizer.eos_ids
+        self._tokenizer = tokenizer
         self._decode = tokenizer.stream(skip_special=True, after=after)
-        self._stops = [stop for stop in stops if stop]
+        self._stops = stops
         self._held = ""
+        self._is_shown: list[bool] = []  # of each character held
         self.finished = False
 
     @property
@@ -33,26 +36,40 @@ class TextStream:
         """The text that is certain after this token; empty once finished."""
         if self.finished:
             return ""
-        if token in self._end_ids:
-            self.finished = True
-            return ""
-        return self._release(self._decode.feed(token))
+        piece = self._tokenizer.piece(token)
+        shown = self._decode.feed(token)  # nothing for a special token
+        self._hold(piece.data.decode("utf-8", "replace") if piece.special else shown, is_shown=not piece.special)
+        text = self._release()
+        self.finished |= token in self._tokenizer.eos_ids
+        return text
 
     def flush(self) -> str:
         """What was held back, once no token follows."""
-        text = self._release("" if self.finished else self._decode.flush())
-        rest, self._held = self._held, ""
-        return text + rest
+        text = ""
+        if not self.finished:
+            self._hold(self._decode.flush(), is_shown=True)
+            text = self._release()
+        return text + self._take(len(self._held))
 
-    def _release(self, piece: str) -> str:
-        text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+    def _hold(self, text: str, *, is_shown: bool) -> None:
+        self._held += text
+        self._is_shown += [is_shown] * len(text)
+
+    def _release(self) -> str:
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.finished, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            self.finished = True
+            text = self._take(min(found))
+            self._held, self._is_shown = "", []
+            return text
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        return self._take(len(self._held) - keep)
+
+    def _take(self, count: int) -> str:
+        """The shown ones of the first ``count`` characters held, which are held no more."""
+        text = "".join(character for character, shown in zip(self._held[:count], self._is_shown, strict=False) if shown)
+        self._held, self._is_shown = self._held[count:], self._is_shown[count:]
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

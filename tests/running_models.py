@@ -94,7 +94,7 @@ def decode_logits(engine: Engine, sequences: list[list[int]], prompt_lengths: li
     prompts = [tokens[:length] for tokens, length in zip(sequences, prompt_lengths, strict=True)]
     for _ in engine.prefill(ids, prompts, lengths):
         pass
-    batch = _ForcedBatch(engine, ids, lengths, lengths, [SamplingParams()] * len(ids))
+    batch = _ForcedBatch(engine, ids, lengths, lengths, [SamplingParams()] * len(ids), prompts, [[]] * len(ids))
     logits = batch.force([tokens[length:] for tokens, length in zip(sequences, prompt_lengths, strict=True)])
     for sequence_id in ids:
         engine.cache.free(sequence_id)

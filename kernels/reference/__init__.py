@@ -11,6 +11,7 @@ from .embedding import embedding
 from .mlp import geglu, swiglu
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
+from .penalties import penalise
 from .quantized_matmul import quantized_matmul
 from .rope import rope, rope_and_cache_write
 from .sampling import sample
@@ -24,6 +25,7 @@ __all__ = [
     "embedding",
     "gather_kv",
     "geglu",
+    "penalise",
     "quantized_matmul",
     "rms_norm",
     "rope",

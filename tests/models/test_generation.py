@@ -39,7 +39,9 @@ def test_a_sequence_does_not_depend_on_its_neighbours(model):
     prompts = [PROMPT, "b", "a b a b a b"]
     together = model.generate(prompts, max_new_tokens=12, seed=5, **SAMPLED)
     for prompt, generation in zip(prompts, together, strict=True):
-        assert generation.token_ids == model.generate(prompt, max_new_tokens=12, seed=5, **SAMPLED).token_ids
+        alone = model.generate(prompt, max_new_tokens=12, seed=generation.seed, **SAMPLED)
+        assert generation.token_ids == alone.token_ids
+    assert [generation.seed for generation in together] == [5, 6, 7]
 
 
 def test_more_prompts_than_fit_run_in_groups(model):

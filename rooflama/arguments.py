@@ -1,0 +1,163 @@
+"""What callers pass, checked by type: a value of the wrong kind is a ConfigError that names it.
+
+numpy's and torch's numbers are as good as Python's; a bool is no number, and a float no count, whatever its value.
+"""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rooflama.models import ConfigError, SamplingParams
+
+Prompt = str | Sequence[int] | np.ndarray | torch.Tensor
+
+TOP_K_MAX = 2**31 - 1  # no vocabulary has so many tokens, so larger ones keep as much
+SHOWN = 80  # characters of a value in an error
+
+
+def whole(name: str, value: Any, rule: str) -> int:
+    """``value`` as an int; its range is for others to check."""
+    if not _is_bool(value) and not isinstance(value, str | bytes):
+        try:
+            return operator.index(value)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise _refused(name, value, rule)
+
+
+def whole_or_none(name: str, value: Any, rule: str) -> int | None:
+    return None if value is None else whole(name, value, rule)
+
+
+def number(name: str, value: Any, rule: str) -> float:
+    """``value`` as a float; its range is for others to check."""
+    is_scalar = isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0
+    if not _is_bool(value) and (isinstance(value, numbers.Real) or is_scalar):
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            pass
+    raise _refused(name, value, rule)
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise _refused(name, value, f"{name} is True or False")
+    return bool(value)
+
+
+def name_of(name: str, value: Any, examples: str) -> str:
+    if not isinstance(value, str):
+        raise _refused(name, value, f"{name} is a name such as {examples}")
+    return value
+
+
+def stops(stop: Any) -> list[str]:
+    """The strings that end a text; None for none."""
+    if stop is None:
+        return []
+    found = [stop] if isinstance(stop, str) else stop
+    if not isinstance(found, Iterable) or isinstance(found, Mapping | bytes):
+        raise _refused("stop", stop, "stop is a string, a list of strings, or None")
+    found = list(found)
+    for text in found:
+        if not isinstance(text, str) or not text:
+            raise _refused("stop string", text, "a stop string is a text of one character or more")
+    return found
+
+
+def biases(logit_bias: Any) -> dict[int, float]:
+    """Token id -> what is added to its logit; None for none."""
+    if logit_bias is None:
+        return {}
+    if not isinstance(logit_bias, Mapping):
+        raise _refused("logit_bias", logit_bias, "logit_bias maps token ids to numbers")
+    return {
+        whole("token id of logit_bias", token, "token ids are whole numbers"): number(
+            f"logit_bias of token {_short(token)}", bias, "a bias is a finite number"
+        )
+        for token, bias in logit_bias.items()
+    }
+
+
+def sampling(
+    *,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    repetition_penalty: Any,
+    frequency_penalty: Any,
+    presence_penalty: Any,
+    logit_bias: Any,
+    logprobs: Any,
+) -> SamplingParams:
+    """The parameters of a draw, without its seed."""
+    return SamplingParams(
+        temperature=number("temperature", temperature, "temperature is a number; 0 takes the likeliest token"),
+        top_k=min(whole("top_k", top_k, "top_k is a whole number; 0 is off"), TOP_K_MAX),
+        top_p=number("top_p", top_p, "top_p is a number above 0 and at most 1; 1 is off"),
+        min_p=number("min_p", min_p, "min_p is a number from 0 to 1; 0 is off"),
+        repetition_penalty=number("repetition_penalty", repetition_penalty, "it is a positive number; 1 is off"),
+        frequency_penalty=number("frequency_penalty", frequency_penalty, "it is a number; 0 is off"),
+        presence_penalty=number("presence_penalty", presence_penalty, "it is a number; 0 is off"),
+        logit_bias=biases(logit_bias),
+        logprobs=whole_or_none("logprobs", logprobs, "logprobs is a whole number, or None"),
+    )
+
+
+def token_ids(value: Any) -> list[int]:
+    """One prompt's ids: a sequence of whole numbers, or a one-dimensional array of integers."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        is_integer = (
+            value.dtype.kind in "iu"
+            if isinstance(value, np.ndarray)
+            else not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        )
+        if value.ndim != 1 or not is_integer:
+            raise ConfigError(
+                f"token ids in an array of shape {list(value.shape)} and dtype {value.dtype}",
+                rule="the ids of a prompt are one row of integers",
+                remedy="Pass one row, such as ids[0]; for several prompts, a list of rows",
+            )
+        return value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+        raise _refused("prompt", value, "a prompt is text, or a sequence of token ids")
+    return [whole("token id", token, "token ids are whole numbers") for token in value]
+
+
+def prompts(value: Any) -> tuple[list[str | list[int]], bool]:
+    """(prompts as text or ids, whether ``value`` is a single one)."""
+    if isinstance(value, str | np.ndarray | torch.Tensor) or not isinstance(value, Sequence):
+        return [value if isinstance(value, str) else token_ids(value)], True
+    if any(_is_prompt(item) for item in value):
+        return [item if isinstance(item, str) else token_ids(item) for item in value], False
+    return [token_ids(value)], True
+
+
+def _is_prompt(item: Any) -> bool:
+    """Whether an item of a list is a prompt, and not a token id."""
+    if isinstance(item, np.ndarray | torch.Tensor):
+        return item.ndim > 0
+    return isinstance(item, Sequence)
+
+
+def _is_bool(value: Any) -> bool:
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.dtype in (torch.bool, np.bool_)
+    return isinstance(value, bool | np.bool_)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _refused(name: str, value: Any, rule: str) -> ConfigError:
+    return ConfigError(f"{name} {_short(value)} ({type(value).__name__})", rule=rule, remedy=f"Pass another {name}")
