@@ -40,10 +40,6 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
     types = [piece.type for piece in model.pieces]
     _extend(tokens, scores, types, settings, path)
     ids = {token: index for index, token in enumerate(tokens)}
-    for text in sorted({*settings.named.values()} - ids.keys()):
-        if (role := settings.unused_role(text)) is None:
-            refuse(path, f"no token {text!r}", "the special tokens that the other files name are in the vocabulary")
-        warnings.warn(f"{path}: no token {text!r}, the {role}_token of another file; it is not used", stacklevel=4)
     metadata = {
         "general.architecture": settings.arch,
         "tokenizer.ggml.model": "llama",
@@ -109,8 +105,15 @@ def _extend(tokens: list[str], scores: list[float], types: list[int], settings: 
                 TAKE_JSON,
             )
     added = {token.content for token in settings.added.values()}
-    for text in {*settings.named.values(), *settings.further} & set(tokens):
-        index, role = tokens.index(text), settings.unused_role(text)
+    ids = {token: index for index, token in enumerate(tokens)}
+    for text in settings.special_texts:
+        if text not in ids:
+            settings.allow_new(text, len(tokens), path)
+            ids[text] = len(tokens)
+            tokens.append(text)
+            scores.append(0.0)
+            types.append(TokenType.CONTROL)
+        index, role = ids[text], settings.unused_role(text)
         if role and text not in added and types[index] == TokenType.NORMAL:
             warnings.warn(f"{path}: {text!r}, the {role}_token of another file, is a word and stays one", stacklevel=5)
         else:

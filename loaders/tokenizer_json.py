@@ -206,15 +206,12 @@ def _add_tokens(library: tokenizers.Tokenizer, stored: dict[str, Any], settings:
 
 
 def _add_named(library: tokenizers.Tokenizer, settings: TokenizerSettings, path: Path) -> None:
-    """Make the tokens special that the other files name."""
+    """Make the tokens special that the other files name; all but BOS and EOS may be new ones, as in transformers."""
     special = {token.content for token in library.get_added_tokens_decoder().values()}
-    for text in dict.fromkeys((*settings.named.values(), *settings.further)):
-        own_id, role = library.token_to_id(text), settings.unused_role(text)
-        if own_id is None and role is None:
-            refuse(path, f"no token {text!r}", "the special tokens that the other files name are in the vocabulary")
-        if own_id is None:
-            warnings.warn(f"{path}: no token {text!r}, the {role}_token of another file; it is not used", stacklevel=7)
-        elif text not in special:
+    for text in settings.special_texts:
+        if library.token_to_id(text) is None:
+            settings.allow_new(text, library.get_vocab_size(), path)
+        if text not in special:
             library.add_special_tokens([_as_library(AddedToken(text, special=True, normalized=False))])
 
 

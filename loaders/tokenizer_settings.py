@@ -69,6 +69,24 @@ class TokenizerSettings:
     chat_templates: Mapping[str, str]
     arch: str
 
+    @property
+    def special_texts(self) -> list[str]:
+        """Texts of all special tokens that the files name, each once."""
+        return list(dict.fromkeys((*self.named.values(), *self.further)))
+
+    def allow_new(self, text: str, token_id: int, path: Path) -> None:
+        """Warn that a token which the files name, and the vocabulary has not, gets an id, as in transformers.
+
+        Raises:
+            TokenizerError: it is BOS or EOS, which a model without it cannot have learnt.
+        """
+        if text in (self.named.get("bos"), self.named.get("eos")):
+            refuse(path, f"no token {text!r}", "the BOS and EOS that the other files name are in the vocabulary")
+        warnings.warn(
+            f"{path}: no token {text!r}, which another file names; it is added as id {token_id}, as in transformers",
+            stacklevel=8,
+        )
+
     def unused_role(self, text: str) -> str | None:
         """Where "pad" or "unk" is all that the files name this token for, that; such a token decides nothing here."""
         roles = {name for name, named in self.named.items() if named == text}

@@ -152,6 +152,10 @@ def test_a_padding_token_that_is_a_word_remains_one(tmp_path):
     assert ours.decode(ours.encode("the roof"), skip_special=True) == "the roof"
 
 
-def test_a_padding_token_that_is_none_is_not_used(tmp_path):
-    with pytest.warns(UserWarning, match=r"no token '\[PAD\]', the pad_token of another file; it is not used"):
-        assert read_folder_tokenizer(write_model(tmp_path, config={"pad_token": "[PAD]"})).pad_id is None
+def test_special_tokens_that_the_model_has_not_are_new_ones(tmp_path):
+    config = {"pad_token": "[PAD]", "additional_special_tokens": ["<x>", "<|end|>"]}
+    with pytest.warns(UserWarning, match=r"no token '\[PAD\]', which another file names; it is added as id 430"):
+        ours = read_folder_tokenizer(write_model(tmp_path, config=config))
+    assert (ours.pad_id, ours.vocab_size) == (430, 432)
+    assert ours.encode("[PAD]<x>", parse_special=True, add_special=False) == [430, 431]
+    assert ours.encode("[PAD]<x>") == of_model().encode("[PAD]<x>")

@@ -219,11 +219,20 @@ def test_a_padding_token_that_is_a_word_remains_one(word, is_added, role, folder
     assert (ours.pad_id if role == "pad" else ours.unk_id) == ours.tokens.index(word)
 
 
-def test_a_padding_token_that_is_none_is_not_used(folder):
-    change(folder, "tokenizer_config.json", pad_token="[PAD]", unk_token="[UNK]")
-    with pytest.warns(UserWarning, match=r"no token '\[(PAD\]', the pad|UNK\]', the unk)_token of another file"):
+def test_special_tokens_that_the_vocabulary_has_not_are_new_ones(folder):
+    more = ["<x>", "<|eot|>", "<y>"]
+    change(folder, "tokenizer_config.json", pad_token="[PAD]", unk_token="[UNK]", additional_special_tokens=more)
+    size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]) + len(SPECIAL)
+    with pytest.warns(
+        UserWarning, match=rf"no token '\[UNK\]', which another file names; it is added as id {size}, as"
+    ):
         ours = read_folder_tokenizer(folder)
-    assert (ours.pad_id, ours.unk_id) == (None, None)
+    theirs, text = AutoTokenizer.from_pretrained(folder), "the [PAD]<y>roof[UNK]<x>"
+    assert (ours.pad_id, ours.unk_id) == (theirs.pad_token_id, theirs.unk_token_id)
+    for parse_special in (False, True):
+        expected = theirs.encode(text, split_special_tokens=not parse_special)
+        assert ours.encode(text, parse_special=parse_special) == expected
+    assert ours.vocab_size == len(theirs)
 
 
 @pytest.mark.parametrize("value", [-1, 9999])
