@@ -150,7 +150,7 @@ class ChatTemplates:
         given = [key for key, value in variables.items() if value is not None and value != []]
         if unused := [key for key in given if not template.reads(key)]:
             warnings.warn(
-                f"the chat template does not use {', '.join(unused)}: the prompt is the same without",
+                f"the chat template does not use {', '.join(unused)}: no effect",
                 stacklevel=4,
             )
         return text

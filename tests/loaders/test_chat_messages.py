@@ -135,5 +135,5 @@ def test_a_variable_that_the_template_never_reads_is_named(source, variables, un
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tokenizer(source).apply_chat_template([HELLO], **variables)
-    wanted = [f"the chat template does not use {unused}: the prompt is the same without"] if unused else []
+    wanted = [f"the chat template does not use {unused}: no effect"] if unused else []
     assert [str(warning.message) for warning in caught] == wanted

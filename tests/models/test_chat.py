@@ -45,7 +45,7 @@ def test_variables_reach_the_template_and_options_generate(variables, prompt, mo
 
 
 def test_a_mistyped_option_does_not_vanish(model):
-    with pytest.warns(UserWarning, match="the chat template does not use max_tokens: the prompt is the same without"):
+    with pytest.warns(UserWarning, match="the chat template does not use max_tokens: no effect"):
         model.chat(SAID, max_new_tokens=1, max_tokens=5)
 
 
