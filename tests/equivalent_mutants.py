@@ -6,5 +6,287 @@ stale: test_mutants.py finds it.
 
 from __future__ import annotations
 
+NOT_STORED = "What is loaded in place of a masked element is not stored."
+TIMES_ZERO = "It meets a weight of 0."
+CHOSEN_AWAY = "The other branch of tl.where is chosen then."
+MASKED_ALIKE = "More tiles are masked than need be, and masked tiles give the same bits."
+PROMOTED = "The other term is int64."
+
 # (function, line, changed line) -> why every result stays the same
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "tanh",
+        "return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))",
+        "return tl.where(tl.abs(x) <= 0.625, small, tl.where(x < 0, -large, large))",
+    ): "At 0.625 both formulas hold to float32 rounding.",
+    (
+        "tanh",
+        "return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))",
+        "return tl.where(tl.abs(x) < 0.625, small, tl.where(x <= 0, -large, large))",
+    ): "0 takes the other branch.",
+    ("load_columns", "if BLOCK > HEAD_DIM:", "if BLOCK >= HEAD_DIM:"): "A mask of columns that all exist.",
+    (
+        "load_columns",
+        "tile = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)",
+        "tile = tl.load(ptrs, mask=mask_rows[:, None], other=1.0)",
+    ): "Masked keys are invisible and have weight 0; masked queries are not stored.",
+    (
+        "attend",
+        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]",
+        "scores *= tl.load(k_scale_ptr + scale_rows)[None, :]",
+    ): "A masked key is invisible whatever its score; its place lies in a page that is there.",
+    (
+        "attend",
+        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]",
+        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=1.0)[None, :]",
+    ): "A masked key is invisible whatever its score.",
+    (
+        "attend",
+        "v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=0.0)",
+        "v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=1.0)",
+    ): "A masked key has weight 0.",
+    (
+        "attend",
+        "page = tl.load(block_table_ptr + (keys >> page_shift), mask=mask_keys, other=0).to(tl.int64)",
+        "page = tl.load(block_table_ptr + (keys >> page_shift), mask=mask_keys, other=1).to(tl.int64)",
+    ): "The rows of masked keys are not read.",
+    (
+        "attend",
+        'shift = tl.where(new_max == float("-inf"), 0.0, new_max)',
+        'shift = tl.where(new_max == float("-inf"), 1.0, new_max)',
+    ): "exp2(-inf) is 0 whatever is subtracted.",
+    (
+        "normalized",
+        "return tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 1.0, total)[:, None])",
+        "return tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 2.0, total)[:, None])",
+    ): CHOSEN_AWAY,
+    (
+        "log2_sum",
+        'return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))',
+        'return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(tl.where(row_sum == 0.0, 2.0, row_sum)))',
+    ): CHOSEN_AWAY,
+    (
+        "log2_sum",
+        'return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))',
+        'return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(tl.where(row_sum == 1.0, 1.0, row_sum)))',
+    ): "log2(1) is log2 of the 1 in its place; log2(0) is chosen away.",
+    (
+        "_cut",
+        "while split_tokens * MAX_SPLITS < seq_len - start:",
+        "while split_tokens * MAX_SPLITS <= seq_len - start:",
+    ): "Another cut into splits that suffice, at one length: the same result to rounding.",
+    (
+        "_merge_splits_kernel",
+        'shift = tl.where(top == float("-inf"), 0.0, top)',
+        'shift = tl.where(top == float("-inf"), 1.0, top)',
+    ): "exp2(-inf) is 0 whatever is subtracted.",
+    (
+        "_merge_splits_kernel",
+        "acc = acc / tl.where(total == 0.0, 1.0, total)",
+        "acc = acc / tl.where(total == 0.0, 2.0, total)",
+    ): "What is divided is 0 then.",
+    (
+        "_merge_splits_kernel",
+        "partial_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0",
+        "partial_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=1.0",
+    ): "Masked splits have weight 0, masked columns are not stored.",
+    (
+        "_attention_prefill_kernel",
+        "if first_row >= num_rows:",
+        "if first_row > num_rows:",
+    ): "A block that starts at the end stores nothing.",
+    (
+        "_attention_prefill_kernel",
+        "diagonal = tl.maximum(nearest + 1, 0) // BLOCK_N * BLOCK_N",
+        "diagonal = tl.maximum(nearest - 1, 0) // BLOCK_N * BLOCK_N",
+    ): MASKED_ALIKE,
+    (
+        "_attention_prefill_kernel",
+        "diagonal = tl.maximum(nearest + 1, 0) // BLOCK_N * BLOCK_N",
+        "diagonal = tl.maximum(nearest + 1, 1) // BLOCK_N * BLOCK_N",
+    ): "1 // BLOCK_N is 0, as 0 // BLOCK_N is.",
+    (
+        "_attention_prefill_kernel",
+        "whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 1, window) - window, BLOCK_N) * BLOCK_N, diagonal)",
+        "whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 2, window) - window, BLOCK_N) * BLOCK_N, diagonal)",
+    ): MASKED_ALIKE,
+    (
+        "_attention_prefill_kernel",
+        "whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 1, window) - window, BLOCK_N) * BLOCK_N, diagonal)",
+        "whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 1, window) + window, BLOCK_N) * BLOCK_N, diagonal)",
+    ): MASKED_ALIKE,
+    (
+        "_attention_prefill_kernel",
+        "HEAD_DIM, BLOCK_D, BLOCK_N, False, SLIDING, CAPPED, SCALED, ONE_PAGE,",
+        "HEAD_DIM, BLOCK_D, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,",
+    ): MASKED_ALIKE,
+    (
+        "_embedding_kernel",
+        "offs_n = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([1], tl.int64)",
+        "offs_n = tl.load(token_ids_ptr + token).to(tl.int64) - tl.zeros([1], tl.int64)",
+    ): "Plus or minus 0.",
+    (
+        "_embedding_kernel",
+        "offs_n = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([1], tl.int64)",
+        "offs_n = tl.load(token_ids_ptr + token) + tl.zeros([1], tl.int64)",
+    ): PROMOTED,
+    (
+        "_embedding_kernel",
+        "offs_n = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([1], tl.int64)",
+        "offs_n = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([1], tl.int32)",
+    ): PROMOTED,
+    (
+        "_swiglu_kernel",
+        "gate = tl.load(gate_ptr + row * gate_stride + offs, mask=mask, other=0.0).to(tl.float32)",
+        "gate = tl.load(gate_ptr + row * gate_stride + offs, mask=mask, other=1.0).to(tl.float32)",
+    ): NOT_STORED,
+    (
+        "_swiglu_kernel",
+        "up = tl.load(up_ptr + row * up_stride + offs, mask=mask, other=0.0).to(tl.float32)",
+        "up = tl.load(up_ptr + row * up_stride + offs, mask=mask, other=1.0).to(tl.float32)",
+    ): NOT_STORED,
+    (
+        "_rms_norm_kernel",
+        "weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)",
+        "weight = tl.load(weight_ptr + offs, mask=mask, other=1.0).to(tl.float32)",
+    ): NOT_STORED,
+    ("_gather_kv_kernel", "if first_key < seq_len:", "if first_key <= seq_len:"): "No key is left for that page.",
+    (
+        "_gather_kv_kernel",
+        "out_key = tl.load(ends_ptr + seq).to(tl.int64) - seq_len + first_key",
+        "out_key = tl.load(ends_ptr + seq) - seq_len + first_key",
+    ): "The running sum of the lengths is int64 already.",
+    (
+        "_gather_kv_kernel",
+        "x = tl.load(pages_ptr + offs_rows[:, None] + offs[None, :], mask=mask, other=0)",
+        "x = tl.load(pages_ptr + offs_rows[:, None] + offs[None, :], mask=mask, other=1)",
+    ): NOT_STORED,
+    (
+        "_gather_kv_kernel",
+        "scale = tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=0.0)",
+        "scale = tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=1.0)",
+    ): NOT_STORED,
+    (
+        "encode",
+        "divisor = tl.where(scale > 0.0, scale, 1.0)",
+        "divisor = tl.where(scale > 0.0, scale, 2.0)",
+    ): "Under a scale of 0 lie values that round to code 0 either way, under NaN any code does.",
+    (
+        "encode",
+        "codes = (tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)",
+        "codes = (tl.where(magnitude <= 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)",
+    ): "2^-6 has the same code either way.",
+    (
+        "encode",
+        "codes = (tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)",
+        "codes = (tl.where(magnitude < 0x3c800001, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)",
+    ): "2^-6 has the same code either way.",
+    (
+        "largest_magnitude",
+        "return tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)",
+        "return tl.max(tl.abs(x), axis=1) - tl.sum(x * 0.0, axis=1)",
+    ): "The sum is 0 or NaN.",
+    (
+        "_gemv_kernel",
+        "x *= tl.load(norm_ptr + offs_k, mask=offs_k < columns, other=0.0).to(tl.float32)[None, :]",
+        "x *= tl.load(norm_ptr + offs_k, mask=offs_k < columns, other=1.0).to(tl.float32)[None, :]",
+    ): "x is 0 there.",
+    ("_dot_kernel", "other=0.0,", "other=1.0,"): TIMES_ZERO,
+    ("load_codes", "other=0,", "other=1,"): "The scale is 0 there.",
+    (
+        "load_values",
+        "values = tl.load(low_ptr + offs_n[:, None] * columns + offs_k[None, :], mask=mask, other=0)",
+        "values = tl.load(low_ptr + offs_n[:, None] * columns + offs_k[None, :], mask=mask, other=1)",
+    ): "x is 0 there, or the row is not stored.",
+    (
+        "load_scales",
+        "scale = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)",
+        "scale = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=1.0)",
+    ): "x is 0 there, or the row is not stored.",
+    (
+        "load_scales",
+        "own = tl.load(scales_ptr + offs_n[:, None] * (num_blocks * PER_BLOCK) + offs_g[None, :], mask=mask, other=0)",
+        "own = tl.load(scales_ptr + offs_n[:, None] * (num_blocks * PER_BLOCK) + offs_g[None, :], mask=mask, other=1)",
+    ): "d is 0 there.",
+    (
+        "store_tile",
+        "total += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]",
+        "total += tl.load(bias_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)[None, :]",
+    ): NOT_STORED,
+    (
+        "store_tile",
+        "total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)",
+        "total += tl.load(residual_ptr + offs, mask=mask, other=1.0).to(tl.float32)",
+    ): NOT_STORED,
+    (
+        "_load_angles",
+        "cos = tl.load(cos_ptr + row + offs, mask=offs < HALF, other=0.0)",
+        "cos = tl.load(cos_ptr + row + offs, mask=offs < HALF, other=1.0)",
+    ): "The pairs it turns are 0.",
+    (
+        "_load_angles",
+        "sin = tl.load(sin_ptr + row + offs, mask=offs < HALF, other=0.0)",
+        "sin = tl.load(sin_ptr + row + offs, mask=offs < HALF, other=1.0)",
+    ): "The pairs it turns are 0.",
+    (
+        "_norm_parts",
+        "row, one = tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)",
+        "row, one = tl.zeros([1], tl.int32), tl.full([1], True, tl.int1)",
+    ): "An offset of 0.",
+    (
+        "_larger",
+        "return tl.maximum(a, b) + (a + b) * 0.0",
+        "return tl.maximum(a, b) - (a + b) * 0.0",
+    ): "The product is 0 or NaN.",
+    (
+        "_larger",
+        "return tl.maximum(a, b) + (a + b) * 0.0",
+        "return tl.maximum(a, b) + (a - b) * 0.0",
+    ): "The product is NaN if either is no finite number, else 0.",
+    (
+        "_max_kernel",
+        'largest = tl.max(tl.where(logits != logits, float("-inf"), logits))',
+        'largest = tl.max(tl.where(logits != logits, float("inf"), logits))',
+    ): "A row with a NaN gives -1 whatever its maximum.",
+    (
+        "_choose_kernel",
+        'score = tl.where(logits != logits, float("-inf"), logits)',
+        'score = tl.where(logits != logits, float("inf"), logits)',
+    ): "A row with a NaN gives -1 whatever its winner.",
+    (
+        "_choose_kernel",
+        "tl.store(winners_ptr + row * num_chunks + chunk, tl.where(has_nan, -1, winner))",
+        "tl.store(winners_ptr + row * num_chunks + chunk, tl.where(has_nan, -2, winner))",
+    ): "Any negative number says that there was a NaN.",
+    (
+        "_last_kernel",
+        "row = tl.program_id(0).to(tl.int64)",
+        "row = tl.program_id(0)",
+    ): "At most 65,535 rows of 2^14 chunks: below 2^31.",
+    (
+        "_last_kernel",
+        "winners = tl.load(winners_ptr + row * num_chunks + offs, mask=mask, other=0)",
+        "winners = tl.load(winners_ptr + row * num_chunks + offs, mask=mask, other=1)",
+    ): "Only the winner of the best chunk is taken, and only a sign looked at.",
+    (
+        "_load_chunk",
+        "penalised = tl.where(logits < 0.0, logits * penalty, tl.div_rn(logits, penalty))",
+        "penalised = tl.where(logits <= 0.0, logits * penalty, tl.div_rn(logits, penalty))",
+    ): "0 times or over the penalty is 0.",
+    (
+        "_load_chunk",
+        "seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=0) != 0",
+        "seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=1) != 0",
+    ): "-inf times a penalty is -inf.",
+    (
+        "_resume_search",
+        "digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS - 1))",
+        "digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS + 1))",
+    ): "The largest digit always has less above it than the bound.",
+    ("_narrow_kernel", "if LEVEL > 0:", "if LEVEL >= 0:"): "All 32 bits shifted out leave 0, the prefix of level 0.",
+    (
+        "_narrow_kernel",
+        "candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
+        "candidate = (offs <= vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
+    ): "-inf stands there: it adds to no weight above another value.",
+}

@@ -152,6 +152,7 @@ def test_order_of_keys_matters_only_to_rounding(drawn):
 
 
 @given(drawn=decodes(sliding_window=40))
+@example(drawn=replace(LLAMA, sliding_window=1))
 @example(drawn=replace(LLAMA, sliding_window=40))
 @example(drawn=replace(LLAMA, sliding_window=150, seq_lens=(400, 290, 10, 151)))
 def test_pages_before_the_window_may_be_gone(drawn):

@@ -217,10 +217,11 @@ def test_equal_values_come_out_unchanged(drawn, value):
     assert bool((out[~seen] == 0).all())
 
 
-def test_rows_without_keys_and_tokens_of_no_sequence():
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_rows_without_keys_and_tokens_of_no_sequence(page_size):
     """More queries than keys, no key at all, and padding tokens after the last sequence: 0 and -inf."""
     dense = sequences(Drawn(query_lens=(5, 3, 4), seq_lens=(2, 0, 4)))
-    laid = paged(dense, 16)
+    laid = paged(dense, page_size)
     q = torch.cat([stacked(dense), torch.ones(40, 4, 32, device=DEVICE)])
     out, lse = attention_prefill(
         q, laid.k_pages, laid.v_pages, laid.block_table, int32([2, 0, 4]), starts([5, 3, 4]), softmax_scale=0.2

@@ -158,6 +158,20 @@ def test_what_is_not_finite(backend):
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("backend", ["triton", "numpy"])
+@pytest.mark.parametrize("vocab", [1, 2, 16, 17])
+def test_a_row_of_minus_infinities_draws_a_token_of_the_vocabulary(vocab, backend):
+    """What pads the last chunk is as large, and never drawn; each token is, the first and the last too."""
+    logits = torch.full((24, vocab + 3), -torch.inf, device=DEVICE)
+    hot = {"temperature": torch.ones(24, device=DEVICE), **randomness(np.random.default_rng(1), 24)}
+    with use_backend(backend):
+        drawn = sample(logits, **hot, vocab_size=vocab).tolist()
+    assert min(drawn) >= 0
+    assert max(drawn) < vocab
+    assert len(set(drawn)) > min(vocab - 1, 6)
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_offsets_beyond_int32():
     rng = np.random.default_rng(0)
     logits = normal(rng, 3, 16, dtype=torch.float16)

@@ -84,8 +84,17 @@ def test_kernel_keeps_the_tokens_that_the_definition_keeps(vocab, dtype, spread,
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("top_k", [1, 2, 15, 16, 17, 39, 40, 41])
+def test_zeros_of_both_signs_are_equal():
+    logits = torch.tensor([[-1.0, -0.0, 1.0, 0.0, -2.0]], device=DEVICE)
+    one = column([1.0], torch.float32)
+    floor = kernel_floor(logits, column([2], torch.int32), one, one)
+    assert (image(logits[0].cpu().numpy()) >= floor[0]).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("top_k", [1, 16, 17, 19, 20, 39, 40, 41])
 def test_top_k_keeps_k(top_k):
+    """Of -20 to 19: also where 1 and 0 are the least that is kept."""
     logits = torch.from_numpy(np.random.default_rng(top_k).permutation(40).astype(np.float32) - 20)[None].to(DEVICE)
     one = column([1.0], torch.float32)
     floor = kernel_floor(logits, column([top_k], torch.int32), one, one)

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from assertions import assert_bit_equal
-from attention_cases import Drawn, arguments
+from attention_cases import Drawn, arguments, spread
 from rooflama.kernels import (
     attention_decode,
     attention_prefill,
     copy_pages,
     gather_kv,
+    rope,
     rope_and_cache_write,
     sample,
     write_kv,
@@ -36,6 +37,11 @@ def apart(x):
     inner = wide[:, 1:-1, 8:]
     inner.copy_(x)
     return inner
+
+
+def far(x, dim):
+    """The same values with the last entry of a dimension past 2^31 elements; the storage is virtual."""
+    return spread(x.transpose(0, dim)).transpose(0, dim)
 
 
 @pytest.mark.parametrize("page_dtype", PAGE_DTYPES)
@@ -74,6 +80,59 @@ def test_writing_into_one_pool(page_dtype, fused):
     for got, expected, scale in zip(pool, want, scales, strict=False):
         keys = gather_kv(got, table, lengths, scale, num_keys=20)
         assert_bit_equal(keys, gather_kv(expected, table, lengths, scale, num_keys=20))
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(("name", "dim"), [("pages", 1), ("pages", 2), ("q", 1)])
+def test_attention_over_places_and_heads_beyond_int32(name, dim, decode):
+    """As a pool or a projection has them whose outermost dimension are the heads."""
+    fields = arguments(replace(GQA, seq_lens=(37, 1, 90), dtype=torch.float16), decode=decode)
+    attention = attention_decode if decode else attention_prefill
+    names = ("q",) if name == "q" else ("k_pages", "v_pages")
+    got = attention(**fields | {name: far(fields[name], dim) for name in names})
+    for one, other in zip(got, attention(**fields), strict=True):
+        assert_bit_equal(one, other)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_writing_to_places_and_heads_beyond_int32(dim, fused):
+    """From heads that lie as far apart, and gathered by a table whose rows do."""
+    step = Step(0, 5, 6, 3, 48, 48, torch.float16)
+    step.slots = torch.tensor([15, 20, 17, 31, 16], device=DEVICE)
+
+    def write(q, k, v, k_pages, v_pages):
+        if fused:
+            rope_and_cache_write(q, k, v, *step.tables, step.positions, step.slots, k_pages, v_pages)
+        else:
+            write_kv(k, v, k_pages, v_pages, step.slots)
+
+    near = step.pages()[:2]
+    pages = [far(tensor, dim) for tensor in near]
+    write(step.q, step.k, step.v, *near)
+    write(*(far(tensor, 1) for tensor in (step.q, step.k, step.v)), *pages)
+    table, lengths = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([[2, 2], [3, 3], [1, 0]], [0, 3, 32]))
+    for got, want in zip(pages, near, strict=True):
+        assert_bit_equal(
+            gather_kv(got, spread(table), lengths, num_keys=35), gather_kv(want, table, lengths, num_keys=35)
+        )
+
+
+@pytest.mark.parametrize("heads", [3, 5])
+def test_rotation_of_heads_beyond_int32(heads):
+    step = Step(0, 3, heads, heads, 48, 48, torch.float16)
+    inputs = (*step.tables, step.positions)
+    assert_bit_equal(rope(far(step.q, 1), *inputs), rope(step.q, *inputs))
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_table_no_wider_than_its_keys(decode):
+    """Whose last tile of keys goes on past the last page."""
+    fields = arguments(replace(GQA, seq_lens=(42, 1, 48)), decode=decode)
+    attention = attention_decode if decode else attention_prefill
+    table = fields["block_table"][:, :3].contiguous()
+    for one, other in zip(attention(**fields | {"block_table": table}), attention(**fields), strict=True):
+        assert_bit_equal(one, other)
 
 
 def test_seen_of_another_stride_than_logits():
