@@ -136,12 +136,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "offs_n = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([1], tl.int32)",
     ): PROMOTED,
     (
-        "_swiglu_kernel",
+        "_gated_kernel",
         "gate = tl.load(gate_ptr + row * gate_stride + offs, mask=mask, other=0.0).to(tl.float32)",
         "gate = tl.load(gate_ptr + row * gate_stride + offs, mask=mask, other=1.0).to(tl.float32)",
     ): NOT_STORED,
     (
-        "_swiglu_kernel",
+        "_gated_kernel",
         "up = tl.load(up_ptr + row * up_stride + offs, mask=mask, other=0.0).to(tl.float32)",
         "up = tl.load(up_ptr + row * up_stride + offs, mask=mask, other=1.0).to(tl.float32)",
     ): NOT_STORED,
