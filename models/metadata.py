@@ -21,6 +21,9 @@ _REQUIRED: Any = object()
 LARGEST_INTEGER = 2**31 - 1
 DAMAGED = "The file is damaged or was converted wrongly"
 
+NEUTRAL = {"logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "attention.causal": True}
+"""Keys of some architectures -> the value that asks for what every decoder does anyway."""
+
 
 class Hyperparameters:
     """The keys ``<architecture>.*`` of a checkpoint. Remembers which were read, so that the rest can be refused."""
@@ -95,9 +98,13 @@ class Hyperparameters:
         self.refuse(key, f"{self.architecture}.{key} = {value!r}", rule, remedy)
 
     def refuse_unread(self, harmless: Collection[str] = ()) -> None:
-        """Raise if a key of this architecture was never read: it may change the result, and would be dropped."""
+        """Raise if a key of this architecture was never read: it may change the result, and would be dropped.
+
+        A key of ``NEUTRAL`` that holds the value given there changes nothing.
+        """
         prefix = f"{self.architecture}."
-        known = self._read | {prefix + key for key in harmless}
+        neutral = {key for key, value in NEUTRAL.items() if np.array_equal(self.metadata.get(prefix + key), value)}
+        known = self._read | {prefix + key for key in (*harmless, *neutral)}
         unread = sorted(key for key in self.metadata if key.startswith(prefix) and key not in known)
         if unread:
             self.refuse(

@@ -241,6 +241,15 @@ def test_unknown_keys_are_refused(name, key):
         config_of(checkpoint(name, {key: 2.0}))
 
 
+@pytest.mark.parametrize(("key", "value"), [("logit_scale", 1.0), ("embedding_scale", 1.0), ("attention.causal", True)])
+def test_keys_that_ask_for_nothing_pass(key, value):
+    config_of(checkpoint("llama3", {key: value}))
+    with pytest.raises(ConfigError, match="drops nothing silently"):
+        config_of(checkpoint("llama3", {key: not value}))
+    with pytest.raises(ConfigError, match="drops nothing silently"):
+        config_of(checkpoint("llama3", {key: np.array([value, value])}))
+
+
 def test_keys_that_change_nothing_pass():
     config_of(checkpoint("llama3", {"tensor_data_layout": "Meta AI original pth", "rope.scaling.finetuned": True}))
     config_of(checkpoint("llama3", {"expert_count": 0, "expert_used_count": 0}))
