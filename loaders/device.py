@@ -114,7 +114,7 @@ class Device:
         self._staging: device_raw.Staging | None = None
         self._closed = False
         self._lost: str | None = None
-        weakref.finalize(self, self._ledger.report)  # when collected or at exit; says nothing if all is closed
+        weakref.finalize(self, self._ledger.report)  # when collected or at exit
 
     @property
     def total_bytes(self) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class LeakWarning(RuntimeWarning):
-    """Device memory that was never closed: reported when its device is collected, or at exit."""
+    """With ROOFLAMA_DEBUG: device memory nobody closed, reported when its device is collected, or at exit."""
 
 
 class DeviceBuffer:
@@ -78,8 +78,8 @@ class Ledger:
         return sum(nbytes for _, nbytes, _ in self.live.values()) + sum(nbytes for nbytes, _ in self.lent)
 
     def report(self) -> None:
-        """Warn of what is still held; where each was made, if ROOFLAMA_DEBUG was set."""
-        if not self.live:
+        """If ROOFLAMA_DEBUG is set, warn of what is still held, and where each was made."""
+        if not self.live or not _debugging():
             return
         total = sum(nbytes for _, nbytes, _ in self.live.values())
         lines = [
@@ -92,9 +92,13 @@ class Ledger:
         warnings.warn("\n".join(lines), LeakWarning, stacklevel=2)
 
 
+def _debugging() -> bool:
+    return os.environ.get("ROOFLAMA_DEBUG", "0") not in ("", "0")
+
+
 def allocation_site() -> str:
     """The line that allocates and the user's line that led there, if ROOFLAMA_DEBUG is set; the walk costs time."""
-    if os.environ.get("ROOFLAMA_DEBUG", "0") in ("", "0"):
+    if not _debugging():
         return ""
     places: list[str] = []
     frame: FrameType | None = sys._getframe(1)

@@ -4,19 +4,13 @@ import rooflama
 
 with rooflama.load("model.gguf") as model:
     print(model.chat([{"role": "user", "content": "Why is the sky blue?"}]).text)
+
+Names are imported when they are first used: torch takes seconds, which ``rooflama --help`` need not wait for.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-
-from rooflama.kernels import KernelInputError, RooflamaError
-from rooflama.models import ConfigError, MemoryPlan
-
-from .check import Report, check
-from .loading import demo_checkpoint, load, load_tokenizer
-from .model import Model
-from .planning import plan_memory
-from .results import Generation
-from .summary import Summary, inspect
+from typing import TYPE_CHECKING, Any
 
 try:
     __version__ = version("rooflama")
@@ -39,3 +33,42 @@ __all__ = [
     "load_tokenizer",
     "plan_memory",
 ]
+
+if TYPE_CHECKING:
+    from rooflama import kernels as kernels
+    from rooflama import loaders as loaders
+    from rooflama import models as models
+    from rooflama.kernels import KernelInputError, RooflamaError
+    from rooflama.models import ConfigError, MemoryPlan
+
+    from .checklist import Report, check
+    from .loading import demo_checkpoint, load, load_tokenizer
+    from .model import Model
+    from .planning import plan_memory
+    from .results import Generation
+    from .summary import Summary, inspect
+else:
+    _ROOMS = ("kernels", "loaders", "models")
+    _NAMES = {
+        "kernels": ("KernelInputError", "RooflamaError"),
+        "models": ("ConfigError", "MemoryPlan"),
+        "checklist": ("Report", "check"),
+        "loading": ("demo_checkpoint", "load", "load_tokenizer"),
+        "model": ("Model",),
+        "planning": ("plan_memory",),
+        "results": ("Generation",),
+        "summary": ("Summary", "inspect"),
+    }
+    _HOMES = {name: home for home, names in _NAMES.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"rooflama.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'rooflama' has no attribute {name!r}")
+        value = getattr(import_module(f"rooflama.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_ROOMS, *__all__})

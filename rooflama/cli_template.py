@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+
+from .cli_options import refuse
 
 TemplateVariables = Annotated[
     list[str],
@@ -39,17 +41,17 @@ def template_variables(given: Sequence[str], tools: Path | None, *, chat: bool =
     for text in given:
         name, separator, value = text.partition("=")
         if not separator or not name.isidentifier():
-            _refuse(f"--template-variable {text!r}", "it must be NAME=VALUE", "Write it like enable_thinking=false")
+            refuse(f"--template-variable {text!r}", "it must be NAME=VALUE", "Write it like enable_thinking=false")
         if name in ("messages", "tools"):
-            _refuse(f"--template-variable {name}", f"{name} is set otherwise", "Use --tools FILE, and the prompt")
+            refuse(f"--template-variable {name}", f"{name} is set otherwise", "Use --tools FILE, and the prompt")
         if name in variables:
-            _refuse(f"--template-variable {name} twice", "a variable has one value", "Give it once")
+            refuse(f"--template-variable {name} twice", "a variable has one value", "Give it once")
         variables[name] = _value(value)
     if tools is not None:
         variables["tools"] = _read_tools(tools)
     if variables and not chat:
         option = "--tools" if "tools" in variables else "--template-variable"
-        _refuse(f"{option} without --chat", "only a chat template reads it", "Add --chat")
+        refuse(f"{option} without --chat", "only a chat template reads it", "Add --chat")
     return variables
 
 
@@ -67,10 +69,4 @@ def _read_tools(file: Path) -> Any:
         found = f"cannot be read ({error.strerror})"
     except (ValueError, RecursionError) as error:
         found = f"is no JSON ({error})"
-    _refuse(f"--tools {file}: it {found}", "it must be a file with a JSON list of schemas", "Check the file")
-
-
-def _refuse(found: str, rule: str, remedy: str) -> NoReturn:
-    from rooflama.models import ConfigError
-
-    raise ConfigError(found, rule=rule, remedy=remedy)
+    refuse(f"--tools {file}: it {found}", "it must be a file with a JSON list of schemas", "Check the file")

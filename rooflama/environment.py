@@ -7,6 +7,7 @@ from importlib import metadata
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from rooflama.kernels import INTERPRETED
 
@@ -61,5 +62,5 @@ def environment() -> Table:
     """The facts as a table."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in facts():
-        table.add_row(f"[bold]{label}[/bold]", value)
+        table.add_row(Text(label, style="bold"), Text(value))
     return table

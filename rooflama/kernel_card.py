@@ -1,7 +1,7 @@
 """A kernel on one page: formula, signature, definition, laws tested, what it compiles to, and its measured speed.
 
 Everything is gathered from where it already stands: docstrings, the definition's source, the tests, and the two
-committed tables. The tests and tables live in the repository, not in the wheel; without them a card says so.
+committed tables. A wheel has no tests and no tables: it carries ``docs/kernels/tables.json``, which holds their part.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import ast
 import csv
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown
@@ -23,9 +25,12 @@ from rich.markdown import Markdown
 from rooflama import kernels
 from rooflama.kernels import KernelInputError, reference
 
+from .json_text import json_text
+
 ROOT = Path(__file__).resolve().parent.parent
 COMPILE_MATRIX = ROOT / "docs" / "compile_matrix.csv"
 MEASUREMENTS = ROOT / "benchmarks" / "results" / "kernels.csv"
+SHIPPED = Path(__file__).resolve().parent / "kernel_pages" / "tables.json"  # docs/kernels of the repository
 
 # One card a kernel: name -> its public functions. It stands in kernels/NAME.py and, where that is long, NAME_*.py.
 CARDS: dict[str, tuple[str, ...]] = {
@@ -58,32 +63,57 @@ class KernelCard:
         """The card as Markdown, which is also what ``docs/kernels/`` holds."""
         parts = [f"# {self.name}", *map(_docstring, self._modules())]
         for function in CARDS[self.name]:
-            launcher = inspect.unwrap(getattr(kernels, function))
-            signature = re.sub(r"'", "", str(inspect.signature(launcher)))
-            parts += [f"## {function}", f"    {function}{signature}", _docstring(launcher)]
+            parts += [f"## {function}", f"    {function}{_signature(function)}", _docstring(_launcher(function))]
             parts += ["### Definition", f"```python\n{_definition(getattr(reference, function))}\n```"]
-        parts += ["## Laws tested", *(self._laws() or ["The tests are in the repository, not in the wheel."])]
-        parts += ["## What it compiles to", _table(self._compiled()) or "Not in the compile matrix."]
-        measured = _table(self._measured())
+        tables = self._tables()
+        laws = [f"- {law['law']}" + (f": {law['says']}" if law["says"] else "") for law in tables["laws"]]
+        parts += ["## Laws tested", "\n".join(laws)]
+        parts += ["## What it compiles to", _table(tables["compiled"]) or "Not in the compile matrix."]
+        measured = _table(tables["measured"])
         parts += ["## Measured", *((ROOFLINE, measured) if measured else ("No committed measurement.",))]
         return "\n\n".join(parts) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The card's parts, for JSON."""
+        return {
+            "kernel": self.name,
+            "about": [_docstring(module) for module in self._modules()],
+            "functions": [
+                {
+                    "name": function,
+                    "signature": _signature(function),
+                    "about": _docstring(_launcher(function)),
+                    "definition": _definition(getattr(reference, function)),
+                }
+                for function in CARDS[self.name]
+            ],
+            **self._tables(),
+        }
 
     def _modules(self) -> list[ModuleType]:
         names = [info.name for info in pkgutil.iter_modules(kernels.__path__)]
         own = [name for name in names if name == self.name or name.startswith(f"{self.name}_")]
         return [importlib.import_module(f"rooflama.kernels.{name}") for name in own]
 
-    def _laws(self) -> list[str]:
+    def _tables(self) -> dict[str, list[dict[str, str]]]:
+        """Laws tested, what it compiles to, measured: gathered in the repository, else as the wheel carries them."""
+        if not COMPILE_MATRIX.exists():
+            return json.loads(SHIPPED.read_text(encoding="utf-8"))[self.name]
+        return {
+            "laws": list(self._laws()),
+            "compiled": list(self._compiled()),
+            "measured": list(self._measured()),
+        }
+
+    def _laws(self) -> Iterator[dict[str, str]]:
         """Each test's name in words, with the first line of its docstring."""
         folder = ROOT / "tests" / "kernels"
-        lines = []
         for path in sorted([*folder.glob(f"test_{self.name}.py"), *folder.glob(f"test_{self.name}_*.py")]):
-            for node in ast.parse(path.read_text()).body:
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                     words = node.name.removeprefix("test_").replace("_", " ")
                     text = (ast.get_docstring(node) or "").split("\n")[0]
-                    lines.append(f"- {words}" + (f": {text}" if text else ""))
-        return ["\n".join(lines)] if lines else []
+                    yield {"law": words, "says": text}
 
     def _compiled(self) -> Iterator[dict[str, str]]:
         """For each kernel of these files and target: the most registers, spills and shared memory over all shapes."""
@@ -134,6 +164,14 @@ def kernel_card(name: str) -> KernelCard:
     raise KernelInputError(f"kernel {name!r}", rule=f"the kernels are {', '.join(CARDS)}", remedy="Name one of these")
 
 
+def _launcher(function: str) -> Callable:
+    return inspect.unwrap(getattr(kernels, function))
+
+
+def _signature(function: str) -> str:
+    return re.sub(r"'", "", str(inspect.signature(_launcher(function))))
+
+
 def _docstring(thing: object) -> str:
     return inspect.getdoc(thing) or ""
 
@@ -149,11 +187,11 @@ def _definition(function: Callable) -> str:
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
     if path.exists():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             yield from csv.DictReader(file)
 
 
-def _table(rows: Iterator[dict[str, str]]) -> str:
+def _table(rows: list[dict[str, str]]) -> str:
     lines: list[str] = []
     for row in rows:
         if not lines:
@@ -162,12 +200,18 @@ def _table(rows: Iterator[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def shipped_tables() -> str:
+    """The tables of every card as JSON, which a wheel carries in place of tests and benchmarks."""
+    return json_text({name: KernelCard(name)._tables() for name in CARDS}, indent=1) + "\n"
+
+
 def write_pages() -> None:
     """Write every card to ``docs/kernels/`` of the repository."""
     folder = ROOT / "docs" / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     for name in CARDS:
-        (folder / f"{name}.md").write_text(KernelCard(name).markdown())
+        (folder / f"{name}.md").write_text(KernelCard(name).markdown(), encoding="utf-8")
+    (folder / SHIPPED.name).write_text(shipped_tables(), encoding="utf-8")
 
 
 if __name__ == "__main__":

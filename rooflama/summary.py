@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -64,6 +64,19 @@ class Summary:
             ("norm eps", f"{c.rms_norm_eps:.3g}"),
             ("tensors", types),
         ]  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return {
+            "name": self.name,
+            "parameters": self.num_parameters,
+            "tokenizer": self.tokenizer_model,
+            "tensors": {
+                kind: {"count": count, "bytes": self.tensor_bytes[kind]} for kind, count in self.tensor_counts.items()
+            },
+            "config": asdict(self.config),
+            "described": dict(self.rows()),
+        }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from gguf_files import STRING, U16, gguf_bytes, number, text
 from gguf_files import key as key_bytes
 from rooflama import ConfigError, check_file, cli, demo_checkpoint
-from rooflama.check import CHECKS, check
+from rooflama.checklist import CHECKS, check
 from rooflama.model import Model
 from rooflama.models.weights import Projection
 from small_checkpoint import HEAD_DIM, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, Parts, write_small
@@ -287,7 +287,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(target, tmp_
     """No folder, a folder, the checkpoint itself, which stays as it is, a name too long, and no place for files."""
     path = Parts().write(tmp_path / "small.gguf")
     before = path.read_bytes()
-    monkeypatch.setattr(sys.modules["rooflama.check"], "check", lambda *_, **__: pytest.fail("the list ran"))
+    monkeypatch.setattr(sys.modules["rooflama.checklist"], "check", lambda *_, **__: pytest.fail("the list ran"))
     run = CliRunner().invoke(cli.app, ["check", str(path), "--report", str(tmp_path / target)])
     assert isinstance(run.exception, ConfigError), run.output
     assert path.read_bytes() == before
@@ -297,7 +297,7 @@ def test_a_report_is_written_after_the_last_check_only(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("in the middle of the list")
 
-    monkeypatch.setattr(sys.modules["rooflama.check"], "check", fail)
+    monkeypatch.setattr(sys.modules["rooflama.checklist"], "check", fail)
     (tmp_path / "older.md").write_text("older")
     for name in ("older.md", "new.md"):
         run = CliRunner().invoke(cli.app, ["check", "small.gguf", "--report", str(tmp_path / name)])

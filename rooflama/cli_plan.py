@@ -1,4 +1,4 @@
-"""The commands ``rooflama plan`` and ``rooflama check``, and what a MODEL is in all of them."""
+"""The commands ``rooflama plan`` and ``rooflama check``."""
 
 from __future__ import annotations
 
@@ -6,29 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from .cli_options import DeviceName, Json, ModelSource, Rope
+from .cli_output import console
 from .json_text import json_text
 
-ModelSource = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="a .gguf file, a Hugging Face folder, or hf:owner/repo[@revision][:file.gguf] of the Hub"
-    ),
-]
-DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 Limit = Annotated[str | None, typer.Option(help="memory it must fit into, such as 24GiB")]
-Rope = Annotated[
-    str | None,
-    typer.Option(metavar="KEY=VALUE,...", help="another rotation than the file's, such as kind=yarn,factor=4"),
-]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    app.command()(plan)
-    app.command()(check)
 
 
 def plan(
@@ -58,7 +41,7 @@ def plan(
     if as_json:
         print(json_text(made.to_dict(), indent=2))
     else:
-        Console().print(made)
+        console().print(made)
     raise typer.Exit(0 if made.fits else 1)
 
 
@@ -70,17 +53,17 @@ def check(
     report: Annotated[Path | None, typer.Option(help="write what a bug report needs to this file")] = None,
 ) -> None:
     """Go through the integration checklist for MODEL. Exit status 0: all passed, 1: warnings, 2: a failure."""
-    from .check import Report, as_line
-    from .check import check as run_checks
+    from .checklist import Report, as_line
+    from .checklist import check as run_checks
     from .planning import parse_bytes
 
     if report is not None:
         _require_writable(report, model)
-    console = Console()
+    screen = console()
 
     def show(so_far: Report) -> None:
         for line in () if as_json else so_far.results[-1:]:
-            console.print(as_line(line))
+            screen.print(as_line(line))
         if report is not None:  # after each line: a run that is killed leaves what it knew
             report.write_text(so_far.to_markdown(), encoding="utf-8")
 
@@ -93,7 +76,7 @@ def check(
     if as_json:
         print(json_text(result.to_dict(), indent=2))
     else:
-        console.print(result.verdict, style="bold")
+        screen.print(result.verdict, style="bold")
     raise typer.Exit(result.exit_status)
 
 

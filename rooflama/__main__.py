@@ -1,0 +1,5 @@
+"""``python -m rooflama`` is the command ``rooflama``."""
+
+from .cli import main
+
+main()

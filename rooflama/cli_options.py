@@ -1,0 +1,149 @@
+"""Options that several commands take, each written once, in a dataclass that the command gets as one argument."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+ModelSource = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="a .gguf file, a Hugging Face folder, or hf:owner/repo[@revision][:file.gguf] of the Hub"
+    ),
+]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
+Rope = Annotated[
+    str | None,
+    typer.Option(metavar="KEY=VALUE,...", help="another rotation than the file's, such as kind=yarn,factor=4"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+SystemMessage = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="the system message of the chat")]
+Option = typer.Option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How an answer is drawn and where it ends: keyword arguments of ``Model.stream``."""
+
+    max_new_tokens: Annotated[int | None, Option(help="at most so many; else until the end or a full context")] = None
+    temperature: Annotated[float, Option(help="0 takes the likeliest token")] = 0.0
+    top_k: Annotated[int, Option(help="draw from the k likeliest; 0 is off")] = 0
+    top_p: Annotated[float, Option(help="draw from the likeliest that reach this probability; 1 is off")] = 1.0
+    min_p: Annotated[float, Option(help="drop tokens below this share of the likeliest's probability; 0 is off")] = 0.0
+    repetition_penalty: Annotated[float, Option(help="weaken tokens that were there before; 1 is off")] = 1.0
+    frequency_penalty: Annotated[float, Option(help="taken from a token's logit for each time drawn; 0 is off")] = 0.0
+    presence_penalty: Annotated[float, Option(help="taken from the logit of a token drawn before; 0 is off")] = 0.0
+    logit_bias: Annotated[list[str], Option(metavar="ID=VALUE", help="add to a token's logit; repeatable")] = field(
+        default_factory=list
+    )
+    seed: Annotated[int | None, Option(help="reproduces a draw")] = None
+    stop: Annotated[list[str], Option(metavar="TEXT", help="end the answer before this text; repeatable")] = field(
+        default_factory=list
+    )
+
+    def keywords(self) -> dict[str, Any]:
+        """What differs from the default, checked; nothing is loaded for it.
+
+        Raises:
+            ConfigError: a value is out of range.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: value for name, value in given.items() if value != _default(type(self), name)}
+        if self.logit_bias:
+            changed["logit_bias"] = dict(map(_bias, self.logit_bias))
+        _check_sampling(changed)
+        return changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Where a model runs and in what: keyword arguments of ``rooflama.load``."""
+
+    device: DeviceName = "auto"
+    dtype: Annotated[str, Option(help="of activations: auto, float32, float16, bfloat16")] = "auto"
+    kv_dtype: Annotated[str, Option(help="of keys and values: auto, float32, float16, bfloat16, fp8, int8")] = "auto"
+    max_context: Annotated[int | None, Option(help="tokens a sequence may reach")] = None
+    rope: Rope = None
+    memory_limit: Annotated[str | None, Option(help="memory it must fit into, such as 24GiB")] = None
+
+    def keywords(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn each parameter of ``command`` that is annotated with a dataclass into one option per field."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += _parameters(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        made = {
+            name: group(**{f.name: given.pop(f.name) for f in fields(group)})  # type: ignore[operator]
+            for name, group in groups.items()
+        }
+        command(**given, **made)
+
+    del flat.__wrapped__  # type: ignore[attr-defined]  # typer would read its annotations
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=_default(group, f.name), annotation=hints[f.name]
+        )
+        for f in fields(group)
+    ]
+
+
+def _default(group: Any, name: str) -> Any:
+    found = group.__dataclass_fields__[name]
+    return found.default_factory() if callable(found.default_factory) else found.default
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        refuse(f"--logit-bias {text!r}", "it is a token's id and a number", "Write it like 42=-1.5")
+
+
+def _check_sampling(changed: dict[str, Any]) -> None:
+    from rooflama.models import SamplingParams
+
+    limit = changed.get("max_new_tokens")
+    if limit is not None and limit < 1:
+        refuse(f"--max-new-tokens {limit}", "at least one token is generated", "Ask for 1 or more")
+    known = {f.name for f in fields(SamplingParams)}
+    SamplingParams(**{name: value for name, value in changed.items() if name in known})
+
+
+def require_unicode(text: str, name: str) -> str:
+    """``text``, unless it holds bytes of the terminal that were no text in its encoding."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        refuse(f"character {error.start + 1} of {name}", "it must be text in the terminal's encoding", "Correct it")
+    return text
+
+
+def refuse(found: str, rule: str, remedy: str) -> NoReturn:
+    """Raise ConfigError. Here because its import brings torch."""
+    from rooflama.models import ConfigError
+
+    raise ConfigError(found, rule=rule, remedy=remedy)

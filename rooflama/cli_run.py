@@ -1,0 +1,137 @@
+"""The command ``rooflama run``: one prompt, its answer streamed to standard output or described as JSON."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_options import Json, Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
+from .cli_output import aside, note
+from .cli_template import TemplateVariables, ToolsFile, template_variables
+from .json_text import json_text
+
+if TYPE_CHECKING:
+    from .model import Generation, Model, Stream
+
+
+def run(
+    model: ModelSource,
+    prompt: Annotated[str | None, typer.Argument(help="text to continue; -, or a pipe, for standard input")] = None,
+    file: Annotated[Path | None, typer.Option(help="read the prompt from this file")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt through the model's chat template")] = False,
+    system: SystemMessage = None,
+    variables: TemplateVariables = [],  # noqa: B006  # typer makes a new list
+    tools: ToolsFile = None,
+    n: Annotated[int, typer.Option("-n", "--n", help="so many answers")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(help="with --json: each token's log probability, and so many likeliest ones'")
+    ] = None,
+    as_json: Json = False,
+    *,
+    sampling: Sampling,
+    loading: Loading,
+) -> None:
+    """Continue PROMPT, streaming the text to standard output.
+
+    A prompt from a file or standard input loses the line break at its end.
+    """
+    import rooflama
+
+    options = sampling.keywords() | _number_of_answers(n, logprobs, as_json=as_json)
+    chosen = template_variables(variables, tools, chat=chat)
+    if system is not None and not chat:
+        refuse("--system without --chat", "only a chat template takes a system message", "Add --chat")
+    text = _read_prompt(prompt, file)
+    started = time.perf_counter()
+    with rooflama.load(model, **loading.keywords()) as loaded:
+        seconds = time.perf_counter() - started
+        ids: str | list[int] = text
+        if chat:
+            ids = loaded.tokenizer.encode_chat([*system_message(system), {"role": "user", "content": text}], **chosen)
+        if as_json or n > 1:
+            made = loaded.generate(ids, **options)
+            _show(loaded, made if isinstance(made, list) else [made], as_json=as_json)
+            return
+        stream = loaded.stream(ids, **options)
+        if not chat and loaded.tokenizer.chat_templates:
+            note("this model has a chat template, and --chat puts the prompt through it")
+        _, interrupted = answer(stream)
+        timings = stream.timings
+        aside(
+            f"loaded in {seconds:.1f} s, {timings.prompt_tokens} prompt tokens in {timings.prefill_s:.2f} s, then "
+            f"{timings.decode_tokens_per_s:.1f} tokens/s on {loaded.describe()}"
+        )
+        if interrupted:
+            raise typer.Exit(130)
+
+
+def answer(stream: Stream) -> tuple[str, bool]:
+    """Write an answer to standard output, until it ends or Ctrl-C: its text, and whether it was interrupted."""
+    text, interrupted = "", False
+    try:
+        for piece in stream:
+            print(piece, end="", flush=True)
+            text += piece
+    except KeyboardInterrupt:
+        interrupted = True
+    print(flush=True)
+    return text, interrupted
+
+
+def system_message(text: str | None) -> list[dict[str, Any]]:
+    """The beginning of a conversation."""
+    return [] if text is None else [{"role": "system", "content": require_unicode(text, "--system")}]
+
+
+def _number_of_answers(n: int, logprobs: int | None, *, as_json: bool) -> dict[str, int]:
+    """The keywords of ``generate`` that are not at their defaults."""
+    if n < 1:
+        refuse(f"--n {n}", "at least one answer is made", "Ask for 1 or more")
+    if logprobs is None:
+        return {"n": n} if n > 1 else {}
+    if not as_json:
+        refuse("--logprobs without --json", "log probabilities are part of the JSON", "Add --json")
+    if logprobs < 0:
+        refuse(f"--logprobs {logprobs}", "it counts tokens", "Ask for 0 or more")
+    return {"n": n, "logprobs": logprobs} if n > 1 else {"logprobs": logprobs}
+
+
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt as given, of a file, or of standard input. Raises ConfigError if there is none, or it is not text."""
+    if prompt is not None and file is not None:
+        refuse("PROMPT and --file", "there is one prompt", "Give either")
+    if file is not None and str(file) != "-":
+        try:
+            return file.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+        except OSError as error:
+            refuse(f"--file {file}", f"it must be readable ({error.strerror})", "Check its name")
+        except UnicodeDecodeError as error:
+            refuse(f"byte {error.start} of --file {file}", "a prompt is UTF-8", "Convert the file to UTF-8")
+    if prompt not in (None, "-"):
+        return require_unicode(prompt, "PROMPT")
+    if prompt is None and file is None and sys.stdin.isatty():
+        refuse("no prompt", "there is a prompt to continue", "Give PROMPT, --file FILE, or pipe a text in")
+    try:
+        return require_unicode(sys.stdin.read().removesuffix("\n"), "standard input")
+    except UnicodeDecodeError as error:
+        refuse(f"byte {error.start} of standard input", f"it is read as {sys.stdin.encoding}", "Convert it")
+
+
+def _show(model: Model, made: list[Generation], *, as_json: bool) -> None:
+    if as_json:
+        facts = {"model": model.name, "runs_on": model.describe()}
+        print(json_text(facts | {"generations": [_described(generation) for generation in made]}, indent=2))
+        return
+    for number, generation in enumerate(made, 1):
+        aside(f"answer {number} of {len(made)}:")
+        print(generation.text, flush=True)
+
+
+def _described(generation: Generation) -> dict[str, Any]:
+    timings = asdict(generation.timings) | {"decode_tokens_per_s": generation.timings.decode_tokens_per_s}
+    return asdict(generation) | {"timings": timings}
