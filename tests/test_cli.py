@@ -1,26 +1,23 @@
-"""The command line as a person meets it: a process, its output, its exit status."""
+"""The command line as a person meets it: what it prints, and its exit status."""
 
-import os
+import json
+import math
 import subprocess
 import sys
+from importlib import metadata
 
 import gguf
 import pytest
 
+import rooflama as package
+from command_line import Result, rooflama
 from demo_oracle import checkpoint_path
-from small_checkpoint import write_small
+from rooflama.kernel_card import kernel_card
+from small_checkpoint import shapes, write_small
 
 
-def rooflama(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["COLUMNS"] = "200"
-    return subprocess.run(
-        [sys.executable, "-m", "rooflama.cli", *arguments], env=environment, capture_output=True, text=True, timeout=120
-    )
-
-
-def assert_one_line_error(result: subprocess.CompletedProcess, *fragments: str) -> None:
-    assert result.returncode == 2, result.stdout + result.stderr
+def assert_one_line_error(result: Result, *fragments: str) -> None:
+    assert result.status == 2, result.stdout + result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, result.stderr
     for fragment in ("error:", *fragments):
@@ -41,7 +38,7 @@ def test_a_models_own_name_is_text(tmp_path, command):
     """Neither markup nor a terminal's escape codes come through from a file."""
     path = write_small(tmp_path / "small.gguf", {"general.name": "a[/b]\x1b[2J\x07c"})
     result = rooflama(command, str(path))
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.stderr
     assert r"a[/b]\x1b[2J\x07c" in result.stdout
     assert not {"\x1b", "\x07"} & set(result.stdout)
 
@@ -90,9 +87,10 @@ def test_prompt_beyond_the_context():
 
 
 @pytest.mark.demo_checkpoint
+@pytest.mark.usefixtures("numpy_backend")
 def test_run_streams_to_standard_output():
     result = rooflama("run", str(checkpoint_path()), "The capital of France is", "--max-new-tokens", "8")
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.stderr
     assert "Paris" in result.stdout
     assert "tokens/s" in result.stderr
 
@@ -100,24 +98,80 @@ def test_run_streams_to_standard_output():
 @pytest.mark.demo_checkpoint
 def test_inspect_reads_the_header():
     result = rooflama("inspect", str(checkpoint_path()))
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.stderr
     for fact in ("GQA: 9 query heads on 3 key/value heads (group 3)", "Q4_1 210", "tied", "23,040 bytes a token"):
         assert fact in result.stdout
 
 
 def test_env_names_the_backend():
     result = rooflama("env")
-    assert result.returncode == 0, result.stderr
-    assert "torch" in result.stdout
-    assert "NumPy definitions" in result.stdout or "compiled Triton" in result.stdout
+    assert result.status == 0, result.stderr
+    backend = next(line for line in result.stdout.splitlines() if line.startswith("backend"))
+    assert any(words in backend for words in ("NumPy definitions", "compiled Triton", "Triton's interpreter"))
 
 
-@pytest.mark.parametrize("command", [["run", "hello"], ["chat"], ["plan"], ["inspect"]], ids=lambda command: command[0])
-def test_rope_of_the_command_line(tmp_path, command):
-    """Every command that loads or describes a model takes it, and refuses what describes no rotation."""
-    path = str(write_small(tmp_path / "small.gguf"))
-    name, *rest = command
-    assert_one_line_error(rooflama(name, path, *rest, "--rope", "kind=warp"), "the kinds are default, linear, dynamic")
-    if name == "inspect":
-        described = rooflama(name, path, "--rope", "kind=yarn,factor=4,base=1e6")
-        assert "yarn (factor 4" in described.stdout, described.stderr
+def test_help_and_version_do_not_wait_for_torch():
+    code = "import sys, rooflama.cli as cli; sys.argv[1:] = [{!r}]\ntry: cli.main()\nfinally: print(*sys.modules)"
+    for option, expected in (("--help", "Usage: rooflama"), ("--version", f"rooflama {package.__version__}")):
+        command = [sys.executable, "-c", code.format(option)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        *said, modules = result.stdout.splitlines()
+        assert expected in "\n".join(said)
+        assert not {"torch", "numpy", "triton"} & set(modules.split())
+
+
+def test_every_public_name_is_there():
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+    assert package.kernels.rms_norm is not None
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        package.lode  # noqa: B018
+
+
+def test_json_of_inspect(tmp_path):
+    path = write_small(tmp_path / "small.gguf")
+    result = rooflama("inspect", str(path), "--json")
+    assert (result.status, result.stderr) == (0, "")
+    facts = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert facts["config"]["num_kv_heads"] == 2
+    assert facts["tensors"]["Q8_0"]["count"] == 1
+    assert facts["parameters"] == sum(math.prod(shape) for shape in shapes().values())
+
+
+def test_json_of_env():
+    facts = json.loads(rooflama("env", "--json").stdout)
+    assert facts["rooflama"] == metadata.version("rooflama")
+    assert "backend" in facts
+
+
+def test_json_of_a_kernel():
+    facts = json.loads(rooflama("kernel", "rms_norm", "--json").stdout, parse_constant=pytest.fail)
+    assert facts["kernel"] == "norm"
+    assert [function["name"] for function in facts["functions"]] == ["rms_norm", "add_rms_norm"]
+    assert all(facts[part] for part in ("laws", "compiled", "measured"))
+
+
+def test_a_kernel_into_a_pipe_is_markdown():
+    assert rooflama("kernel", "norm").stdout == kernel_card("norm").markdown()
+
+
+def test_tables_into_a_pipe_are_not_cut(tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    name = "word " * 50
+    result = rooflama("inspect", str(write_small(tmp_path / "small.gguf", {"general.name": name})))
+    assert f"{name.strip()} (architecture llama)" in result.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_no_encoding_ends_a_table(tmp_path, encoding):
+    """What an encoding lacks comes out as a question mark, in errors escaped."""
+    path = write_small(tmp_path / "small.gguf", {"general.name": "naïve 🙂 \u4e16"})
+    shown = "naïve 🙂 \u4e16".encode(encoding, "replace").decode(encoding)
+    for command in ("inspect", "plan"):
+        result = rooflama(command, str(path), encoding=encoding)
+        assert result.status == 0, result.stderr
+        assert shown in result.stdout
+    for command in (["kernel", "norm"], ["env"], ["check", str(path), "--device", "cpu", "--limit", "1GiB"]):
+        assert rooflama(*command, encoding=encoding).stdout
+    assert_one_line_error(rooflama("inspect", "🙂.gguf", encoding=encoding), ".gguf")
