@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rooflama.kernels import backend_for
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, open_device
+from rooflama.loaders.device_query import find_device
 from rooflama.loaders.opening import locate, open_checkpoint
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
@@ -21,7 +22,7 @@ from rooflama.models.memory_display import count, size
 from rooflama.models.rope import FactorSetPolicy
 
 from .model import Model
-from .planning import adapter_of, parse_bytes, plan_for_device, warn_beyond_training, with_rope
+from .planning import adapter_of, choose_dtypes, parse_bytes, plan_for_device, warn_beyond_training, with_rope
 
 MOST_WITHOUT_ROWS = 16  # tokens that a fine-tune adds without enlarging the embedding: padding, turns of a chat
 
@@ -75,10 +76,15 @@ def load(
         RopeError: ``rope`` has an unknown kind or key, or describes no rotation.
         DeviceError: the device is missing, or its memory does not suffice.
     """
+    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    choose_dtypes(dtype, kv_dtype, find_device(device)[1])  # slips are named before anything is read or downloaded
+    if max_context is not None and max_context < 1:
+        raise ConfigError(
+            f"max_context {max_context}", rule="a sequence holds at least one token", remedy="Give 1 or more"
+        )
     with open_checkpoint(path) as checkpoint:
         adapter_of(checkpoint)  # an unknown architecture is named before anything it lacks
         tokenizer = checkpoint.read_tokenizer()
-        limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
         owner = open_device(device, memory_limit=limit)
         try:
             if batch_invariant and backend_for(owner.torch_device) == "numpy":
