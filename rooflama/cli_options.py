@@ -89,7 +89,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def flat(**given: Any) -> None:
         made = {
-            name: group(**{f.name: given.pop(f.name) for f in fields(group)})  # type: ignore[operator]
+            name: group(**{f.name: given.pop(f.name) for f in fields(group)})
             for name, group in groups.items()
         }
         command(**given, **made)
