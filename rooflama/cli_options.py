@@ -78,7 +78,7 @@ class Loading:
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """Turn each parameter of ``command`` that is annotated with a dataclass into one option per field."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name in groups:
@@ -88,10 +88,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def flat(**given: Any) -> None:
-        made = {
-            name: group(**{f.name: given.pop(f.name) for f in fields(group)})
-            for name, group in groups.items()
-        }
+        made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**given, **made)
 
     del flat.__wrapped__  # type: ignore[attr-defined]  # typer would read its annotations
@@ -126,11 +123,13 @@ def _bias(text: str) -> tuple[int, float]:
 def _check_sampling(changed: dict[str, Any]) -> None:
     from rooflama.models import SamplingParams
 
+    from .arguments import stops
+
     limit = changed.get("max_new_tokens")
     if limit is not None and limit < 1:
         refuse(f"--max-new-tokens {limit}", "at least one token is generated", "Ask for 1 or more")
-    known = {f.name for f in fields(SamplingParams)}
-    SamplingParams(**{name: value for name, value in changed.items() if name in known})
+    stops(changed.get("stop"))
+    SamplingParams(**{name: value for name, value in changed.items() if name not in ("max_new_tokens", "stop")})
 
 
 def require_unicode(text: str, name: str) -> str:

@@ -134,4 +134,5 @@ def _show(model: Model, made: list[Generation], *, as_json: bool) -> None:
 
 def _described(generation: Generation) -> dict[str, Any]:
     timings = asdict(generation.timings) | {"decode_tokens_per_s": generation.timings.decode_tokens_per_s}
-    return asdict(generation) | {"timings": timings}
+    logprobs = None if generation.logprobs is None else [entry._asdict() for entry in generation.logprobs]
+    return asdict(generation) | {"timings": timings, "logprobs": logprobs}

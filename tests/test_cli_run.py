@@ -66,6 +66,7 @@ def test_the_prompt_from_a_file(small, prompts, tmp_path):
         (["ab", "--max-new-tokens", "0"], b"", "--max-new-tokens 0"),
         (["ab", "--temperature", "-1"], b"", "temperature -1.0"),
         (["ab", "--top-p", "nan"], b"", "top_p nan"),
+        (["ab", "--frequency-penalty", "inf"], b"", "frequency_penalty inf"),
         (["ab", "--logit-bias", "ab"], b"", "--logit-bias 'ab'"),
     ],
 )
@@ -101,9 +102,27 @@ def test_without_a_prompt_a_terminal_is_not_waited_for(small):
 
 
 def test_options_reach_the_model(small, prompts):
-    options = ["--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--min-p", "0.1", "--seed", "7"]
+    options = [
+        "--repetition-penalty",
+        "1.1",
+        "--logit-bias",
+        "5=-2",
+        "--logit-bias",
+        "6=1.5",
+        "--temperature",
+        "0.5",
+        "--top-k",
+        "3",
+        "--top-p",
+        "0.9",
+        "--min-p",
+        "0.1",
+        "--seed",
+        "7",
+    ]
     assert rooflama("run", small, "ab", *options, "--stop", "x", "--stop", "yz").status == 0
     given = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "seed": 7, "stop": ["x", "yz"]}
+    given |= {"repetition_penalty": 1.1, "logit_bias": {5: -2.0, 6: 1.5}}
     assert prompts == [("ab", given)]
 
 
@@ -136,6 +155,23 @@ def test_json_holds_the_answer_and_nothing_else_is_printed(tmp_path):
     assert generation["token_ids"] == [VOCABULARY] * 2
     assert generation["finish_reason"] == "length"
     assert generation["timings"]["prompt_tokens"] == 2
+
+
+def test_json_of_several_answers_with_log_probabilities(tmp_path):
+    path = speaking(tmp_path / "m.gguf", "<x>")
+    result = rooflama("run", path, "hi", "--max-new-tokens", "2", "--json", "-n", "3", "--logprobs", "2")
+    assert result.status == 0, result.stderr
+    generations = json.loads(result.stdout)["generations"]
+    assert [generation["text"] for generation in generations] == ["<x><x>"] * 3
+    for entry in generations[2]["logprobs"]:
+        assert entry["token_id"] == entry["top"][0][0] == VOCABULARY
+        assert len(entry["top"]) == 2
+
+
+def test_several_answers_are_numbered(tmp_path):
+    result = rooflama("run", speaking(tmp_path / "m.gguf", "<x>"), "hi", "--max-new-tokens", "1", "--n", "2")
+    assert (result.status, result.stdout) == (0, "<x>\n<x>\n")
+    assert "answer 2 of 2" in result.stderr
 
 
 def test_ctrl_c_ends_the_answer(tmp_path, monkeypatch):
