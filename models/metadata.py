@@ -103,7 +103,7 @@ class Hyperparameters:
         A key of ``NEUTRAL`` that holds the value given there changes nothing.
         """
         prefix = f"{self.architecture}."
-        neutral = {key for key, value in NEUTRAL.items() if np.array_equal(self.metadata.get(prefix + key), value)}
+        neutral = {key for key, value in NEUTRAL.items() if np.array_equal(self.metadata.get(prefix + key, ""), value)}
         known = self._read | {prefix + key for key in (*harmless, *neutral)}
         unread = sorted(key for key in self.metadata if key.startswith(prefix) and key not in known)
         if unread:
