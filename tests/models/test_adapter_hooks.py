@@ -22,11 +22,12 @@ from rooflama.kernels import use_backend
 from rooflama.loaders import hf_config
 from rooflama.loaders.hf_config import QKV_BIAS, RESULT_KEYS, TENSOR_NAMES, HFFamily
 from rooflama.loaders.safetensors import read_safetensors
-from rooflama.models import ADAPTERS, ConfigError, pre_norm
+from rooflama.models import ADAPTERS, ConfigError, Generation, Request, SamplingParams, pre_norm
 from rooflama.models.config_reader import read_decoder_config
 from rooflama.models.metadata import Hyperparameters
 from rooflama.models.rope import Dynamic, RopeSpec
 from running_models import assert_parity, decode_logits, prefill_logits, running, worst_row_error
+from strategies import DEVICE
 from tiny_checkpoints import SIZES, WINDOW, make_module, random_tokens, reference_logits
 
 TOKENS = random_tokens(30)
@@ -181,7 +182,7 @@ def test_on_triton_kernels_with_batch_invariant_bits(case, register):
     with (
         use_backend("triton"),
         read_safetensors(folder) as checkpoint,
-        running(checkpoint, num_seqs=2, batch_invariant=True) as engine,
+        running(checkpoint, num_seqs=2, device=DEVICE.type, batch_invariant=True) as engine,
     ):
         (whole,) = prefill_logits(engine, [TOKENS[:8]], 64)
         assert_parity(whole, expected, hook)
@@ -260,3 +261,20 @@ def test_inspect_shows_what_is_more_than_llama(tmp_path, register, monkeypatch):
     assert facts["RoPE"] == (
         "linear (factor 4), base 10000; with a sliding window default, base 50; none on 1 of 3 layers"
     )
+
+
+def test_greedy_tokens_are_those_of_transformers(case, register):
+    """On a GPU they come from the CUDA graph that replays the second step and those after it."""
+    hook, made, folder = case
+    register(hook)
+    prompt, new = TOKENS[:20], 5
+    tokens = list(prompt)
+    for _ in range(new):
+        tokens.append(int(reference_logits(made, tokens)[-1].argmax()))
+    with (
+        use_backend("numpy" if DEVICE.type == "cpu" else "triton"),
+        read_safetensors(folder) as checkpoint,
+        running(checkpoint, device=DEVICE.type) as engine,
+    ):
+        drawn = [token for _, token in Generation(engine, [Request(prompt, new, SamplingParams())], ())]
+    assert drawn == tokens[len(prompt) :]
