@@ -26,7 +26,7 @@ use_ordered_dot()
 watch_memory()
 
 # torch.empty now hands out NaN (or the largest integer), so a kernel that leaves an element unwritten is seen.
-torch.use_deterministic_algorithms(True, warn_only=True)
+torch.set_deterministic_debug_mode("warn")  # the same as use_deterministic_algorithms, which imports inductor
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.backends.cuda.matmul.allow_tf32 = False
 

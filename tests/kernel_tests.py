@@ -1,6 +1,6 @@
 """Which tests belong to which file of ``kernels/``, parts included, and the command that runs them on two cores.
 
-python tests/kernel_tests.py quantized_tiles       stops at the first failure
+``python tests/kernel_tests.py quantized_tiles`` stops at the first failure.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ KERNEL_TESTS: dict[str, tuple[str, ...]] = {
     "paged_cache": ("paged_cache_refused", "strides", "paged_cache", "beyond_int32_outputs"),
     "paged_checks": ("paged_cache_refused", "attention_edges", "rope", "attention_decode", "attention_prefill"),
     "paged_common": ("paged_cache_refused", "strides", "paged_cache", "rope"),
+    "penalties": ("penalties", "sampling"),
     "quantized_matmul": ("quantized_matmul_inputs", "quantized_matmul"),
     "quantized_tensor": ("embedding", "quantized_matmul_inputs", "dequantize"),
     "quantized_tiles": ("embedding", "dequantize", "quantized_matmul"),

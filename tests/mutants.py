@@ -78,7 +78,7 @@ class Runner:
             copy_tree(tree)
             if file:
                 (tree / "rooflama" / file).write_text(text)
-            command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:nbmake"]
+            command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
             command += ["-x"] if first_only else []
             command += [f"--deselect={test}" for test in self.deselected]
             status, lines = _output([*command, *tests], tree, limit)

@@ -1,6 +1,7 @@
 """What ``make mutants`` plants still fits the kernels; running its mutants takes minutes and is not done here."""
 
 import ast
+import subprocess
 import sys
 
 import pytest
@@ -86,3 +87,12 @@ def test_every_kernel_file_has_tests_and_every_test_file_a_kernel():
     assert names == set(KERNEL_TESTS)
     listed = {ROOT / test for name in names for test in suite_of(name)}
     assert listed == set((ROOT / "tests" / "kernels").glob("test_*.py"))
+
+
+def test_collecting_imports_no_compiler_and_no_notebooks():
+    """Which take longer than the laws of a small kernel."""
+    command = [sys.executable, "-X", "importtime", "-m", "pytest", "-s", "-q", "--collect-only"]
+    done = subprocess.run([*command, *suite_of("mlp")], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert {"torch", "rooflama.kernels"} <= imported
+    assert not imported & {"nbmake", "nbclient", "transformers", "torch._dynamo", "torch._inductor"}
