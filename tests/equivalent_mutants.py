@@ -289,4 +289,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
         "candidate = (offs <= vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
     ): "-inf stands there: it adds to no weight above another value.",
+    (
+        "_penalise_kernel",
+        "logits = tl.load(logits_ptr + row * logits_stride + offs, mask=mask, other=0.0)",
+        "logits = tl.load(logits_ptr + row * logits_stride + offs, mask=mask, other=1.0)",
+    ): NOT_STORED,
+    (
+        "_penalise_kernel",
+        "seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=0)",
+        "seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=1)",
+    ): NOT_STORED,
+    (
+        "_penalise_kernel",
+        "repeated = tl.where(logits < 0.0, logits * repetition, tl.div_rn(logits, repetition))",
+        "repeated = tl.where(logits <= 0.0, logits * repetition, tl.div_rn(logits, repetition))",
+    ): "0 times or over the penalty is 0.",
 }
