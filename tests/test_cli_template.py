@@ -51,7 +51,7 @@ def test_slips_are_refused(given, tools, chat, found, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["run", "ab", "--chat"], ["chat"]])
-def test_they_reach_the_template(command, tmp_path, monkeypatch):
+def test_they_reach_the_template(command, tmp_path, monkeypatch, numpy_backend):
     prompts = []
 
     def recorded(self, *args, **kwargs):

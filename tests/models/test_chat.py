@@ -15,12 +15,12 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+@pytest.fixture
+def model(tmp_path, numpy_backend):
     parts = Parts()
     parts.metadata["tokenizer.chat_template"] = TEMPLATE
     parts.metadata["tokenizer.chat_template.tool_use"] = TEMPLATE + "{{ tools|tojson }}"
-    with rooflama.load(parts.write(tmp_path_factory.mktemp("chat") / "small.gguf"), device="cpu") as model:
+    with rooflama.load(parts.write(tmp_path / "small.gguf"), device="cpu") as model:
         yield model
 
 
