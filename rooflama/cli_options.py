@@ -91,7 +91,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
         made = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**given, **made)
 
-    del flat.__wrapped__  # type: ignore[attr-defined]  # typer would read its annotations
+    del flat.__wrapped__  # typer would read its annotations
     flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flat

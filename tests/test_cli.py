@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import gguf
 import pytest
@@ -118,6 +119,21 @@ def test_help_and_version_do_not_wait_for_torch():
         *said, modules = result.stdout.splitlines()
         assert expected in "\n".join(said)
         assert not {"torch", "numpy", "triton"} & set(modules.split())
+
+
+def test_the_folder_above_a_clone(tmp_path):
+    """A clone named rooflama hides the installed package there, and stands in for it."""
+    root = Path(__file__).parents[1]
+    (tmp_path / "rooflama").symlink_to(root)
+    code = "import rooflama, rooflama.json_text; from importlib.util import find_spec; print(rooflama.__file__)"
+    code += "; print(*dir(rooflama)); print(*(find_spec(f'rooflama.{room}').origin for room in rooflama._ROOMS))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    file, names, rooms = result.stdout.splitlines()
+    assert file == str(tmp_path / "rooflama" / "__init__.py")
+    assert set(package.__all__) <= set(names.split())
+    assert rooms.split() == [str(tmp_path / "rooflama" / room / "__init__.py") for room in package._ROOMS]
 
 
 def test_every_public_name_is_there():
