@@ -222,7 +222,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **options: Any,
-    ) -> Generation:
+    ) -> Generation | list[Generation]:
         """Answer a conversation: a list of {"role": ..., "content": ...}, through the model's own chat template.
 
         Args:
@@ -231,6 +231,9 @@ class Model:
             add_generation_prompt: open the assistant's turn; False continues what the last message leaves open.
             options: ``generate``'s go to ``generate``; every other one is a variable of the template, such as
                 ``enable_thinking=False``. A warning names those that neither uses.
+
+        Returns:
+            A Generation, or a list of them where ``n`` asks for several.
 
         Raises:
             ChatTemplateError: there is no template, or it does not take the messages.
@@ -241,7 +244,7 @@ class Model:
             messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
         options = {name: value for name, value in options.items() if name in known}
-        return self.generate(ids, **options)  # type: ignore[return-value]
+        return self.generate(ids, **options)
 
     def _start(
         self,
