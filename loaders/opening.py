@@ -85,7 +85,14 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Location:
         UnknownCheckpointError: the path is no checkpoint of a kind known here, or cannot be opened.
         HubError: the download failed.
     """
-    text = os.fspath(source)
+    try:
+        text = os.fsdecode(source)
+    except TypeError:
+        raise UnknownCheckpointError(
+            f"{source!r} ({type(source).__name__}) in place of a path",
+            rule="a checkpoint is named by text or a pathlib.Path",
+            remedy="Give a file, a folder, or hf:owner/repo",
+        ) from None
     if text.startswith(PREFIX):
         path, name = fetch(text, weights=weights)
     else:

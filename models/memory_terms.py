@@ -33,6 +33,7 @@ FORMULAS = {
     "gathered keys and values": "2 x 4 T Hkv D",
     "attention scores": f"3 x 4 Hq min(n, {ROWS}) T",
     "logits and sampling": f"4 max(S, min(n, {LOGITS_ROWS})) (1.125 V + E)",
+    "penalties and log probabilities": "8 S V",
     "split-KV partials": "4 S Hq splits (D + 1)",
     "decode activations": "S b (3 E + 2 (Hq + Hkv) D + 3 F)",
     "matmul library": "cuBLAS's workspace, allocated through torch",
@@ -178,11 +179,16 @@ def definition_moments(config: ModelConfig, tokens: int, context: int, sequences
 
 
 def decode_moment(config: ModelConfig, context: int, sequences: int, dtype: torch.dtype) -> Moment:
-    """A decode step of S tokens: activations S b (3 E + 2 (Hq + Hkv) D + 3 F), split-KV partials, logits."""
+    """A decode step of S tokens: activations S b (3 E + 2 (Hq + Hkv) D + 3 F), split-KV partials, logits.
+
+    And 8 S V for requests with penalties or log probabilities, whether or not one comes: the counts of penalties, in
+    int32, and a second row of logits.
+    """
     unit = sequences * dtype.itemsize
     return {
         "decode activations": carried_bytes(config, sequences, dtype.itemsize)
         + unit * (config.hidden_size + 3 * config.intermediate_size),
         "split-KV partials": split_kv_bytes(config, context, sequences),
         "logits and sampling": logits_bytes(config, sequences),
+        "penalties and log probabilities": 8 * sequences * config.vocab_size,
     }

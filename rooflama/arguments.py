@@ -52,12 +52,6 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def name_of(name: str, value: Any, examples: str) -> str:
-    if not isinstance(value, str):
-        raise _refused(name, value, f"{name} is a name such as {examples}")
-    return value
-
-
 def stops(stop: Any) -> list[str]:
     """The strings that end a text; None for none."""
     if stop is None:

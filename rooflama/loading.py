@@ -21,6 +21,7 @@ from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfi
 from rooflama.models.memory_display import count, size
 from rooflama.models.rope import FactorSetPolicy
 
+from . import arguments
 from .model import Model
 from .planning import adapter_of, choose_dtypes, parse_bytes, plan_for_device, warn_beyond_training, with_rope
 
@@ -76,8 +77,12 @@ def load(
         RopeError: ``rope`` has an unknown kind or key, or describes no rotation.
         DeviceError: the device is missing, or its memory does not suffice.
     """
+    rule = "max_context counts tokens, at least one; None takes the model's own"
+    max_context = arguments.whole_or_none("max_context", max_context, rule)
     limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    choose_dtypes(dtype, kv_dtype, find_device(device)[1])  # slips are named before anything is read or downloaded
+    limit = arguments.whole_or_none("memory_limit", limit, "memory_limit is bytes, or text such as 8GiB")
+    batch_invariant = arguments.flag("batch_invariant", batch_invariant)
+    choose_dtypes(dtype, kv_dtype, find_device(str(device))[1])  # slips are named before anything is read or downloaded
     if max_context is not None and max_context < 1:
         raise ConfigError(
             f"max_context {max_context}", rule="a sequence holds at least one token", remedy="Give 1 or more"

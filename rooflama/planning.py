@@ -155,9 +155,9 @@ def choose_dtypes(dtype: str, kv_dtype: str, kind: str) -> tuple[torch.dtype, to
 
 
 def _choose(name: str, value: str, known: dict[str, torch.dtype], default: torch.dtype) -> torch.dtype:
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         return default
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ConfigError(f"{name} {value!r}", rule=f"{name} is auto, {', '.join(known)}", remedy="Name one of these")
     return known[value]
 
