@@ -449,7 +449,7 @@ MUTANTS = [
         "swiglu: gate and up swapped",
         "kernels/mlp.py",
         "out = gate / (1.0 + tl.exp(-exponent)) * up",
-        "out = up / (1.0 + tl.exp(-exponent)) * gate",
+        "out = up / (1.0 + tl.exp(-up)) * gate",
         "tests/kernels/test_mlp.py",
     ),
     Mutant(

@@ -18,7 +18,7 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 def geglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """gate, up [..., intermediate] -> [..., intermediate]."""
     dtype = np.result_type(gate.dtype, up.dtype, np.float32)
-    gate = gate.astype(dtype)
+    gate = gate.astype(dtype, copy=False)
     with np.errstate(over="ignore"):  # tanh(inf) = 1
-        inner = dtype.type(np.sqrt(2 / np.pi)) * (gate + dtype.type(0.044715) * gate**3)
-    return gate / 2 * (1 + np.tanh(inner)) * up.astype(dtype)
+        bend = np.tanh(dtype.type(np.sqrt(2 / np.pi)) * (gate + dtype.type(0.044715) * gate**3))
+    return gate / 2 * (1 + bend) * up.astype(dtype, copy=False)
