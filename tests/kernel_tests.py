@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # kernels/NAME.py -> tests/kernels/test_*.py, those first that find most in the least time.
 KERNEL_TESTS: dict[str, tuple[str, ...]] = {
-    "attention_common": ("attention_edges", "strides", "attention_decode", "attention_prefill", "paged_cache"),
-    "attention_decode": ("attention_edges", "strides", "attention_decode", "beyond_int32_outputs"),
-    "attention_prefill": ("attention_edges", "strides", "attention_prefill", "beyond_int32_outputs"),
+    "attention_common": ("attention_edges", "attention_decode", "attention_prefill", "strides", "paged_cache"),
+    "attention_decode": ("attention_edges", "attention_decode", "strides", "beyond_int32_outputs"),
+    "attention_prefill": ("attention_edges", "attention_prefill", "strides", "beyond_int32_outputs"),
     "backend": ("norm", "operators"),
     "checks": ("norm", "mlp", "embedding", "paged_cache_refused", "quantized_matmul_inputs"),
     "dequantize": ("dequantize",),
@@ -25,15 +25,15 @@ KERNEL_TESTS: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp", "beyond_int32_outputs"),
     "norm": ("norm", "beyond_int32_outputs"),
     "operators": ("operators", "norm"),
-    "paged_cache": ("paged_cache_refused", "strides", "paged_cache", "beyond_int32_outputs"),
+    "paged_cache": ("paged_cache", "paged_cache_refused", "strides", "beyond_int32_outputs"),
     "paged_checks": ("paged_cache_refused", "attention_edges", "rope", "attention_decode", "attention_prefill"),
-    "paged_common": ("paged_cache_refused", "strides", "paged_cache", "rope"),
+    "paged_common": ("paged_cache", "paged_cache_refused", "strides", "rope"),
     "penalties": ("penalties", "sampling"),
     "quantized_matmul": ("quantized_matmul_inputs", "quantized_matmul"),
     "quantized_tensor": ("embedding", "quantized_matmul_inputs", "dequantize"),
     "quantized_tiles": ("embedding", "dequantize", "quantized_matmul"),
     "rope": ("rope",),
-    "rope_cache_write": ("strides", "rope"),
+    "rope_cache_write": ("rope", "strides"),
     "sampling": ("sampling", "sampling_filters", "strides"),
     "sampling_filters": ("sampling_filters", "sampling", "strides"),
 }
