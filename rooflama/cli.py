@@ -25,6 +25,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            cli_output.aside("")  # the shell's prompt gets a line of its own
             raise typer.Exit(130) from None
         except Exception as error:
             from rooflama.kernels import RooflamaError

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .cli_options import Loading, ModelSource, Sampling, SystemMessage, require_unicode
+from .cli_options import Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
 from .cli_output import note
 from .cli_run import answer, system_message
 from .cli_template import TemplateVariables, ToolsFile, template_variables
@@ -58,6 +58,8 @@ def _ask() -> str:
         asked = input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        refuse("a message that is no text", f"standard input is read as {sys.stdin.encoding}", "Convert it")
     return require_unicode(asked, "the message") if asked.strip() else ""
 
 

@@ -69,6 +69,12 @@ def test_a_message_beyond_the_context_is_not_sent(model, conversations):
     assert conversations[-1] == [("user", "a"), ("assistant", "<x>"), ("user", "c")]
 
 
+def test_a_message_that_is_no_text(model):
+    result = rooflama("chat", model, stdin=b"a\xff\n")
+    assert result.status == 2
+    assert "error: a message that is no text" in result.stderr
+
+
 def test_the_answer_so_far_stays_after_ctrl_c(model, conversations, monkeypatch):
     class Interrupted(Stream):
         def __iter__(self):
