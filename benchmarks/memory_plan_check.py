@@ -110,6 +110,7 @@ class ShapesOnly:
     """A checkpoint of names, types and shapes."""
 
     interleaved_rope_rows = False
+    norm_offset = 0.0
 
     def __init__(self, config: ModelConfig):
         rule = type_of(config)
