@@ -6,14 +6,14 @@ and up, become silu(gate) * up (``swiglu``).
 Layouts: x [num_tokens, columns], weight [rows, columns] in planes (``reference/quant_layouts.py``),
 out [num_tokens, rows], or [num_tokens, rows / 2] with swiglu.
 
-Three regimes, chosen by the number of tokens (``REGIMES``):
+Four regimes, chosen by the number of tokens (``REGIMES``):
 
-    gemv    each program owns BLOCK_N rows of the weight and all tokens, and walks along the columns. Weights are read
-            once. Float32 products; the scale is applied to sums over eight columns, not to each weight. The norm's
-            root is not known before the last column, so it multiplies the sums.
-    dot     each program owns BLOCK_M tokens x BLOCK_N rows; weights are dequantised in registers, rounded to the dtype
-            of x, and multiplied on tensor cores (float32: in full precision), float32 sums.
-    matmul  rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch.matmul.
+    fixed_point  few tokens in 16 bits, quantised weights: integer dot products with x in 16-bit fixed point
+                 (``quantized_fixed_point.py``).
+    gemv         few tokens otherwise: float32 products (``quantized_gemv.py``).
+    dot          each program owns BLOCK_M tokens x BLOCK_N rows; weights are dequantised in registers, rounded to the
+                 dtype of x, and multiplied on tensor cores (float32: in full precision), float32 sums.
+    matmul       rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch.matmul.
 
 The norm is a pass of its own in ``dot``, where x times its weight could overflow float16, and in ``matmul``, as swiglu
 is there. Elsewhere a tile's rows alternate between gate and up, so that each pair meets in one program.
@@ -51,102 +51,15 @@ from .dequantize import dequantize_rows
 from .mlp import swiglu
 from .norm import rms_norm
 from .operators import operator
+from .quantized_fixed_point import launch_fixed_point
+from .quantized_gemv import launch_gemv
 from .quantized_tensor import QuantizedTensor, check_quantized, check_weight
-from .quantized_tiles import (
-    each_vector,
-    load_minima,
-    load_scales,
-    load_tile,
-    load_values,
-    plane_arguments,
-    store_tile,
-    tile_rows,
-)
+from .quantized_tiles import load_tile, plane_arguments, store_tile, tile_rows
 
 WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
 
 # The most tokens each regime serves; beyond both, matmul. docs/LOG.md, 2026-11-26, has the crossovers of one shape.
-REGIMES = {"quantised": {"gemv": 8, "dot": 64}, "float": {"gemv": 8, "dot": 8}}
-
-
-@triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
-def _gemv_kernel(
-    x_ptr,  # [num_tokens, columns]
-    low_ptr,  # the planes: see quantized_tiles.plane_arguments
-    high_ptr,
-    d_ptr,
-    scales_ptr,
-    m_ptr,
-    mins_ptr,
-    table_ptr,
-    bias_ptr,  # [rows] or None
-    residual_ptr,  # [num_tokens, rows] or None
-    norm_ptr,  # [columns] or None
-    out_ptr,  # [num_tokens, rows], or [num_tokens, rows / 2] if SWIGLU
-    x_stride,
-    residual_stride,
-    num_tokens,
-    rows,
-    columns,
-    num_blocks,
-    eps,
-    SWIGLU: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # power of two >= num_tokens
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    VECTORS: tl.constexpr = BLOCK_K // 8  # eight columns are summed before anything else happens to them
-    offs_n, mask_n = tile_rows(tl.program_id(0), rows, BLOCK_N, SWIGLU)
-    offs_m = tl.arange(0, BLOCK_M).to(tl.int64)
-    mask_m = offs_m < num_tokens
-    acc = tl.zeros([BLOCK_M, BLOCK_N, VECTORS], tl.float32)
-    squares = tl.zeros([BLOCK_M, VECTORS], tl.float32)
-    for step in range(tl.cdiv(columns, BLOCK_K)):
-        values = load_values(
-            low_ptr,
-            high_ptr,
-            table_ptr,
-            offs_n,
-            mask_n,
-            step,
-            columns,
-            num_blocks,
-            LOW_BITS,
-            HIGH_BITS,
-            ZERO,
-            BLOCK,
-            BLOCK_K,
-        )
-        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        x = tl.load(
-            x_ptr + offs_m[:, None] * x_stride + offs_k[None, :],
-            mask=mask_m[:, None] & (offs_k < columns)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        if norm_ptr is not None:
-            squares += tl.sum(tl.reshape(x * x, [BLOCK_M, VECTORS, 8]), axis=2)
-            x *= tl.load(norm_ptr + offs_k, mask=offs_k < columns, other=0.0).to(tl.float32)[None, :]
-        x = tl.reshape(x, [BLOCK_M, 1, VECTORS, 8])
-        sums = tl.sum(tl.reshape(values, [1, BLOCK_N, VECTORS, 8]) * x, axis=3)  # [BLOCK_M, BLOCK_N, VECTORS]
-        if LOW_BITS > 0:
-            scales = load_scales(
-                d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
-            )
-            sums *= each_vector(scales, GROUP)[None, :, :]
-            if m_ptr is not None:
-                minima = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
-                sums += each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)
-        acc += sums
-    total = tl.sum(acc, axis=2)
-    if norm_ptr is not None:
-        total *= (1.0 / tl.sqrt(tl.sum(squares, axis=1) / columns + eps))[:, None]
-    store_tile(total, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
+REGIMES = {"quantised": {"fixed_point": 2, "gemv": 8, "dot": 64}, "float": {"fixed_point": 0, "gemv": 8, "dot": 8}}
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
@@ -216,29 +129,6 @@ def _dot_kernel(
     store_tile(acc, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
 
 
-def gemv_block_rows(rows: int, num_tokens: int, itemsize: int) -> int:
-    """BLOCK_N of the gemv regime: enough programs to fill the chip, few enough registers."""
-    return 8 if rows > 2048 and num_tokens <= 2 and itemsize == 2 else 4
-
-
-def _launch_gemv(common: dict[str, Any], weight: QuantizedTensor, norm_weight: Tensor | None, eps: float) -> None:
-    """BLOCK_K gives each lane 16 bytes of codes, and never fewer than eight columns: a sum across lanes would round
-    differently in each, since every lane contracts its own product into a fused multiply-add.
-    """
-    rows, columns = weight.shape
-    bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
-    block_n = gemv_block_rows(rows, common["num_tokens"], common["x_ptr"].element_size())
-    _gemv_kernel[(triton.cdiv(rows, block_n),)](
-        norm_ptr=norm_weight,
-        eps=eps,
-        BLOCK_M=triton.next_power_of_2(common["num_tokens"]),
-        BLOCK_N=block_n,
-        BLOCK_K=min(max(256, triton.next_power_of_2(columns)), max(256, 4096 // bits), 1024),
-        num_warps=4,
-        **common,
-    )
-
-
 def _launch_dot(common: dict[str, Any], x: Tensor, block_m: int) -> None:
     block_n = 32
     _dot_kernel[(triton.cdiv(common["num_tokens"], block_m) * triton.cdiv(common["rows"], block_n),)](
@@ -290,8 +180,10 @@ def _quantized_matmul_fake(
     eps: float,
     swiglu: bool,
     batch_invariant: bool,
+    resident: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return torch.empty((x.shape[0], rows // 2 if swiglu else rows), dtype=x.dtype, device=x.device)
+    return torch.empty((x.shape[0], rows // 2 if swiglu else rows), dtype=out_dtype, device=x.device)
 
 
 @operator(_quantized_matmul_fake)
@@ -307,6 +199,8 @@ def quantized_matmul_planes(
     eps: float,
     swiglu: bool,
     batch_invariant: bool,
+    resident: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """``quantized_matmul`` with the weight taken apart: torch operators take lists of tensors, not named tuples."""
     weight = QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
@@ -321,6 +215,7 @@ def quantized_matmul_planes(
         check_shape("residual", residual, (x.shape[0], rows))
         check_dtype("residual", residual, FLOATS)
     check_number("eps", eps)
+    check(out_dtype in FLOATS, f"out_dtype {out_dtype}", f"out_dtype is one of {FLOATS}", "Name one of them")
     if norm_weight is not None and columns == 0:
         check(False, f"norm_weight of x {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
     if swiglu:
@@ -340,15 +235,18 @@ def quantized_matmul_planes(
             eps=eps,
             swiglu=swiglu,
         )
-        return as_tensor(product, like=x)
+        return as_tensor(product, like=x, dtype=out_dtype)
     num_tokens = x.shape[0]
     limits = REGIMES["float" if layout.is_float else "quantised"]
+    fixed_point = num_tokens <= limits["fixed_point"] and x.element_size() == 2 and not batch_invariant
     gemv = num_tokens <= limits["gemv"] and not batch_invariant
+    if not fixed_point and x.dtype != out_dtype:
+        x = x.to(out_dtype)
     if norm_weight is not None and not gemv:
         x, norm_weight = rms_norm(x, norm_weight, eps), None
     if not (batch_invariant or num_tokens <= limits["dot"]):
         return _matmul(x, weight, bias, residual, swiglu)
-    out = torch.empty((num_tokens, rows // 2 if swiglu else rows), dtype=x.dtype, device=x.device)
+    out = torch.empty((num_tokens, rows // 2 if swiglu else rows), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
     common = {
@@ -363,8 +261,10 @@ def quantized_matmul_planes(
         "SWIGLU": swiglu,
         **plane_arguments(weight),
     }
-    if gemv:
-        _launch_gemv(common, weight, norm_weight, eps)
+    if fixed_point and columns > 0:
+        launch_fixed_point(common, weight, norm_weight, eps, resident)
+    elif gemv:
+        launch_gemv(common, weight, norm_weight, eps)
     else:
         _launch_dot(common, x, 16 if batch_invariant else max(16, triton.next_power_of_2(num_tokens)))
     return out
@@ -380,6 +280,8 @@ def quantized_matmul(
     eps: float = 0.0,
     swiglu: bool = False,
     batch_invariant: bool = False,
+    resident: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """out = x @ dequantize(weight).T (+ bias) (+ residual), of rms_norm(x) if there is a norm_weight.
 
@@ -393,9 +295,13 @@ def quantized_matmul(
         swiglu: rows are gate's, then as many of up's; the result is silu(gate) * up.
         batch_invariant: one regime for every number of tokens, so that a token's bits do not depend on its neighbours;
             slower both for one token and for thousands.
+        resident: no kernel that is still running, or waits to, writes the weight: its first tile may be read before
+            those kernels end. Changes no result.
+        out_dtype: of the result; None for that of ``x``. Where the two differ, ``x`` is converted first, except in the
+            fixed-point regime, which needs no conversion.
 
     Returns:
-        [num_tokens, rows], with swiglu [num_tokens, rows / 2], dtype of ``x``. What is fused is not rounded in between.
+        [num_tokens, rows], with swiglu [num_tokens, rows / 2]. What is fused is not rounded in between.
 
     Raises:
         KernelInputError: an unknown type, planes that do not fit it, shapes, dtypes, devices or numbers that do not
@@ -413,4 +319,6 @@ def quantized_matmul(
         eps,
         swiglu,
         batch_invariant,
+        resident,
+        out_dtype or x.dtype,
     )

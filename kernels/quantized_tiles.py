@@ -20,27 +20,62 @@ from .quantized_tensor import QuantizedTensor
 
 
 @triton.jit
-def load_codes(
-    plane_ptr,  # [rows, num_blocks * BLOCK * BITS / 32] int32
+def load_words(
+    plane_ptr,  # [rows, columns * BITS / 32] int32
     offs_n,  # [BLOCK_N] int64, rows
     mask_n,  # [BLOCK_N]
     step,  # the tile starts at column step * BLOCK_K
-    num_blocks,
+    columns,
     BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Codes of one plane in natural order: [BLOCK_N, BLOCK_K] int32."""
+    """The words that hold a tile's codes: [BLOCK_N, BLOCK_K * BITS / 32] int32, zero beyond the ends."""
     WORDS: tl.constexpr = BLOCK_K * BITS // 32
-    words_per_row = num_blocks * (BLOCK * BITS // 32)
+    words_per_row = columns * BITS // 32
     offs_w = step * WORDS + tl.arange(0, WORDS)
-    words = tl.load(
+    return tl.load(
         plane_ptr + offs_n[:, None] * words_per_row + offs_w[None, :],
         mask=mask_n[:, None] & (offs_w < words_per_row)[None, :],
         other=0,
     )
+
+
+@triton.jit
+def load_low(
+    plane_ptr,  # [rows, columns * BITS / 32] int32
+    offs_n,  # [BLOCK_N] int64, rows
+    mask_n,  # [BLOCK_N]
+    step,
+    columns,
+    BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Codes of the plane ``low`` in natural order: [BLOCK_N, BLOCK_K] int32."""
+    words = load_words(plane_ptr, offs_n, mask_n, step, columns, BITS, BLOCK_K)
     i = tl.arange(0, 32 // BITS)
     shift = BITS * (i // 2) + 16 * (i % 2)
+    codes = (words[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
+    return tl.reshape(codes, [offs_n.shape[0], BLOCK_K])
+
+
+@triton.jit
+def load_high(
+    plane_ptr,  # [rows, columns * BITS / 32] int32
+    offs_n,  # [BLOCK_N] int64, rows
+    mask_n,  # [BLOCK_N]
+    step,
+    columns,
+    LOW_BITS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Codes of the plane ``high`` in natural order: [BLOCK_N, BLOCK_K] int32."""
+    words = load_words(plane_ptr, offs_n, mask_n, step, columns, BITS, BLOCK_K)
+    i = tl.arange(0, 32 // BITS)
+    per_low_word: tl.constexpr = 32 // LOW_BITS
+    bit = LOW_BITS * (i % per_low_word // 2) + 16 * (i % 2)  # where the low bits start in their own word
+    part = i // per_low_word * (8 // LOW_BITS) + bit % 8 // LOW_BITS
+    shift = 8 * (bit // 8) + BITS * part
     codes = (words[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
     return tl.reshape(codes, [offs_n.shape[0], BLOCK_K])
 
@@ -54,11 +89,9 @@ def load_values(
     mask_n,  # [BLOCK_N]
     step,
     columns,
-    num_blocks,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
-    BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Values before scaling, whole numbers unless the weights are floats: [BLOCK_N, BLOCK_K] float32."""
@@ -71,9 +104,9 @@ def load_values(
         else:
             values = values.to(tl.float32)
     else:
-        codes = load_codes(low_ptr, offs_n, mask_n, step, num_blocks, LOW_BITS, BLOCK, BLOCK_K)
+        codes = load_low(low_ptr, offs_n, mask_n, step, columns, LOW_BITS, BLOCK_K)
         if HIGH_BITS > 0:
-            codes |= load_codes(high_ptr, offs_n, mask_n, step, num_blocks, HIGH_BITS, BLOCK, BLOCK_K) << LOW_BITS
+            codes |= load_high(high_ptr, offs_n, mask_n, step, columns, LOW_BITS, HIGH_BITS, BLOCK_K) << LOW_BITS
         if table_ptr is not None:
             values = tl.load(table_ptr + codes)
         else:
@@ -99,8 +132,15 @@ def load_scales(
     PER_BLOCK: tl.constexpr = BLOCK // GROUP
     offs_g = step * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
     mask = mask_n[:, None] & (offs_g < num_blocks * PER_BLOCK)[None, :]
-    scale = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)
-    scale = scale.to(tl.float32)
+    if PER_BLOCK > 1 and BLOCK_K % BLOCK == 0:  # one load a block, not one a group
+        offs_b = step * (BLOCK_K // BLOCK) + tl.arange(0, BLOCK_K // BLOCK)
+        mask_b = mask_n[:, None] & (offs_b < num_blocks)[None, :]
+        d = tl.load(d_ptr + offs_n[:, None] * num_blocks + offs_b[None, :], mask=mask_b, other=0.0)
+        d = tl.broadcast_to(d[:, :, None], [offs_n.shape[0], BLOCK_K // BLOCK, PER_BLOCK])
+        d = tl.reshape(d, [offs_n.shape[0], BLOCK_K // GROUP])
+    else:
+        d = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)
+    scale = d.to(tl.float32)
     if scales_ptr is not None:
         own = tl.load(scales_ptr + offs_n[:, None] * (num_blocks * PER_BLOCK) + offs_g[None, :], mask=mask, other=0)
         if MASK != 255:
@@ -140,11 +180,9 @@ def load_tile(
         mask_n,
         step,
         columns,
-        num_blocks,
         LOW_BITS,
         HIGH_BITS,
         ZERO,
-        BLOCK,
         BLOCK_K,
     )
     if LOW_BITS > 0:

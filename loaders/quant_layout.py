@@ -92,8 +92,8 @@ def _repack_rows(raw: np.ndarray, ggml_type: str, layout: QuantLayout) -> dict[s
     blocks = np.ascontiguousarray(raw).reshape(-1, BLOCK_BYTES[ggml_type])
     codes = _READERS[ggml_type](blocks)
     if layout.high_bits:
-        high = codes.pop("codes_high")
-        return {"low": pack(codes.pop("codes"), layout.low_bits), "high": pack(high, layout.high_bits), **codes}
+        high = pack_high(codes.pop("codes_high"), layout.low_bits, layout.high_bits)
+        return {"low": pack(codes.pop("codes"), layout.low_bits), "high": high, **codes}
     return {"low": pack(codes.pop("codes"), layout.low_bits), **codes}
 
 
@@ -119,6 +119,18 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     for part in range(1, per_word):
         words = words | (eights[:, part::per_word] << np.uint64(4 * bits * part))
     return words.astype(np.uint32).view(np.int32)
+
+
+def pack_high(codes: np.ndarray, low_bits: int, high_bits: int) -> np.ndarray:
+    """The plane ``high``, whose order follows that of ``low``: [n, size] uint8 -> [n, size * high_bits / 32] int32.
+
+    ``pack`` puts neighbours into the two halves of a word. Half a low word's codes belong into each of their bytes, so
+    the halves of all the low words that one high word serves are brought together first: a swap of two axes.
+    """
+    half_low_word = np.dtype(f"<u{16 // low_bits}")
+    halves = np.ascontiguousarray(codes).view(half_low_word).reshape(len(codes), -1, low_bits // high_bits, 2)
+    swapped = np.ascontiguousarray(halves.transpose(0, 1, 3, 2))
+    return pack(swapped.reshape(len(codes), -1).view(np.uint8), high_bits)
 
 
 def _half(blocks: np.ndarray, offset: int) -> np.ndarray:

@@ -154,11 +154,13 @@ class Decoder:
         """hidden [num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
         config = self.config
         logits = quantized_matmul(
-            hidden.float(),
+            hidden,
             self.output,
             norm_weight=self.output_norm,
             eps=config.rms_norm_eps,
             batch_invariant=self.batch_invariant,
+            resident=True,
+            out_dtype=torch.float32,
         )
         if config.logit_scale != 1:
             logits *= config.logit_scale

@@ -52,6 +52,7 @@ class Projection:
             gate: activation of the first half of the rows, whose product with the second half is returned.
         """
         norm: dict[str, Any] = {"norm_weight": norm_weight, "eps": eps, "batch_invariant": self.batch_invariant}
+        norm["resident"] = True  # uploaded long before any step
         if len(self.parts) == 1 and gate in (None, "silu"):
             fused = gate is not None
             return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=fused, **norm)

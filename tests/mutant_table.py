@@ -315,8 +315,8 @@ MUTANTS = [
     Mutant(
         "quantised: high bits one place low",
         "kernels/quantized_tiles.py",
-        "HIGH_BITS, BLOCK, BLOCK_K) << LOW_BITS",
-        "HIGH_BITS, BLOCK, BLOCK_K) << (LOW_BITS - 1)",
+        "HIGH_BITS, BLOCK_K) << LOW_BITS",
+        "HIGH_BITS, BLOCK_K) << (LOW_BITS - 1)",
         "tests/kernels/test_dequantize.py",
     ),
     Mutant(
@@ -328,21 +328,21 @@ MUTANTS = [
     ),
     Mutant(
         "gemv: minima added without the activations",
-        "kernels/quantized_matmul.py",
+        "kernels/quantized_gemv.py",
         "each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)",
         "each_vector(minima, GROUP)[None, :, :]",
         "tests/kernels/test_quantized_matmul.py",
     ),
     Mutant(
         "gemv: groups scaled by their squares",
-        "kernels/quantized_matmul.py",
+        "kernels/quantized_gemv.py",
         "each_vector(scales, GROUP)[None, :, :]",
         "each_vector(scales * scales, GROUP)[None, :, :]",
         "tests/kernels/test_quantized_matmul.py",
     ),
     Mutant(
         "gemv: the norm's mean over one column too many",
-        "kernels/quantized_matmul.py",
+        "kernels/quantized_gemv.py",
         "tl.sum(squares, axis=1) / columns",
         "tl.sum(squares, axis=1) / (columns + 1)",
         "tests/kernels/test_quantized_matmul.py",
@@ -531,7 +531,7 @@ MUTANTS = [
     ),
     Mutant(
         "gemv: only the last tile of columns counts",
-        "kernels/quantized_matmul.py",
+        "kernels/quantized_gemv.py",
         "acc += sums",
         "acc = sums",
         "tests/kernels/test_quantized_matmul.py::test_quantized_matmul_equals_definition",

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .quant_layouts import LAYOUTS, bit_offsets
+from .quant_layouts import LAYOUTS, bit_offsets, high_bit_offsets
 
 ROWS_BYTES = 1 << 20  # float32 rows made at a time, so that intermediate results stay in the cache
 
 
-def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+def unpack(words: np.ndarray, bits: int, offsets: np.ndarray) -> np.ndarray:
     """Codes of ``bits`` bits from words of 32: [rows, num_words] int32 -> [rows, num_words * 32 / bits] int32."""
-    codes = (words[:, :, None] >> bit_offsets(bits)) & np.int32((1 << bits) - 1)
+    codes = (words[:, :, None] >> offsets) & np.int32((1 << bits) - 1)
     return codes.reshape(len(words), -1)
 
 
@@ -35,9 +35,10 @@ def dequantize(weight, dtype=np.float32) -> np.ndarray:
 
 
 def _dequantize_rows(layout, planes: dict[str, np.ndarray]) -> np.ndarray:
-    code = unpack(planes["low"], layout.low_bits)
+    code = unpack(planes["low"], layout.low_bits, bit_offsets(layout.low_bits))
     if layout.high_bits:
-        code |= unpack(planes["high"], layout.high_bits) << layout.low_bits
+        offsets = high_bit_offsets(layout.low_bits, layout.high_bits)
+        code |= unpack(planes["high"], layout.high_bits, offsets) << layout.low_bits
     value = (code - np.int32(layout.zero)).astype(np.float32)
     if layout.table is not None:
         value = np.array(layout.table, np.float32)[code]

@@ -23,8 +23,13 @@ Order inside a word: a word holds 32 / bits consecutive elements, and element i 
 
     bits * (i // 2) + 16 * (i % 2)
 
-so that one mask (0x000f000f for four bits) yields two neighbours, each in its own half of the word: what packed
-16-bit arithmetic wants. A shift alone walks through the word in natural order.
+so that one mask yields two neighbours, each in its own half of the word (0x000f000f for four bits: what packed 16-bit
+arithmetic wants), or one code a byte (0x0f0f0f0f: what dot products of bytes want). A shift alone walks through the
+word in natural order.
+
+A word of the plane ``high`` serves several words of ``low``. Masked to one code a byte, the low word w shifted right by
+low_bits * j is part w * 8 / low_bits + j; the high bits of part t, in the same bytes, start at bit high_bits * t. So
+one shift and one mask bring the high bits of four codes to where their low bits are.
 
 Bytes: equal to the file's for every type except Q4_K (+2.8%), Q5_K (+2.3%), Q3_K (+3.6%) and IQ4_XS (+1.5%), whose
 6-bit scales are widened to a byte each.
@@ -122,3 +127,12 @@ def bit_offsets(bits: int) -> np.ndarray:
     """The first bit of each element of a word of 32, in the order of the elements: [32 // bits], int32."""
     i = np.arange(32 // bits, dtype=np.int32)
     return bits * (i // 2) + 16 * (i % 2)
+
+
+def high_bit_offsets(low_bits: int, high_bits: int) -> np.ndarray:
+    """``bit_offsets`` of the plane ``high``: [32 // high_bits], int32."""
+    per_low_word = 32 // low_bits
+    i = np.arange(32 // high_bits, dtype=np.int32)
+    low = bit_offsets(low_bits)[i % per_low_word]
+    part = i // per_low_word * (8 // low_bits) + low % 8 // low_bits
+    return 8 * (low // 8) + high_bits * part

@@ -295,7 +295,8 @@ def test_output_beyond_int32(regime, swiglu):
     common |= {"residual_stride": 0, "num_tokens": 5, "rows": rows, "SWIGLU": swiglu, **plane_arguments(weight)}
     module = importlib.import_module("rooflama.kernels.quantized_matmul")  # its name is the function's
     if regime == "gemv":
-        module._gemv_kernel[(1,)](norm_ptr=None, eps=0.0, BLOCK_M=8, BLOCK_N=32, BLOCK_K=256, **common)
+        gemv = importlib.import_module("rooflama.kernels.quantized_gemv")
+        gemv._gemv_kernel[(1,)](norm_ptr=None, eps=0.0, BLOCK_M=8, BLOCK_N=32, BLOCK_K=256, **common)
     else:
         module._dot_kernel[(1,)](BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, **common)
     expected = reference.quantized_matmul(exact(x), first.numpy(), swiglu=swiglu)

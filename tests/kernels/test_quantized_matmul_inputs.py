@@ -15,10 +15,14 @@ def test_opcheck():
     for ggml_type, num_tokens in (("Q4_K", 2), ("IQ4_XS", 20), ("F16", 70)):
         weight, x = random_weight(rng, ggml_type, 5, 256), normal(rng, num_tokens, 256)
         arguments = [x, list(weight.planes), ggml_type, 5, 256, normal(rng, 5), normal(rng, num_tokens, 5)]
-        torch.library.opcheck(torch.ops.rooflama.quantized_matmul_planes, (*arguments, None, 0.0, False, False))
+        torch.library.opcheck(
+            torch.ops.rooflama.quantized_matmul_planes, (*arguments, None, 0.0, False, False, False, x.dtype)
+        )
         weight = random_weight(rng, ggml_type, 6, 256)
         arguments = [x, list(weight.planes), ggml_type, 6, 256, normal(rng, 6), None, normal(rng, 256)]
-        torch.library.opcheck(torch.ops.rooflama.quantized_matmul_planes, (*arguments, 1e-5, True, False))
+        torch.library.opcheck(
+            torch.ops.rooflama.quantized_matmul_planes, (*arguments, 1e-5, True, False, True, torch.float16)
+        )
 
 
 def test_torch_compile_traces_through():
@@ -49,6 +53,7 @@ def test_torch_compile_traces_through():
         ({"norm_weight": torch.zeros(64, dtype=torch.int8)}, "norm_weight is torch.int8"),
         ({"norm_weight": torch.zeros(128, device=DEVICE)[::2]}, "last dimension of norm_weight must be contiguous"),
         ({"swiglu": True}, "weight has 3 rows"),
+        ({"out_dtype": torch.float64}, "out_dtype torch.float64"),
     ],
 )
 def test_bad_input_is_refused_before_a_launch(changes, message):

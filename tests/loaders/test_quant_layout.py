@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from quant_blocks import TYPES, gguf_dequantize, random_blocks, random_bytes, some_columns
 from rooflama.kernels import LAYOUTS, KernelInputError, reference
-from rooflama.kernels.reference.quant_layouts import bit_offsets
-from rooflama.loaders.quant_layout import BLOCK_BYTES, pack, repack
+from rooflama.kernels.reference.quant_layouts import bit_offsets, high_bit_offsets
+from rooflama.loaders.quant_layout import BLOCK_BYTES, pack, pack_high, repack
 from strategies import seeds
 
 
@@ -52,6 +52,33 @@ def test_pack_puts_element_i_where_the_layout_says(bits, words, seed):
     for i, offset in enumerate(bit_offsets(bits)):
         expected |= codes[:, i :: 32 // bits].astype(np.uint32) << np.uint32(offset)
     np.testing.assert_array_equal(packed, expected)
+
+
+@given(bits=st.sampled_from([(4, 1), (4, 2), (2, 1)]), words=st.integers(1, 3), seed=seeds)
+def test_one_shift_brings_high_bits_to_their_low_bits(bits, words, seed):
+    """Part by part, four codes at a time: what the dot products of bytes rest on."""
+    low_bits, high_bits = bits
+    size = words * 2 * 32 // high_bits
+    codes = np.random.default_rng(seed).integers(0, 1 << (low_bits + high_bits), (3, size), dtype=np.uint8)
+    low = pack(codes & ((1 << low_bits) - 1), low_bits).view(np.uint32)
+    high = pack_high(codes >> low_bits, low_bits, high_bits).view(np.uint32)
+
+    def bytes_of(plane, bits, part):
+        mask = np.uint32(0x01010101 * ((1 << bits) - 1))
+        return ((plane >> np.uint32(bits * part)) & mask).astype("<u4")
+
+    parts = 8 // low_bits
+    for word in range(low.shape[1]):
+        high_word, position = divmod(word, low_bits // high_bits)
+        for part in range(parts):
+            joined = bytes_of(low[:, word], low_bits, part)
+            joined |= bytes_of(high[:, high_word], high_bits, position * parts + part) << np.uint32(low_bits)
+            per_word = 32 // low_bits
+            elements = [2 * part, 2 * part + per_word // 2, 2 * part + 1, 2 * part + per_word // 2 + 1]
+            expected = codes[:, [word * per_word + e for e in elements]]
+            np.testing.assert_array_equal(joined.view(np.uint8).reshape(3, 4), expected)
+    offsets = high_bit_offsets(low_bits, high_bits)
+    assert sorted(offsets) == list(range(0, 32, high_bits))
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)

@@ -50,8 +50,8 @@ def test_batch_equals_one_by_one(model, numpy_backend):
 def test_interpreted_kernels_agree_with_the_definitions(model, monkeypatch):
     """Every kernel of a full forward pass over quantised weights, under Triton's interpreter."""
     # The interpreter takes a millisecond a program: a few wide blocks of rows instead of thousands of narrow ones.
-    matmul = importlib.import_module("rooflama.kernels.quantized_matmul")
-    monkeypatch.setattr(matmul, "gemv_block_rows", lambda rows, num_tokens, itemsize: 512)
+    gemv = importlib.import_module("rooflama.kernels.quantized_gemv")
+    monkeypatch.setattr(gemv, "gemv_block_rows", lambda rows, num_tokens, itemsize: 512)
     ids = model.tokenizer.encode(PROMPTS[0])[:2]
     with use_backend("numpy"):
         expected = model.logits(ids)

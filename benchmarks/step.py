@@ -1,0 +1,134 @@
+"""Whole decode steps of models with random weights: ``python benchmarks/step.py [--out FILE.csv] [--only REGEX]``.
+
+Each case runs in a process of its own. The page pool holds zeros and each sequence is told that it has ``context``
+tokens; then STEPS steps are timed as one, after the step has been captured as a CUDA graph. A row says how many tokens
+a second all sequences together got, and what share that is of the roofline: the weights and the keys and values read
+once a step, at the rate of the copy on the same GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import memory_plan_check
+from memory_plan_check import RandomSource, ShapesOnly, config_of
+from rooflama.loaders.device import open_device
+from rooflama.loading import start_engine
+from rooflama.models import CheckpointReader, Decoder, SamplingParams, adapter_for
+from rooflama.models.engine import DecodeBatch
+from rooflama.planning import plan_for_device
+from timing import ceilings, provenance, write_rows
+
+STEPS = 64
+WARM_UP = 6  # an eager step, the capture, and replays
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. ``types``: ``Q4_K_M``, or one type for every matrix."""
+
+    model: str
+    types: str
+    sequences: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.types} {self.sequences} x {self.context}"
+
+
+CASES = [
+    *(Case("Llama-3-8B", "Q4_K_M", 1, context) for context in (0, 16384, 32768)),
+    *(Case("Llama-3-8B", types, 1, 0) for types in ("Q8_0", "Q4_0", "BF16")),
+    *(Case("Llama-3-8B", "Q4_K_M", sequences, 1024) for sequences in (2, 8, 32, 64)),
+    *(Case("Llama-3-8B", "Q8_0", sequences, 1024) for sequences in (8, 32)),
+    *(Case("SmolLM2-135M", "Q4_1", 1, context) for context in (0, 4096)),
+]
+
+
+def types_of(case: Case) -> Callable[..., Callable[[str, tuple[int, ...]], str]]:
+    """The rule that ``ShapesOnly`` asks for each matrix's type."""
+    if case.types in ("Q4_K_M", "Q4_1"):
+        return memory_plan_check.type_of
+    return lambda config: lambda name, shape: case.types
+
+
+def run_case(case: Case) -> dict[str, float]:
+    """Seconds of a step, and the bytes that it must read."""
+    length = max(1, case.context)
+    config = dataclasses.replace(config_of(case.model), context_length=length + STEPS + WARM_UP + 64)
+    with mock.patch.object(memory_plan_check, "type_of", types_of(case)), open_device("cuda") as device:
+        reader = CheckpointReader(ShapesOnly(config))
+        plan = plan_for_device(
+            reader, config, device, context=config.context_length, dtype="auto", kv_dtype="auto"
+        ).but(sequences=case.sequences)
+        decoder = Decoder.load(RandomSource(reader, device), config, adapter_for("llama"))
+        read = (b for b in device.held if config.tied_embeddings or b.label != "token_embd.weight")
+        weights = sum(buffer.nbytes for buffer in read)
+        engine = start_engine(decoder, plan, device)
+        ids = []
+        for _ in range(case.sequences):
+            ids.append(engine.cache.add())
+            engine.cache.reserve(ids[-1], config.context_length)
+            for start in range(0, length, engine.cache.max_append):
+                engine.cache.append(ids[-1], min(engine.cache.max_append, length - start))
+        count = len(ids)
+        batch = DecodeBatch(engine, ids, [config.context_length] * count, [0] * count, [SamplingParams()] * count)
+        with torch.inference_mode():
+            for _ in range(WARM_UP):
+                batch.step()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                batch.step()
+            torch.cuda.synchronize()
+            seconds = (time.perf_counter() - started) / STEPS
+        cached = case.sequences * (length + WARM_UP + STEPS / 2) * config.kv_bytes_per_token(2)
+        return {"seconds": seconds, "bytes": weights + cached}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the rows there, as CSV")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose line matches")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case is not None:
+        print(json.dumps(run_case(CASES[options.case])))
+        return 0
+    rate, _ = ceilings()
+    torch.cuda.empty_cache()
+    rows = []
+    for number, case in enumerate(CASES):
+        if not re.search(options.only, str(case)):
+            continue
+        command = [sys.executable, __file__, "--case", str(number)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{case}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        share = found["bytes"] / rate / found["seconds"]
+        tokens_per_s = case.sequences / found["seconds"]
+        print(f"{case}: {tokens_per_s:,.0f} tokens/s, {share:.0%} of the roofline", flush=True)
+        row = dataclasses.asdict(case)
+        row |= {"ms": f"{found['seconds'] * 1e3:.3f}", "tokens_per_s": f"{tokens_per_s:.1f}"}
+        rows.append(row | {"of_roofline": f"{share:.3f}", "copy_tb_per_s": f"{rate / 1e12:.2f}", **provenance()})
+    if options.out and rows:
+        write_rows(options.out, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
