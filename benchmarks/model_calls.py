@@ -213,9 +213,9 @@ def matmul_calls(model: Model, everything: bool) -> Iterator[Call]:
         "gate_up": (2 * model.intermediate_size, hidden, "norm and swiglu"),
         "ffn_down": (hidden, model.intermediate_size, "residual"),
     }
-    for tokens in (1, 8, 64, CHUNK):
+    for tokens in (1, 2, 8, 64, CHUNK):
         for name, (rows, columns, joined) in matrices.items():
-            options = {"residual": empty(tokens, rows) if joined == "residual" else None}
+            options = {"residual": empty(tokens, rows) if joined == "residual" else None, "resident": True}
             if joined != "residual":
                 options |= {"norm_weight": empty(columns, dtype=F32), "eps": 1e-5, "swiglu": "swiglu" in joined}
             types = tuple(LAYOUTS) if everything and name == "attn_output" else weight_types(model)
@@ -231,7 +231,8 @@ def matmul_calls(model: Model, everything: bool) -> Iterator[Call]:
     for tokens in BATCHES:
         made = weight(weight_types(model)[-1], model.vocab_size, hidden)
         normed = {"norm_weight": empty(hidden, dtype=F32), "eps": 1e-5}
-        yield Call("quantized_matmul", f"output {tokens} tokens", (empty(tokens, hidden, dtype=F32), made), normed)
+        normed |= {"resident": True, "out_dtype": F32}
+        yield Call("quantized_matmul", f"output {tokens} tokens", (empty(tokens, hidden), made), normed)
 
 
 def sampling_calls(model: Model, everything: bool) -> Iterator[Call]:

@@ -74,7 +74,7 @@ def run_case(case: Case) -> dict[str, float]:
             reader, config, device, context=config.context_length, dtype="auto", kv_dtype="auto"
         ).but(sequences=case.sequences)
         decoder = Decoder.load(RandomSource(reader, device), config, adapter_for("llama"))
-        read = (b for b in device.held if config.tied_embeddings or b.label != "token_embd.weight")
+        read = (b for b in device.held() if config.tied_embeddings or b.label != "token_embd.weight")
         weights = sum(buffer.nbytes for buffer in read)
         engine = start_engine(decoder, plan, device)
         ids = []

@@ -9,11 +9,12 @@ def fixed_point(x) -> np.ndarray:
     """x [num_tokens, columns], columns a multiple of 32, rounded to whole steps: the same shape, float64.
 
     step = 2^(e - 14) per token and 32 columns, with 2^e <= max |x| (1 + 2^-14) < 2^(e + 1), and at least 2^-126; so a
-    number is -2^15 to 2^15 - 1 steps. Ties go to even. A group with an infinity or a NaN becomes NaN.
-    x is first rounded to float32.
+    number is -2^15 to 2^15 - 1 steps. Ties go to even. x is first rounded to float32. A group with a number that is not
+    finite, or within 2^-14 of float32's largest, becomes NaN.
     """
     groups = np.asarray(x, np.float32).reshape(len(x), -1, X_GROUP)
     bits = np.abs(groups).view(np.int32).max(axis=2, keepdims=True, initial=0)
+    bits = np.minimum(bits, 0x7F800000)  # any NaN is an infinity here
     exponent = np.maximum((bits + 0x200) >> 23, 15) - 127
     with np.errstate(invalid="ignore"):
         steps = np.rint(groups.astype(np.float64) * 2.0 ** (14 - exponent))

@@ -154,6 +154,18 @@ def test_no_number_in_gives_no_number_out(ggml_type, value):
     assert np.isnan(fixed_point(exact(x))[1, 672:704]).all()
 
 
+def test_the_nan_that_is_largest_as_a_whole_number():
+    """A GPU makes NaN of these bits; adding to them as to a whole number would overflow."""
+    every_bit = np.array([0x7FFFFFFF], np.uint32).view(np.float32)
+    norm_weight = np.ones(64, np.float32)
+    norm_weight[40] = every_bit[0]
+    assert norm_weight.view(np.uint32)[40] == 0x7FFFFFFF
+    np.testing.assert_array_equal(np.isnan(fixed_point(norm_weight[None])), np.arange(64)[None] >= 32)
+    rng = np.random.default_rng(0)
+    weight, x = random_weight(rng, "Q8_0", 5, 64), normal(rng, 1, 64, dtype=torch.float16)
+    assert quantized_matmul(x, weight, norm_weight=torch.from_numpy(norm_weight).to(DEVICE), eps=1e-5).isnan().all()
+
+
 @given(ggml_type=st.sampled_from(QUANTISED), dtype=halves, seed=seeds)
 def test_a_token_does_not_depend_on_its_neighbour(ggml_type, dtype, seed):
     """Nor on whether its weight was requested early."""
