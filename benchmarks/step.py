@@ -15,7 +15,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -64,19 +65,18 @@ def types_of(case: Case) -> Callable[..., Callable[[str, tuple[int, ...]], str]]
     return lambda config: lambda name, shape: case.types
 
 
-def run_case(case: Case) -> dict[str, float]:
-    """Seconds of a step, and the bytes that it must read."""
+@contextmanager
+def ready(case: Case) -> Iterator[tuple[DecodeBatch, int]]:
+    """A batch whose step has been captured, and the bytes that a step must read in the middle of STEPS steps."""
     length = max(1, case.context)
     config = dataclasses.replace(config_of(case.model), context_length=length + STEPS + WARM_UP + 64)
     with mock.patch.object(memory_plan_check, "type_of", types_of(case)), open_device("cuda") as device:
         reader = CheckpointReader(ShapesOnly(config))
-        plan = plan_for_device(
-            reader, config, device, context=config.context_length, dtype="auto", kv_dtype="auto"
-        ).but(sequences=case.sequences)
+        plan = plan_for_device(reader, config, device, context=config.context_length, dtype="auto", kv_dtype="auto")
         decoder = Decoder.load(RandomSource(reader, device), config, adapter_for("llama"))
         read = (b for b in device.held() if config.tied_embeddings or b.label != "token_embd.weight")
         weights = sum(buffer.nbytes for buffer in read)
-        engine = start_engine(decoder, plan, device)
+        engine = start_engine(decoder, plan.but(sequences=case.sequences), device)
         ids = []
         for _ in range(case.sequences):
             ids.append(engine.cache.add())
@@ -89,13 +89,18 @@ def run_case(case: Case) -> dict[str, float]:
             for _ in range(WARM_UP):
                 batch.step()
             torch.cuda.synchronize()
-            started = time.perf_counter()
-            for _ in range(STEPS):
-                batch.step()
-            torch.cuda.synchronize()
-            seconds = (time.perf_counter() - started) / STEPS
-        cached = case.sequences * (length + WARM_UP + STEPS / 2) * config.kv_bytes_per_token(2)
-        return {"seconds": seconds, "bytes": weights + cached}
+            cached = count * (length + WARM_UP + STEPS // 2) * config.kv_bytes_per_token(2)
+            yield batch, weights + int(cached)
+
+
+def run_case(case: Case) -> dict[str, float]:
+    """Seconds of a step, and the bytes that it must read."""
+    with ready(case) as (batch, num_bytes):
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            batch.step()
+        torch.cuda.synchronize()
+        return {"seconds": (time.perf_counter() - started) / STEPS, "bytes": num_bytes}
 
 
 def main() -> int:
