@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backend import INTERPRETED
 from .checks import check
 
 
@@ -65,6 +66,15 @@ def operator(fake: Callable[..., Any], *, mutates: tuple[str, ...] = ()) -> Call
         return call
 
     return register
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel on this device may start before the one in front of it has ended.
+
+    Programmatic dependent launch, from Hopper on: such a kernel calls ``gdc_wait`` before it touches what others write.
+    """
+    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def is_traced() -> bool:

@@ -23,7 +23,6 @@ Moves the planes once, for 2 x num_tokens x rows x columns flops.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from .backend import INTERPRETED
+from .operators import overlaps
 from .quantized_tensor import QuantizedTensor
 from .quantized_tiles import load_minima, load_scales, load_words, store_tile, tile_rows
 from .reference.quant_layouts import IQ4_TABLE
@@ -315,19 +315,13 @@ def tile(rows: int, columns: int, num_tokens: int, bits: int) -> tuple[int, int,
     return 16, max(256, triton.next_power_of_2(columns)), 4 if bits < 6 and num_tokens == 1 else 8
 
 
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel on this device may start before the one in front of it has ended."""
-    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def launch_fixed_point(
     common: dict[str, Any], weight: QuantizedTensor, norm_weight: torch.Tensor | None, eps: float, resident: bool
 ) -> None:
     rows, columns = weight.shape
     num_tokens, layout = common["num_tokens"], weight.layout
     block_n, block_k, num_warps = tile(rows, columns, num_tokens, layout.low_bits + layout.high_bits)
-    resident = resident and _overlaps(weight.device)
+    resident = resident and overlaps(weight.device)
     _fixed_point_kernel[(triton.cdiv(rows, block_n),)](
         norm_ptr=norm_weight,
         eps=eps,

@@ -12,7 +12,9 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
+from .operators import overlaps
 from .quantized_tensor import QuantizedTensor
 from .quantized_tiles import each_vector, load_minima, load_scales, load_values, store_tile, tile_rows
 
@@ -48,6 +50,7 @@ def _gemv_kernel(
     BLOCK_M: tl.constexpr,  # power of two >= num_tokens
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
     VECTORS: tl.constexpr = BLOCK_K // 8  # eight columns are summed before anything else happens to them
     offs_n, mask_n = tile_rows(tl.program_id(0), rows, BLOCK_N, SWIGLU)
@@ -55,20 +58,22 @@ def _gemv_kernel(
     mask_m = offs_m < num_tokens
     acc = tl.zeros([BLOCK_M, BLOCK_N, VECTORS], tl.float32)
     squares = tl.zeros([BLOCK_M, VECTORS], tl.float32)
-    for step in range(tl.cdiv(columns, BLOCK_K)):
+    AHEAD: tl.constexpr = LOW_BITS == 0  # codes want their registers for other things
+    if AHEAD:
         values = load_values(
-            low_ptr,
-            high_ptr,
-            table_ptr,
-            offs_n,
-            mask_n,
-            step,
-            columns,
-            LOW_BITS,
-            HIGH_BITS,
-            ZERO,
-            BLOCK_K,
+            low_ptr, high_ptr, table_ptr, offs_n, mask_n, 0, columns, LOW_BITS, HIGH_BITS, ZERO, BLOCK_K
         )
+    if RESIDENT:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    for step in range(tl.cdiv(columns, BLOCK_K)):
+        if AHEAD:
+            values_now = values
+        values = load_values(  # of the next tile, zeros beyond the last
+            low_ptr, high_ptr, table_ptr, offs_n, mask_n, step + AHEAD, columns, LOW_BITS, HIGH_BITS, ZERO, BLOCK_K
+        )
+        if not AHEAD:
+            values_now = values
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tl.load(
             x_ptr + offs_m[:, None] * x_stride + offs_k[None, :],
@@ -79,7 +84,7 @@ def _gemv_kernel(
             squares += tl.sum(tl.reshape(x * x, [BLOCK_M, VECTORS, 8]), axis=2)
             x *= tl.load(norm_ptr + offs_k, mask=offs_k < columns, other=0.0).to(tl.float32)[None, :]
         x = tl.reshape(x, [BLOCK_M, 1, VECTORS, 8])
-        sums = tl.sum(tl.reshape(values, [1, BLOCK_N, VECTORS, 8]) * x, axis=3)  # [BLOCK_M, BLOCK_N, VECTORS]
+        sums = tl.sum(tl.reshape(values_now, [1, BLOCK_N, VECTORS, 8]) * x, axis=3)  # [BLOCK_M, BLOCK_N, VECTORS]
         if LOW_BITS > 0:
             scales = load_scales(
                 d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
@@ -100,19 +105,24 @@ def gemv_block_rows(rows: int, num_tokens: int, itemsize: int) -> int:
     return 8 if rows > 2048 and num_tokens <= 2 and itemsize == 2 else 4
 
 
-def launch_gemv(common: dict[str, Any], weight: QuantizedTensor, norm_weight: Tensor | None, eps: float) -> None:
+def launch_gemv(
+    common: dict[str, Any], weight: QuantizedTensor, norm_weight: Tensor | None, eps: float, resident: bool
+) -> None:
     """BLOCK_K gives each lane 16 bytes of codes, and never fewer than eight columns: a sum across lanes would round
     differently in each, since every lane contracts its own product into a fused multiply-add.
     """
     rows, columns = weight.shape
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
     block_n = gemv_block_rows(rows, common["num_tokens"], common["x_ptr"].element_size())
+    early = resident and overlaps(weight.device)
     _gemv_kernel[(triton.cdiv(rows, block_n),)](
         norm_ptr=norm_weight,
         eps=eps,
         BLOCK_M=triton.next_power_of_2(common["num_tokens"]),
         BLOCK_N=block_n,
         BLOCK_K=min(max(256, triton.next_power_of_2(columns)), max(256, 4096 // bits), 1024),
+        RESIDENT=early,
         num_warps=4,
+        **({"launch_pdl": True} if early else {}),
         **common,
     )

@@ -264,7 +264,7 @@ def quantized_matmul_planes(
     if fixed_point and columns > 0:
         launch_fixed_point(common, weight, norm_weight, eps, resident)
     elif gemv:
-        launch_gemv(common, weight, norm_weight, eps)
+        launch_gemv(common, weight, norm_weight, eps, resident)
     else:
         _launch_dot(common, x, 16 if batch_invariant else max(16, triton.next_power_of_2(num_tokens)))
     return out

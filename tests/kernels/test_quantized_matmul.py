@@ -296,7 +296,7 @@ def test_output_beyond_int32(regime, swiglu):
     module = importlib.import_module("rooflama.kernels.quantized_matmul")  # its name is the function's
     if regime == "gemv":
         gemv = importlib.import_module("rooflama.kernels.quantized_gemv")
-        gemv._gemv_kernel[(1,)](norm_ptr=None, eps=0.0, BLOCK_M=8, BLOCK_N=32, BLOCK_K=256, **common)
+        gemv._gemv_kernel[(1,)](norm_ptr=None, eps=0.0, BLOCK_M=8, BLOCK_N=32, BLOCK_K=256, RESIDENT=False, **common)
     else:
         module._dot_kernel[(1,)](BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, **common)
     expected = reference.quantized_matmul(exact(x), first.numpy(), swiglu=swiglu)
