@@ -100,29 +100,33 @@ def _gemv_kernel(
     store_tile(total, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
 
 
-def gemv_block_rows(rows: int, num_tokens: int, itemsize: int) -> int:
-    """BLOCK_N of the gemv regime: enough programs to fill the chip, few enough registers."""
-    return 8 if rows > 2048 and num_tokens <= 2 and itemsize == 2 else 4
+def tile(rows: int, columns: int, num_tokens: int, bits: int, itemsize: int) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_K, num_warps) for a weight of ``bits`` bits a code or number, and x of ``itemsize`` bytes.
+
+    BLOCK_N makes enough programs to fill the chip. BLOCK_K gives each lane 16 bytes of codes, and never fewer than
+    eight columns: a sum across lanes would round differently in each, since every lane contracts its own product into a
+    fused multiply-add.
+    """
+    block_n = 8 if rows > 2048 and num_tokens <= 2 and itemsize == 2 else 4
+    return block_n, min(max(256, triton.next_power_of_2(columns)), max(256, 4096 // bits), 1024), 4
 
 
 def launch_gemv(
     common: dict[str, Any], weight: QuantizedTensor, norm_weight: Tensor | None, eps: float, resident: bool
 ) -> None:
-    """BLOCK_K gives each lane 16 bytes of codes, and never fewer than eight columns: a sum across lanes would round
-    differently in each, since every lane contracts its own product into a fused multiply-add.
-    """
     rows, columns = weight.shape
+    num_tokens, itemsize = common["num_tokens"], common["x_ptr"].element_size()
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
-    block_n = gemv_block_rows(rows, common["num_tokens"], common["x_ptr"].element_size())
+    block_n, block_k, num_warps = tile(rows, columns, num_tokens, bits, itemsize)
     early = resident and overlaps(weight.device)
     _gemv_kernel[(triton.cdiv(rows, block_n),)](
         norm_ptr=norm_weight,
         eps=eps,
-        BLOCK_M=triton.next_power_of_2(common["num_tokens"]),
+        BLOCK_M=triton.next_power_of_2(num_tokens),
         BLOCK_N=block_n,
-        BLOCK_K=min(max(256, triton.next_power_of_2(columns)), max(256, 4096 // bits), 1024),
+        BLOCK_K=block_k,
         RESIDENT=early,
-        num_warps=4,
+        num_warps=num_warps,
         **({"launch_pdl": True} if early else {}),
         **common,
     )

@@ -51,7 +51,7 @@ def test_interpreted_kernels_agree_with_the_definitions(model, monkeypatch):
     """Every kernel of a full forward pass over quantised weights, under Triton's interpreter."""
     # The interpreter takes a millisecond a program: a few wide blocks of rows instead of thousands of narrow ones.
     gemv = importlib.import_module("rooflama.kernels.quantized_gemv")
-    monkeypatch.setattr(gemv, "gemv_block_rows", lambda rows, num_tokens, itemsize: 512)
+    monkeypatch.setattr(gemv, "tile", lambda *shape: (512, 1024, 4))
     ids = model.tokenizer.encode(PROMPTS[0])[:2]
     with use_backend("numpy"):
         expected = model.logits(ids)
