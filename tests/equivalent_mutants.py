@@ -187,12 +187,22 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return tl.max(tl.abs(x), axis=1) - tl.sum(x * 0.0, axis=1)",
     ): "The sum is 0 or NaN.",
     (
+        "to_fixed_point",
+        "largest = tl.minimum(tl.max(magnitude, axis=1), 0x7F800000)",
+        "largest = tl.minimum(tl.max(magnitude, axis=1), 0x7f800001)",
+    ): "The exponent is 255 either way.",
+    (
+        "_fixed_point_kernel",
+        "if columns > BLOCK_K:",
+        "if columns >= BLOCK_K:",
+    ): "A tile beyond the last is masked, and not used.",
+    (
         "_gemv_kernel",
         "x *= tl.load(norm_ptr + offs_k, mask=offs_k < columns, other=0.0).to(tl.float32)[None, :]",
         "x *= tl.load(norm_ptr + offs_k, mask=offs_k < columns, other=1.0).to(tl.float32)[None, :]",
     ): "x is 0 there.",
     ("_dot_kernel", "other=0.0,", "other=1.0,"): TIMES_ZERO,
-    ("load_codes", "other=0,", "other=1,"): "The scale is 0 there.",
+    ("load_words", "other=0,", "other=1,"): "The scale is 0 there.",
     (
         "load_values",
         "values = tl.load(low_ptr + offs_n[:, None] * columns + offs_k[None, :], mask=mask, other=0)",
@@ -200,8 +210,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "x is 0 there, or the row is not stored.",
     (
         "load_scales",
-        "scale = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)",
-        "scale = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=1.0)",
+        "d = tl.load(d_ptr + offs_n[:, None] * num_blocks + offs_b[None, :], mask=mask_b, other=0.0)",
+        "d = tl.load(d_ptr + offs_n[:, None] * num_blocks + offs_b[None, :], mask=mask_b, other=1.0)",
+    ): "x is 0 there, or the row is not stored.",
+    (
+        "load_scales",
+        "d = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)",
+        "d = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=1.0)",
     ): "x is 0 there, or the row is not stored.",
     (
         "load_scales",
