@@ -84,7 +84,8 @@ def ready(case: Case) -> Iterator[tuple[DecodeBatch, int]]:
             for start in range(0, length, engine.cache.max_append):
                 engine.cache.append(ids[-1], min(engine.cache.max_append, length - start))
         count = len(ids)
-        batch = DecodeBatch(engine, ids, [config.context_length] * count, [0] * count, [SamplingParams()] * count)
+        lengths = [config.context_length] * count
+        batch = DecodeBatch(engine, ids, lengths, lengths, [SamplingParams()] * count, [[0]] * count, [[]] * count)
         with torch.inference_mode():
             for _ in range(WARM_UP):
                 batch.step()
