@@ -300,19 +300,24 @@ def _fixed_point_kernel(
         )
 
 
-def tile(rows: int, columns: int, num_tokens: int, bits: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_K, num_warps) for a weight of ``bits`` bits a code: what was fastest on an H100.
+def tile(rows: int, columns: int, num_tokens: int, bits: int, normed: bool) -> tuple[int, int, int]:
+    """(BLOCK_N, BLOCK_K, num_warps) for a weight of ``bits`` bits a code: what was fastest on an H100 without spills.
 
     Whole rows in one tile ask for every byte of the weight at once. Where rows are long, or are so few or so many
     that a whole number of programs would leave the chip half empty at the end, shorter tiles do better.
     """
-    if columns > 8192:
-        return 16, 2048, 8 if num_tokens == 1 else 4
+    if columns > 4096:
+        if num_tokens == 1:
+            return 16, 2048, 8
+        return (8, 2048, 8) if normed or bits >= 6 else (16, 2048, 4)
+    whole = max(256, triton.next_power_of_2(columns))
     if rows > 16384 and num_tokens == 1:
-        return 16, max(256, triton.next_power_of_2(columns)), 8
+        return 16, whole, 8
     if rows > 4096:
-        return (8, 1024, 4 if bits < 6 else 2) if num_tokens == 1 else (16, 1024, 4)
-    return 16, max(256, triton.next_power_of_2(columns)), 4 if bits < 6 and num_tokens == 1 else 8
+        if num_tokens == 1:
+            return 8, 1024, 4 if bits < 6 else 2
+        return 16 if bits < 8 else 8, 1024, 4
+    return 16, whole, 4 if bits < 6 and num_tokens == 1 else 8
 
 
 def launch_fixed_point(
@@ -320,14 +325,16 @@ def launch_fixed_point(
 ) -> None:
     rows, columns = weight.shape
     num_tokens, layout = common["num_tokens"], weight.layout
-    block_n, block_k, num_warps = tile(rows, columns, num_tokens, layout.low_bits + layout.high_bits)
+    block_n, block_k, num_warps = tile(
+        rows, columns, num_tokens, layout.low_bits + layout.high_bits, norm_weight is not None
+    )
     resident = resident and overlaps(weight.device)
     _fixed_point_kernel[(triton.cdiv(rows, block_n),)](
         norm_ptr=norm_weight,
         eps=eps,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        NVIDIA=not INTERPRETED and torch.version.hip is None,
+        NVIDIA=not INTERPRETED,
         RESIDENT=resident,
         num_warps=num_warps,
         **({"launch_pdl": True} if resident else {}),

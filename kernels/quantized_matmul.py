@@ -8,8 +8,8 @@ out [num_tokens, rows], or [num_tokens, rows / 2] with swiglu.
 
 Four regimes, chosen by the number of tokens (``REGIMES``):
 
-    fixed_point  few tokens in 16 bits, quantised weights: integer dot products with x in 16-bit fixed point
-                 (``quantized_fixed_point.py``).
+    fixed_point  few tokens in 16 bits, quantised weights, not on AMD: integer dot products with x in 16-bit fixed
+                 point (``quantized_fixed_point.py``).
     gemv         few tokens otherwise: float32 products (``quantized_gemv.py``).
     dot          each program owns BLOCK_M tokens x BLOCK_N rows; weights are dequantised in registers, rounded to the
                  dtype of x, and multiplied on tensor cores (float32: in full precision), float32 sums.
@@ -239,6 +239,7 @@ def quantized_matmul_planes(
     num_tokens = x.shape[0]
     limits = REGIMES["float" if layout.is_float else "quantised"]
     fixed_point = num_tokens <= limits["fixed_point"] and x.element_size() == 2 and not batch_invariant
+    fixed_point &= torch.version.hip is None  # AMD has other dot products of bytes
     gemv = num_tokens <= limits["gemv"] and not batch_invariant
     if not fixed_point and x.dtype != out_dtype:
         x = x.to(out_dtype)
