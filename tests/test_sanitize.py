@@ -52,6 +52,6 @@ def test_the_suite_is_collected_whole(sanitize):
         path.relative_to(sanitize.ROOT) for path in (sanitize.ROOT / "tests" / "kernels").glob("test_*.py")
     }
     far = sanitize.apart("memcheck", ids)
-    assert 10 < len(far) < 40
+    assert 10 < len(far) < 60
     left_out = set(far) - set(sanitize.apart("racecheck", ids))
     assert {name.split("::")[0] for name in left_out} == {sanitize.OUTPUTS}
