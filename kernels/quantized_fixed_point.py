@@ -315,7 +315,7 @@ def tile(rows: int, columns: int, num_tokens: int, bits: int, normed: bool) -> t
         return 16, whole, 8
     if rows > 4096:
         if num_tokens == 1:
-            return 8, 1024, 4 if bits < 6 else 2
+            return (16, 1024, 4) if bits == 5 else (8, 1024, 4 if bits < 5 else 2)
         return 16 if bits < 8 else 8, 1024, 4
     return 16, whole, 4 if bits < 6 and num_tokens == 1 else 8
 
