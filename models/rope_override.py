@@ -106,7 +106,8 @@ def _canonical(given: Mapping[str, Any]) -> dict[str, Any]:
         value = tuple(value) if isinstance(value, list) else value
         name = ALIASES.get(key, key)
         both = f"rope keys {name!r} twice, as {values.get(name)!r} and {value!r}"
-        check(values.setdefault(name, value) == value, both, "each is given once", "Remove one")
+        check(name not in values or values[name] == value, both, "each is given once", "Remove one")
+        values[name] = value
     return values
 
 

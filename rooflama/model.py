@@ -24,6 +24,7 @@ from .results import Generation, Stream
 from .text_stream import TextStream
 
 MOST_SEEDS = 2**63
+MOST_RESULTS = 2**16  # of one prompt in one call
 
 
 class Model:
@@ -80,10 +81,16 @@ class Model:
             self._check_open()
             request.check(self.engine)
             self._wait_for_pages(len(request.prompt))
+
+            def watch(layer: int, hidden: Tensor) -> None:
+                observe(layer, hidden)
+                self._check_open()  # the weights of the next layer are gone if it closed the model
+
+            watched = None if observe is None else watch
             cache = self.engine.cache
             sequence_id = cache.add()
             try:
-                passes = self.engine.prefill([sequence_id], [request.prompt], [len(request.prompt)], observe)
+                passes = self.engine.prefill([sequence_id], [request.prompt], [len(request.prompt)], watched)
                 with self.device.guard("logits"):
                     rows = (part for _, hidden in passes for part in hidden.split(LOGITS_ROWS))
                     return torch.cat([self.engine.decoder.logits(part).cpu() for part in rows])
@@ -145,8 +152,9 @@ class Model:
         """
         prompts, single = arguments.prompts(prompt)
         n = arguments.whole("n", n, "n is a whole number, 1 or more")
-        if n < 1:
-            raise ConfigError(f"n {n}", rule="n is 1 or more", remedy="Ask for one result or more")
+        if not 1 <= n <= MOST_RESULTS:
+            rule = f"n is from 1 to {MOST_RESULTS:,}"
+            raise ConfigError(f"n {n}", rule=rule, remedy="Ask for more in several calls")
         params = arguments.sampling(
             temperature=temperature,
             top_k=top_k,

@@ -258,7 +258,7 @@ def test_what_logits_cannot_score_is_refused(model, ids):
     ("name", "values"),
     [
         ("max_new_tokens", [2.5, 2.0, True, "2"]),
-        ("n", [0, 1.0, True, None]),
+        ("n", [0, 1.0, True, None, 2**16 + 1, 10**30]),
         ("temperature", [None, "1", True, 1j, float("nan"), 10**400, 1e39]),
         ("top_k", [None, 1.5, True, -1]),
         ("top_p", [None, "0.9", 0, 1.1]),

@@ -183,6 +183,7 @@ def test_part_of_a_head_rotates_alike_from_both_formats(folder, file):
         ({"kind": "longrope", "factor": 8, "short_factors": [1.0], "long_factors": [1.0]}, "there are 4"),
         ({"kind": "yarn", "factor": "4"}, "factor is '4'"),
         ({"kind": "yarn", "factor": -1}, "above 0"),
+        ({"kind": "yarn", "factor": float("nan")}, "factor is nan"),
         ({"kind": "yarn", "rope_type": "linear", "factor": 4}, "'kind' twice"),
         ({"base": 0.5}, "the base is above 1"),
         ({"rotary_dim": 3}, "rotary_dim is even"),

@@ -97,6 +97,19 @@ def test_a_request_within_an_observer_finds_no_room_and_says_so(model):
     assert all_free(model)
 
 
+def test_an_observer_that_closes_the_model_ends_the_request(model):
+    seen = []
+
+    def observe(layer, hidden):
+        seen.append(layer)
+        model.close()
+
+    with pytest.raises(ConfigError, match="is closed"):
+        model.logits([5, 6, 7], observe=observe)
+    assert seen == [0]
+    assert model.device.held_bytes == 0
+
+
 def test_turns_are_taken_in_order():
     turns, order = Turns(), []
 
