@@ -104,8 +104,11 @@ class Tokenizer:
                 trust: in plain text they are plain characters.
 
         Raises:
-            TokenizerError: the text holds a lone surrogate, or a character that the vocabulary cannot spell.
+            TokenizerError: no text, a lone surrogate in it, or a character that the vocabulary cannot spell.
         """
+        if not isinstance(text, str):
+            found = f"{type(text).__name__} in place of a text"
+            raise TokenizerError(found, rule="a tokenizer encodes one str", remedy="Encode texts one by one")
         _refuse_surrogates(text)
         ids = self._text_model.encode(text, parse_special=parse_special)
         if add_special:

@@ -57,7 +57,8 @@ def stops(stop: Any) -> list[str]:
     if stop is None:
         return []
     found = [stop] if isinstance(stop, str) else stop
-    if not isinstance(found, Iterable) or isinstance(found, Mapping | bytes):
+    is_scalar = getattr(found, "ndim", 1) == 0  # of numpy or torch
+    if is_scalar or not isinstance(found, Iterable) or isinstance(found, Mapping | bytes):
         raise _refused("stop", stop, "stop is a string, a list of strings, or None")
     found = list(found)
     for text in found:

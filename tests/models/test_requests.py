@@ -6,6 +6,7 @@ import torch
 
 import rooflama
 from rooflama import ConfigError, RooflamaError
+from rooflama.loaders.vocabulary import TokenizerError
 from rooflama.models import generate
 from rooflama.text_stream import TextStream
 from small_checkpoint import TOKENS, Parts, write_small
@@ -248,6 +249,12 @@ def test_what_is_no_prompt_is_named(model, prompt, message):
             ask(prompt, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("text", [None, b"ab", 5, ["ab"], np.array([5])])
+def test_what_a_tokenizer_cannot_encode_is_named(model, text):
+    with pytest.raises(TokenizerError, match=f"{type(text).__name__} in place of a text"):
+        model.tokenizer.encode(text)
+
+
 @pytest.mark.parametrize("ids", [None, "ab", 5, [5.0], torch.tensor([[5]]), [10**9], []])
 def test_what_logits_cannot_score_is_refused(model, ids):
     with pytest.raises(ConfigError):
@@ -267,7 +274,7 @@ def test_what_logits_cannot_score_is_refused(model, ids):
         ("frequency_penalty", [None, "1", float("nan")]),
         ("presence_penalty", [True, float("inf")]),
         ("seed", ["1", 1.5, -1, 2**63]),
-        ("stop", [5, [5], "", [""], b"a", {"a": 1}]),
+        ("stop", [5, [5], np.array(5), torch.tensor(5), "", [""], b"a", {"a": 1}]),
         ("logit_bias", [[1], {"5": 1.0}, {5: "1"}, {5: float("nan")}, {-1: 1.0}, {10**9: 1.0}]),
         ("logprobs", [True, 1.0, -1, 10**6]),
     ],
