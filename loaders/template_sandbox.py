@@ -239,6 +239,8 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return budget.pay(super().call(__context, __obj, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, tuple) and attr in getattr(type(obj), "_fields", ()):
+            return True  # groupby's pairs name their items: grouper and list
         for kind, methods in _METHODS.items():
             if isinstance(obj, kind):
                 return attr in methods

@@ -78,6 +78,7 @@ EVERYTHING = """{% macro show(value, depth=0) %}
 {{ 7 % 4 }} {{ [1] + [2] }} {{ 'ab' * 3 }} {{ undefined_name }}
 {{ messages|selectattr('role', 'equalto', 'user')|list|length }} {{ 'a,b,,c'.split(',') }} {{ 'x'.join(['1', '2']) }}
 {% for key, group in messages|groupby('role') %}{{ key }}{{ group|length }}{% endfor %}
+{% for pair in messages|groupby('role') %}{{ pair.grouper }}{{ pair.list|length }}{% endfor %}
 {{ range(3)|list }} {{ 'abc'[1:] }}"""
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "llama2": LLAMA2, "phi3": PHI3, "everything": EVERYTHING}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
