@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,15 +76,41 @@ def run(
 
 def answer(stream: Stream) -> tuple[str, bool]:
     """Write an answer to standard output, until it ends or Ctrl-C: its text, and whether it was interrupted."""
-    text, interrupted = "", False
-    try:
-        for piece in stream:
-            print(piece, end="", flush=True)
-            text += piece
-    except KeyboardInterrupt:
-        interrupted = True
+    text = ""
+    with _interrupts() as pressed:
+        try:
+            for piece in stream:
+                print(piece, end="", flush=True)
+                text += piece
+                if pressed:
+                    break
+        except KeyboardInterrupt:
+            pressed.append(signal.SIGINT)
     print(flush=True)
-    return text, interrupted
+    return text, bool(pressed)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that a first Ctrl-C joins; a second one raises KeyboardInterrupt, as the first does elsewhere.
+
+    An exception raised wherever the program happens to be may be raised in a finaliser, where Python drops it.
+    """
+    pressed: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears of signals
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def system_message(text: str | None) -> list[dict[str, Any]]:

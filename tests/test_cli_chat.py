@@ -10,6 +10,7 @@ import time
 import pytest
 
 from command_line import rooflama
+from rooflama.cli_run import answer
 from rooflama.loaders.tokenizer import Tokenizer
 from rooflama.model import Stream
 from small_checkpoint import CONTEXT
@@ -106,6 +107,24 @@ def test_ctrl_c_twice_in_a_terminal(tmp_path):
     finally:
         os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 130
+
+
+def test_an_interrupt_is_not_lost_in_a_finaliser(capsys):
+    """Python drops an exception that is raised in one; Ctrl-C there ends the answer all the same, at its next piece."""
+
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def pieces():
+        yield "one"
+        Finalised()
+        yield " two"
+        yield " three"
+
+    assert answer(pieces()) == ("one two", True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert capsys.readouterr().out == "one two\n"
 
 
 def _interrupted_until_it_ends(process, terminal):
