@@ -83,14 +83,14 @@ class Model:
             self._wait_for_pages(len(request.prompt))
 
             def watch(layer: int, hidden: Tensor) -> None:
-                observe(layer, hidden)
-                self._check_open()  # the weights of the next layer are gone if it closed the model
+                if observe is not None:
+                    observe(layer, hidden)
+                    self._check_open()  # the weights of the next layer are gone if it closed the model
 
-            watched = None if observe is None else watch
             cache = self.engine.cache
             sequence_id = cache.add()
             try:
-                passes = self.engine.prefill([sequence_id], [request.prompt], [len(request.prompt)], watched)
+                passes = self.engine.prefill([sequence_id], [request.prompt], [len(request.prompt)], watch)
                 with self.device.guard("logits"):
                     rows = (part for _, hidden in passes for part in hidden.split(LOGITS_ROWS))
                     return torch.cat([self.engine.decoder.logits(part).cpu() for part in rows])
