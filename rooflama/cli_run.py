@@ -103,10 +103,11 @@ def _interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         pressed.append(number)
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread hears of signals
+    before = signal.getsignal(signal.SIGINT)  # ignored in a program that a shell started in the background
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield pressed
         return
-    before = signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGINT, handle)
     try:
         yield pressed
     finally:

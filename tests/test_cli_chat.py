@@ -96,6 +96,7 @@ def test_ctrl_c_twice_in_a_terminal(tmp_path):
     process, terminal = pty.fork()
     if process == 0:
         command = [sys.executable, "-m", "rooflama", "chat", path, "--device", "cpu"]
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else it stays ignored where the tests run in the background
         os.execve(sys.executable, command, environment)
     try:
         _read_until(terminal, b"> ")
@@ -109,6 +110,15 @@ def test_ctrl_c_twice_in_a_terminal(tmp_path):
     assert os.waitstatus_to_exitcode(status) == 130
 
 
+@pytest.fixture
+def sigint():
+    """As Python sets it up, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_an_interrupt_is_not_lost_in_a_finaliser(capsys):
     """Python drops an exception that is raised in one; Ctrl-C there ends the answer all the same, at its next piece."""
 
@@ -125,6 +135,15 @@ def test_an_interrupt_is_not_lost_in_a_finaliser(capsys):
     assert answer(pieces()) == ("one two", True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert capsys.readouterr().out == "one two\n"
+
+
+def test_a_program_that_ignores_interrupts_goes_on_doing_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert answer(iter(["one"])) == ("one", False)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted_until_it_ends(process, terminal):
