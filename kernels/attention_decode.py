@@ -75,7 +75,7 @@ def decode_tile(target_name: str, itemsize: int, head_dim: int) -> Tile:
 
 
 @triton.jit
-def _cut(seq_len, window, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
+def _split_sequence(seq_len, window, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """(first key in reach, where the first split starts, tokens a split, number of splits, 1 at least)."""
     first_key = 0
     if window > 0:
@@ -128,7 +128,7 @@ def _attention_decode_kernel(
     split = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + sequence)
-    first_key, start, split_tokens, num_splits = _cut(seq_len, window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
+    first_key, start, split_tokens, num_splits = _split_sequence(seq_len, window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
     if split >= num_splits:
         return
 
@@ -189,7 +189,7 @@ def _merge_splits_kernel(
 ):
     sequence = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + sequence)
-    _, _, _, num_splits = _cut(seq_len, window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
+    _, _, _, num_splits = _split_sequence(seq_len, window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
     if num_splits == 1:
         return
     row = sequence * num_heads + tl.program_id(0)

@@ -1,8 +1,8 @@
 """Writing, gathering and copying K/V in pages.
 
 Layout: k_pages, v_pages [num_pages, page_size, num_kv_heads, head_dim], page_size a power of two from 16 to 256. Slot s
-is place s % page_size of page s // page_size; key j of a sequence is place j % page_size of page
-block_table[j // page_size]. Quantised pages hold int8 or e4m3 codes and a scale for each token and head (paged_common).
+of the pool lies in page s // page_size, at s % page_size. Key j of a sequence lies in page block_table[j // page_size],
+at j % page_size. Quantised pages hold int8 or e4m3 codes and a scale per token and head (paged_common).
 One program owns: one token and a block of its heads (write); one page of one sequence (gather); a block of one page
 (copy).
 Numerics: float pages hold the input rounded once; a gathered code is multiplied by its scale in float32.
@@ -53,7 +53,7 @@ def _write_kv_kernel(
     v_token_stride,
     v_head_stride,
     page_stride,
-    place_stride,
+    slot_stride,
     head_stride,
     num_kv_heads,
     page_shift,  # log2(page_size)
@@ -66,8 +66,8 @@ def _write_kv_kernel(
     heads = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     if slot >= 0:
-        place = slot & ((1 << page_shift) - 1)
-        page_row = (slot >> page_shift) * page_stride + place * place_stride
+        slot_in_page = slot & ((1 << page_shift) - 1)
+        page_row = (slot >> page_shift) * page_stride + slot_in_page * slot_stride
         scale_row = slot * num_kv_heads
         write_heads(
             k_ptr + token * k_token_stride, k_head_stride, k_pages_ptr + page_row, head_stride,
@@ -89,14 +89,14 @@ def _gather_kv_kernel(
     out_ptr,  # [num_keys, num_kv_heads, HEAD_DIM]
     block_table_stride,
     page_stride,
-    place_stride,
+    slot_stride,
     head_stride,
     num_kv_heads,
     page_size,
     num_keys,
     SCALED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,  # rows are (place, head) pairs
+    BLOCK_ROWS: tl.constexpr,  # rows are (slot, head) pairs
     BLOCK_DIM: tl.constexpr,  # power of two >= HEAD_DIM
 ):
     index = tl.program_id(0)
@@ -115,8 +115,8 @@ def _gather_kv_kernel(
             rows = start + tl.arange(0, BLOCK_ROWS)
             mask_rows = rows < num_rows
             mask = mask_rows[:, None] & (offs < HEAD_DIM)[None, :]
-            places, heads = (rows // num_kv_heads).to(tl.int64), (rows % num_kv_heads).to(tl.int64)
-            offs_rows = page * page_stride + places * place_stride + heads * head_stride
+            slots_in_page, heads = (rows // num_kv_heads).to(tl.int64), (rows % num_kv_heads).to(tl.int64)
+            offs_rows = page * page_stride + slots_in_page * slot_stride + heads * head_stride
             x = tl.load(pages_ptr + offs_rows[:, None] + offs[None, :], mask=mask, other=0)
             if SCALED:
                 scale_row = page * page_size * num_kv_heads
@@ -172,7 +172,7 @@ def write_kv(
         v: the same shape and dtype.
         k_pages: [num_pages, page_size, num_kv_heads, head_dim], a float dtype, int8 or float8_e4m3fn. Written.
         v_pages: the same shape, dtype and strides. Written.
-        slot_mapping: int64 [num_tokens], page * page_size + place, each slot at most once; negative writes nothing.
+        slot_mapping: int64 [num_tokens], page * page_size + slot, each slot at most once; negative writes nothing.
         k_scale: float32 [num_pages, page_size, num_kv_heads], contiguous, for int8 and float8 pages only. Written.
         v_scale: the same for V. Written.
 

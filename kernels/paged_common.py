@@ -21,7 +21,7 @@ from torch import Tensor
 from .backend import as_tensor
 
 LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}  # the largest code
-TILE = 1024  # elements of heads x head_dim that one program writes
+WRITE_ELEMENTS = 1024  # elements of heads x head_dim that one program writes
 _INT8_LIMIT = tl.constexpr(127)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)  # float32's step there is 1, so adding it rounds to an integer
 
@@ -109,10 +109,10 @@ def write_by_definition(
     result = define(written[0], written[1], np.arange(num_tokens), written[2], written[3])
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
-    page, place = slots // k_pages.shape[1], slots % k_pages.shape[1]
+    page, slot_in_page = slots // k_pages.shape[1], slots % k_pages.shape[1]
     for tensor, rows in zip((k_pages, v_pages, k_scale, v_scale), written, strict=True):
         if tensor is not None and rows is not None:
-            tensor[page, place] = as_tensor(rows[:, 0], like=tensor)[kept]
+            tensor[page, slot_in_page] = as_tensor(rows[:, 0], like=tensor)[kept]
     return result
 
 
@@ -128,9 +128,9 @@ def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Any, ..
 
 
 def write_blocks(num_heads: int, head_dim: int) -> tuple[int, int]:
-    """(BLOCK_HEADS, BLOCK_DIM): about TILE elements a program; one head where there is none."""
+    """(BLOCK_HEADS, BLOCK_DIM): about WRITE_ELEMENTS elements a program; one head where there is none."""
     block_dim = triton.next_power_of_2(head_dim)
-    return min(triton.next_power_of_2(max(1, num_heads)), max(1, TILE // block_dim)), block_dim
+    return min(triton.next_power_of_2(max(1, num_heads)), max(1, WRITE_ELEMENTS // block_dim)), block_dim
 
 
 def as_codes(pages: Tensor) -> Tensor:

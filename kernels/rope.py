@@ -164,7 +164,7 @@ def check_rope(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
         )
 
 
-def parts(head_dim: int, half: int) -> dict[str, int]:
+def head_parts(head_dim: int, half: int) -> dict[str, int]:
     """The constants that tell a kernel how a head is cut: 2 x ``half`` dimensions that turn, and the others."""
     tail = head_dim - 2 * half
     return {
@@ -217,6 +217,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved:
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
         num_warps=max(1, block_heads * block_dim // 256),
-        **parts(head_dim, cos.shape[1]),
+        **head_parts(head_dim, cos.shape[1]),
     )
     return out

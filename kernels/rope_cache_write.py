@@ -31,7 +31,7 @@ from .paged_common import (
     write_by_definition,
     write_heads,
 )
-from .rope import _load_angles, _load_parts, _rotate, _store_parts, check_rope, parts
+from .rope import _load_angles, _load_parts, _rotate, _store_parts, check_rope, head_parts
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def _rope_and_cache_write_kernel(
     v_token_stride,
     v_head_stride,
     page_stride,
-    place_stride,
+    slot_stride,
     head_stride,
     num_heads,
     num_kv_heads,
@@ -152,8 +152,8 @@ def _rope_and_cache_write_kernel(
         mask_heads = heads < num_kv_heads
         slot = tl.load(slot_mapping_ptr + token)
         if slot >= 0:
-            place = slot & ((1 << page_shift) - 1)
-            page_row = (slot >> page_shift) * page_stride + place * place_stride
+            slot_in_page = slot & ((1 << page_shift) - 1)
+            page_row = (slot >> page_shift) * page_stride + slot_in_page * slot_stride
             scale_row = slot * num_kv_heads
             write_heads(
                 v_ptr + token * v_token_stride, v_head_stride, v_pages_ptr + page_row, head_stride,
@@ -229,7 +229,7 @@ def rope_and_cache_write(
         cos: float32 [max_positions, rotary_dim / 2], rotary_dim <= head_dim.
         sin: the same.
         positions: int32 or int64 [num_tokens], rows of the tables.
-        slot_mapping: int64 [num_tokens], page * page_size + place, each slot at most once; negative writes nothing.
+        slot_mapping: int64 [num_tokens], page * page_size + slot, each slot at most once; negative writes nothing.
         k_pages: [num_pages, page_size, num_kv_heads, head_dim], a float dtype, int8 or float8_e4m3fn. Written.
         v_pages: the same shape, dtype and strides. Written.
         q_norm: [head_dim], weight of the RMSNorm of each query head, or None for no norm.
@@ -306,6 +306,6 @@ def rope_and_cache_write(
         BLOCK_HEADS=block_heads,
         BLOCK_DIM=block_dim,
         num_warps=max(1, block_heads * block_dim // 256),
-        **parts(head_dim, cos.shape[1]),
+        **head_parts(head_dim, cos.shape[1]),
     )
     return out

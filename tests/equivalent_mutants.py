@@ -71,7 +71,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(tl.where(row_sum == 1.0, 1.0, row_sum)))',
     ): "log2(1) is log2 of the 1 in its place; log2(0) is chosen away.",
     (
-        "_cut",
+        "_split_sequence",
         "while split_tokens * MAX_SPLITS < seq_len - start:",
         "while split_tokens * MAX_SPLITS <= seq_len - start:",
     ): "Another cut into splits that suffice, at one length: the same result to rounding.",

@@ -100,10 +100,10 @@ MUTANTS = [
         "tests/kernels/test_rope.py",
     ),
     Mutant(
-        "rope: a key's place one slot on",
+        "rope: a key written one slot on",
         "kernels/rope_cache_write.py",
-        "place = slot & ((1 << page_shift) - 1)",
-        "place = (slot + 1) & ((1 << page_shift) - 1)",
+        "slot_in_page = slot & ((1 << page_shift) - 1)",
+        "slot_in_page = (slot + 1) & ((1 << page_shift) - 1)",
         "tests/kernels/test_rope.py",
     ),
     Mutant(
@@ -114,7 +114,7 @@ MUTANTS = [
         "tests/kernels/test_rope.py::test_fused_equals_rope_then_write",
     ),
     Mutant(
-        "rope: the place of a scale in 32 bits",
+        "rope: the offset of a scale in 32 bits",
         "kernels/rope_cache_write.py",
         "scale_row = slot * num_kv_heads",
         "scale_row = slot.to(tl.int32) * num_kv_heads",
@@ -137,8 +137,8 @@ MUTANTS = [
     Mutant(
         "pages: a write one slot on",
         "kernels/paged_cache.py",
-        "place = slot & ((1 << page_shift) - 1)",
-        "place = (slot + 1) & ((1 << page_shift) - 1)",
+        "slot_in_page = slot & ((1 << page_shift) - 1)",
+        "slot_in_page = (slot + 1) & ((1 << page_shift) - 1)",
         "tests/kernels/test_paged_cache.py",
     ),
     Mutant(
@@ -229,7 +229,7 @@ MUTANTS = [
         "tests/kernels/test_attention_prefill.py",
     ),
     Mutant(
-        "attention: the place of a scale in 32 bits",
+        "attention: the offset of a scale in 32 bits",
         "kernels/attention_common.py",
         "scale_rows = ((page << page_shift) + slots) * num_kv_heads",
         "scale_rows = ((page << page_shift) + slots).to(tl.int32) * num_kv_heads",
@@ -649,7 +649,7 @@ MUTANTS = [
         "tests/kernels/test_attention_edges.py",
     ),
     Mutant(
-        "attention: K/V heads taken to fill a place in a page",
+        "attention: K/V heads taken to fill a slot",
         "kernels/attention_common.py",
         "slots.to(tl.int64) * slot_stride",
         "slots.to(tl.int64) * num_kv_heads * HEAD_DIM",
@@ -665,8 +665,8 @@ MUTANTS = [
     Mutant(
         "pages: heads gathered as if nothing lay between them",
         "kernels/paged_cache.py",
-        "places * place_stride + heads * head_stride",
-        "places * num_kv_heads * HEAD_DIM + heads * HEAD_DIM",
+        "slots_in_page * slot_stride + heads * head_stride",
+        "slots_in_page * num_kv_heads * HEAD_DIM + heads * HEAD_DIM",
         "tests/kernels/test_strides.py",
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""K/V in pages [num_pages, page_size, num_kv_heads, head_dim]; slot s is place s % page_size of page s // page_size.
+"""K/V in pages [num_pages, page_size, num_kv_heads, head_dim]; slot s lies in page s // page_size, at s % page_size.
 
 Pages of floats hold the values. Quantised pages hold codes, and [num_pages, page_size, num_kv_heads] scales:
     scale = max|x| / limit over the head_dim values of one token and head, rounded to float32
@@ -41,13 +41,13 @@ def write_kv(
 ) -> None:
     """Write k, v [num_tokens, num_kv_heads, head_dim] to their slots; a negative slot writes nothing."""
     kept = slot_mapping >= 0
-    page, place = np.divmod(slot_mapping[kept], k_pages.shape[1])
+    page, slot_in_page = np.divmod(slot_mapping[kept], k_pages.shape[1])
     for x, pages, scales in ((k[kept], k_pages, k_scale), (v[kept], v_pages, v_scale)):
         if scales is None:
-            pages[page, place] = x
+            pages[page, slot_in_page] = x
         else:
             dtype = np.result_type(x.dtype, np.float32)
-            pages[page, place], scales[page, place] = quantize(x.astype(dtype), pages.dtype == np.int8)
+            pages[page, slot_in_page], scales[page, slot_in_page] = quantize(x.astype(dtype), pages.dtype == np.int8)
 
 
 def gather_kv(
@@ -60,9 +60,9 @@ def gather_kv(
     dtype = pages.dtype if scale is None else np.result_type(pages.dtype, np.float32)
     rows = [np.empty((0, *pages.shape[2:]), dtype)]
     for table, length in zip(block_table, seq_lens.tolist(), strict=True):
-        index, place = np.divmod(np.arange(length), pages.shape[1])
-        values = pages[table[index], place].astype(dtype)
-        rows.append(values if scale is None else values * scale[table[index], place, :, None])
+        index, slot_in_page = np.divmod(np.arange(length), pages.shape[1])
+        values = pages[table[index], slot_in_page].astype(dtype)
+        rows.append(values if scale is None else values * scale[table[index], slot_in_page, :, None])
     return np.concatenate(rows)
 
 
