@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rooflama import kernels
-from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.kernels import LAYOUTS, Weight
 from rooflama.kernels.quantized_matmul import REGIMES
 
 CUDA = "cuda"
@@ -44,7 +44,7 @@ class Case:
     implementations: dict[str, Calls] = field(repr=False)
 
 
-def random_weight(ggml_type: str, rows: int, columns: int) -> QuantizedTensor:
+def random_weight(ggml_type: str, rows: int, columns: int) -> Weight:
     """Random codes with small scales; any bits are a valid weight."""
     planes = []
     for plane in LAYOUTS[ggml_type].planes:
@@ -54,7 +54,7 @@ def random_weight(ggml_type: str, rows: int, columns: int) -> QuantizedTensor:
         else:
             limits = torch.iinfo(dtype)
             planes.append(torch.randint(limits.min, limits.max + 1, shape, device=CUDA, dtype=torch.int64).to(dtype))
-    return QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
+    return Weight(ggml_type, tuple(planes), (rows, columns))
 
 
 def _copies(num_bytes: int) -> int:

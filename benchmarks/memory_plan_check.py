@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.quant_layout import BLOCK_BYTES
 from rooflama.loading import start_engine
@@ -103,7 +103,7 @@ class Info:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) // LAYOUTS[self.ggml_type].block * BLOCK_BYTES[self.ggml_type]
+        return int(np.prod(self.shape)) // LAYOUTS[self.ggml_type].quant_block * BLOCK_BYTES[self.ggml_type]
 
 
 class ShapesOnly:
@@ -128,7 +128,7 @@ class RandomSource(DryRunSource):
         largest = max(info.nbytes for info in reader.checkpoint.tensors.values())
         self._codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 2 * largest, np.uint8))
 
-    def _upload(self, weight: QuantizedTensor, label: str) -> QuantizedTensor:
+    def _upload(self, weight: Weight, label: str) -> Weight:
         return weight._replace(planes=tuple(self._place(plane, label) for plane in weight.planes))
 
     def _place(self, tensor: Tensor, label: str) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.kernels import LAYOUTS, Weight
 from rooflama.planning import PAGE_SIZE
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -89,12 +89,12 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def weight(ggml_type: str, rows: int, columns: int) -> QuantizedTensor:
+def weight(ggml_type: str, rows: int, columns: int) -> Weight:
     planes = tuple(
         torch.empty((rows, columns // plane.elements), dtype=getattr(torch, plane.dtype))
         for plane in LAYOUTS[ggml_type].planes
     )
-    return QuantizedTensor(ggml_type, planes, (rows, columns))
+    return Weight(ggml_type, planes, (rows, columns))
 
 
 def pages(
@@ -220,7 +220,7 @@ def matmul_calls(model: Model, everything: bool) -> Iterator[Call]:
                 options |= {"norm_weight": empty(columns, dtype=F32), "eps": 1e-5, "swiglu": "swiglu" in joined}
             types = tuple(LAYOUTS) if everything and name == "attn_output" else weight_types(model)
             for ggml_type in types:
-                if columns % LAYOUTS[ggml_type].block:
+                if columns % LAYOUTS[ggml_type].quant_block:
                     continue
                 made = weight(ggml_type, rows, columns)
                 note = f"{name} {ggml_type} {tokens} tokens"

@@ -11,17 +11,17 @@ from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
 from .penalties import penalise
 from .quantized_matmul import quantized_matmul
-from .quantized_tensor import LAYOUTS, QuantizedTensor, resident_form
 from .rope import rope
 from .rope_cache_write import rope_and_cache_write
 from .sampling import sample
+from .weight import LAYOUTS, Weight, resident_form
 
 __all__ = [
     "INTERPRETED",
     "LAYOUTS",
     "KernelInputError",
-    "QuantizedTensor",
     "RooflamaError",
+    "Weight",
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",

@@ -16,8 +16,8 @@ from . import reference
 from .backend import runs_numpy
 from .checks import FLOATS, check
 from .operators import operator
-from .quantized_tensor import QuantizedTensor, check_quantized, check_weight
 from .quantized_tiles import load_tile, plane_arguments
+from .weight import Weight, check_quantized, check_weight
 
 BLOCK_N = 8
 BLOCK_K = 512  # columns a program owns, or fewer where a row is shorter
@@ -41,7 +41,7 @@ def _dequantize_kernel(
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -68,7 +68,7 @@ def _dequantize_kernel(
         HIGH_BITS,
         ZERO,
         GROUP,
-        BLOCK,
+        QUANT_BLOCK,
         PACKED,
         BLOCK_K,
     )
@@ -79,7 +79,7 @@ def _dequantize_kernel(
     )
 
 
-def dequantize_rows(weight: QuantizedTensor, start: int, stop: int, out: Tensor) -> None:
+def dequantize_rows(weight: Weight, start: int, stop: int, out: Tensor) -> None:
     """Rows start..stop of ``weight`` into ``out`` [stop - start, columns], contiguous; shapes are not checked."""
     columns = weight.shape[1]
     if start >= stop or columns == 0:
@@ -103,7 +103,7 @@ def _dequantize_fake(planes: list[Tensor], ggml_type: str, rows: int, columns: i
 @operator(_dequantize_fake)
 def dequantize_planes(planes: list[Tensor], ggml_type: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """``dequantize`` with the weight taken apart: torch operators take lists of tensors, not named tuples."""
-    weight = QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
+    weight = Weight(ggml_type, tuple(planes), (rows, columns))
     check_weight("weight", weight)
     check(dtype in FLOATS, f"dtype is {dtype}", "weights become float32, float16 or bfloat16", "Choose one of them")
     out = torch.empty((rows, columns), dtype=dtype, device=weight.device)
@@ -113,7 +113,7 @@ def dequantize_planes(planes: list[Tensor], ggml_type: str, rows: int, columns: 
     return out
 
 
-def dequantize(weight: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights as plain numbers.
 
     Args:

@@ -16,8 +16,8 @@ from . import reference
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
-from .quantized_tensor import QuantizedTensor, check_quantized, check_weight
 from .quantized_tiles import load_tile, plane_arguments
+from .weight import Weight, check_quantized, check_weight
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _embedding_kernel(
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -64,7 +64,7 @@ def _embedding_kernel(
         HIGH_BITS,
         ZERO,
         GROUP,
-        BLOCK,
+        QUANT_BLOCK,
         PACKED,
         BLOCK_K,
     )
@@ -84,7 +84,7 @@ def embedding_planes(
     token_ids: Tensor, planes: list[Tensor], ggml_type: str, rows: int, columns: int, dtype: torch.dtype
 ) -> Tensor:
     """``embedding`` with the table taken apart: torch operators take lists of tensors, not named tuples."""
-    table = QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
+    table = Weight(ggml_type, tuple(planes), (rows, columns))
     check_weight("table", table)
     check_shape("token_ids", token_ids, (None,))
     check_dtype("token_ids", token_ids, INTEGERS)
@@ -111,7 +111,7 @@ def embedding_planes(
     return out
 
 
-def embedding(token_ids: Tensor, table: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def embedding(token_ids: Tensor, table: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The rows of ``table`` that the tokens name.
 
     Args:

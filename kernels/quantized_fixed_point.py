@@ -32,9 +32,9 @@ from triton.language.extra import cuda
 
 from .backend import INTERPRETED
 from .operators import overlaps
-from .quantized_tensor import QuantizedTensor
 from .quantized_tiles import load_minima, load_scales, load_words, store_tile, tile_rows
 from .reference.quant_layouts import IQ4_TABLE
+from .weight import Weight
 
 X_GROUP = tl.constexpr(32)  # activations that share a step
 
@@ -213,7 +213,7 @@ def _fixed_point_kernel(
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -232,10 +232,10 @@ def _fixed_point_kernel(
     high = low
     if HIGH_BITS > 0:
         high = load_words(high_ptr, offs_n, mask_n, 0, columns, HIGH_BITS, BLOCK_K)
-    scales = load_scales(d_ptr, scales_ptr, offs_n, mask_n, 0, num_blocks, SCALE_MASK, 0, GROUP, BLOCK, BLOCK_K)
+    scales = load_scales(d_ptr, scales_ptr, offs_n, mask_n, 0, num_blocks, SCALE_MASK, 0, GROUP, QUANT_BLOCK, BLOCK_K)
     minima = scales
     if m_ptr is not None:
-        minima = load_minima(m_ptr, mins_ptr, offs_n, mask_n, 0, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
+        minima = load_minima(m_ptr, mins_ptr, offs_n, mask_n, 0, num_blocks, GROUP, QUANT_BLOCK, PACKED, BLOCK_K)
     if RESIDENT:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -247,12 +247,12 @@ def _fixed_point_kernel(
             if HIGH_BITS > 0:
                 high = load_words(high_ptr, offs_n, mask_n, step + 1, columns, HIGH_BITS, BLOCK_K)
             scales = load_scales(
-                d_ptr, scales_ptr, offs_n, mask_n, step + 1, num_blocks, SCALE_MASK, 0, GROUP, BLOCK, BLOCK_K
+                d_ptr, scales_ptr, offs_n, mask_n, step + 1, num_blocks, SCALE_MASK, 0, GROUP, QUANT_BLOCK, BLOCK_K
             )
             minima = scales
             if m_ptr is not None:
                 minima = load_minima(
-                    m_ptr, mins_ptr, offs_n, mask_n, step + 1, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K
+                    m_ptr, mins_ptr, offs_n, mask_n, step + 1, num_blocks, GROUP, QUANT_BLOCK, PACKED, BLOCK_K
                 )
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = offs_k < columns
@@ -321,7 +321,7 @@ def tile(rows: int, columns: int, num_tokens: int, bits: int, normed: bool) -> t
 
 
 def launch_fixed_point(
-    common: dict[str, Any], weight: QuantizedTensor, norm_weight: torch.Tensor | None, eps: float, resident: bool
+    common: dict[str, Any], weight: Weight, norm_weight: torch.Tensor | None, eps: float, resident: bool
 ) -> None:
     rows, columns = weight.shape
     num_tokens, layout = common["num_tokens"], weight.layout

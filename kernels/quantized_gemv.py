@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from .operators import overlaps
-from .quantized_tensor import QuantizedTensor
 from .quantized_tiles import each_vector, load_minima, load_scales, load_values, store_tile, tile_rows
+from .weight import Weight
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
@@ -45,7 +45,7 @@ def _gemv_kernel(
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,  # power of two >= num_tokens
     BLOCK_N: tl.constexpr,
@@ -87,11 +87,23 @@ def _gemv_kernel(
         sums = tl.sum(tl.reshape(values_now, [1, BLOCK_N, VECTORS, 8]) * x, axis=3)  # [BLOCK_M, BLOCK_N, VECTORS]
         if LOW_BITS > 0:
             scales = load_scales(
-                d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
+                d_ptr,
+                scales_ptr,
+                offs_n,
+                mask_n,
+                step,
+                num_blocks,
+                15 if PACKED else 255,
+                0,
+                GROUP,
+                QUANT_BLOCK,
+                BLOCK_K,
             )
             sums *= each_vector(scales, GROUP)[None, :, :]
             if m_ptr is not None:
-                minima = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
+                minima = load_minima(
+                    m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, QUANT_BLOCK, PACKED, BLOCK_K
+                )
                 sums += each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)
         acc += sums
     total = tl.sum(acc, axis=2)
@@ -113,9 +125,7 @@ def tile(rows: int, columns: int, num_tokens: int, bits: int, itemsize: int) -> 
     return block_n, min(max(256, triton.next_power_of_2(columns)), max(256, 4096 // bits), 1024), 4
 
 
-def launch_gemv(
-    common: dict[str, Any], weight: QuantizedTensor, norm_weight: Tensor | None, eps: float, resident: bool
-) -> None:
+def launch_gemv(common: dict[str, Any], weight: Weight, norm_weight: Tensor | None, eps: float, resident: bool) -> None:
     rows, columns = weight.shape
     num_tokens, itemsize = common["num_tokens"], common["x_ptr"].element_size()
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()

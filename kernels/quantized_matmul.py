@@ -53,8 +53,8 @@ from .norm import rms_norm
 from .operators import operator
 from .quantized_fixed_point import launch_fixed_point
 from .quantized_gemv import launch_gemv
-from .quantized_tensor import QuantizedTensor, check_quantized, check_weight
 from .quantized_tiles import load_tile, plane_arguments, store_tile, tile_rows
+from .weight import Weight, check_quantized, check_weight
 
 WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
 
@@ -86,7 +86,7 @@ def _dot_kernel(
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -121,7 +121,7 @@ def _dot_kernel(
             HIGH_BITS,
             ZERO,
             GROUP,
-            BLOCK,
+            QUANT_BLOCK,
             PACKED,
             BLOCK_K,
         )
@@ -140,9 +140,7 @@ def _launch_dot(common: dict[str, Any], x: Tensor, block_m: int) -> None:
     )
 
 
-def _matmul(
-    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, residual: Tensor | None, swiglu_out: bool
-) -> Tensor:
+def _matmul(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None, swiglu_out: bool) -> Tensor:
     rows, columns = weight.shape
     out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     addend = residual if bias is None else bias.expand(out.shape) if residual is None else residual.float() + bias
@@ -203,7 +201,7 @@ def quantized_matmul_planes(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``quantized_matmul`` with the weight taken apart: torch operators take lists of tensors, not named tuples."""
-    weight = QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
+    weight = Weight(ggml_type, tuple(planes), (rows, columns))
     layout = check_weight("weight", weight)
     check_shape("x", x, (None, columns))
     check_dtype("x", x, FLOATS)
@@ -273,7 +271,7 @@ def quantized_matmul_planes(
 
 def quantized_matmul(
     x: Tensor,
-    weight: QuantizedTensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,

@@ -1,6 +1,6 @@
 """Reading a quantised weight inside a Triton kernel, and writing a product: jit helpers.
 
-Every kernel that reads a ``QuantizedTensor`` takes the planes as the same pointers (``plane_arguments`` makes them,
+Every kernel that reads a ``Weight`` takes the planes as the same pointers (``plane_arguments`` makes them,
 None where the type has no such plane) and the layout as constexpr numbers. The codes of a tile arrive in loads of 16
 bytes a thread; scales and minima are loaded once a group.
 
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .quantized_tensor import QuantizedTensor
+from .weight import Weight
 
 
 @triton.jit
@@ -125,18 +125,18 @@ def load_scales(
     MASK: tl.constexpr,  # bits of an entry of scales_ptr that are the scale
     SHIFT: tl.constexpr,  # and where they start
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Scale (or minimum) of each group: d, or d times the group's own number: [BLOCK_N, BLOCK_K / GROUP] float32."""
-    PER_BLOCK: tl.constexpr = BLOCK // GROUP
+    PER_BLOCK: tl.constexpr = QUANT_BLOCK // GROUP
     offs_g = step * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
     mask = mask_n[:, None] & (offs_g < num_blocks * PER_BLOCK)[None, :]
-    if PER_BLOCK > 1 and BLOCK_K % BLOCK == 0:  # one load a block, not one a group
-        offs_b = step * (BLOCK_K // BLOCK) + tl.arange(0, BLOCK_K // BLOCK)
+    if PER_BLOCK > 1 and BLOCK_K % QUANT_BLOCK == 0:  # one load a block, not one a group
+        offs_b = step * (BLOCK_K // QUANT_BLOCK) + tl.arange(0, BLOCK_K // QUANT_BLOCK)
         mask_b = mask_n[:, None] & (offs_b < num_blocks)[None, :]
         d = tl.load(d_ptr + offs_n[:, None] * num_blocks + offs_b[None, :], mask=mask_b, other=0.0)
-        d = tl.broadcast_to(d[:, :, None], [offs_n.shape[0], BLOCK_K // BLOCK, PER_BLOCK])
+        d = tl.broadcast_to(d[:, :, None], [offs_n.shape[0], BLOCK_K // QUANT_BLOCK, PER_BLOCK])
         d = tl.reshape(d, [offs_n.shape[0], BLOCK_K // GROUP])
     else:
         d = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)
@@ -167,7 +167,7 @@ def load_tile(
     HIGH_BITS: tl.constexpr,
     ZERO: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -187,11 +187,11 @@ def load_tile(
     )
     if LOW_BITS > 0:
         scales = load_scales(
-            d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, BLOCK, BLOCK_K
+            d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, QUANT_BLOCK, BLOCK_K
         )
         tile = tl.reshape(values, [offs_n.shape[0], BLOCK_K // GROUP, GROUP]) * scales[:, :, None]
         if m_ptr is not None:
-            mins = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, BLOCK, PACKED, BLOCK_K)
+            mins = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, QUANT_BLOCK, PACKED, BLOCK_K)
             tile += mins[:, :, None]
         values = tl.reshape(tile, [offs_n.shape[0], BLOCK_K])
     return values
@@ -206,14 +206,14 @@ def load_minima(
     step,
     num_blocks,
     GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUANT_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """What is added to each group, m or -dmin * mins: [BLOCK_N, BLOCK_K / GROUP] float32."""
     MASK: tl.constexpr = 15 if PACKED else 255
     SHIFT: tl.constexpr = 4 if PACKED else 0
-    minima = load_scales(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, MASK, SHIFT, GROUP, BLOCK, BLOCK_K)
+    minima = load_scales(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, MASK, SHIFT, GROUP, QUANT_BLOCK, BLOCK_K)
     return -minima if mins_ptr is not None else minima
 
 
@@ -275,7 +275,7 @@ def store_tile(
     tl.store(out_ptr + offs_m[:, None] * rows + offs_n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def plane_arguments(weight: QuantizedTensor) -> dict[str, object]:
+def plane_arguments(weight: Weight) -> dict[str, object]:
     """The keyword arguments, the same for every kernel, that hand it ``weight``."""
     layout = weight.layout
     planes = {plane.name: tensor for plane, tensor in zip(layout.planes, weight.planes, strict=True)}
@@ -291,12 +291,12 @@ def plane_arguments(weight: QuantizedTensor) -> dict[str, object]:
         "mins_ptr": planes.get("mins", packed),
         "table_ptr": None if layout.table is None else _table(layout.table, weight.device),
         "columns": weight.shape[1],
-        "num_blocks": weight.shape[1] // layout.block,
+        "num_blocks": weight.shape[1] // layout.quant_block,
         "LOW_BITS": layout.low_bits,
         "HIGH_BITS": layout.high_bits,
         "ZERO": layout.zero,
         "GROUP": layout.group,
-        "BLOCK": layout.block,
+        "QUANT_BLOCK": layout.quant_block,
         "PACKED": packed is not None,
     }
 

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from rooflama.kernels import LAYOUTS, KernelInputError, QuantizedTensor
+from rooflama.kernels import LAYOUTS, KernelInputError, Weight
 from rooflama.kernels.reference.quant_layouts import QuantLayout
 
 RUN_WEIGHTS = 1 << 18  # weights repacked at a time by one thread
 
-# ggml type -> bytes of one block; the number of weights in it is LAYOUTS[type].block
+# ggml type -> bytes of one block; the number of weights in it is LAYOUTS[type].quant_block
 BLOCK_BYTES = {
     "F32": 4,
     "F16": 2,
@@ -41,7 +41,7 @@ BLOCK_BYTES = {
 }
 
 
-def repack(raw: np.ndarray, ggml_type: str, columns: int) -> QuantizedTensor:
+def repack(raw: np.ndarray, ggml_type: str, columns: int) -> Weight:
     """The planes of one tensor, on the CPU.
 
     Args:
@@ -57,16 +57,17 @@ def repack(raw: np.ndarray, ggml_type: str, columns: int) -> QuantizedTensor:
         raise KernelInputError(
             f"ggml type {ggml_type!r}", rule=f"repacked types are {', '.join(LAYOUTS)}", remedy="Dequantise it instead"
         )
-    row_bytes = columns // layout.block * BLOCK_BYTES[ggml_type]
-    if columns % layout.block or raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] != row_bytes:
+    row_bytes = columns // layout.quant_block * BLOCK_BYTES[ggml_type]
+    if columns % layout.quant_block or raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] != row_bytes:
         raise KernelInputError(
             f"{raw.dtype} bytes of shape {list(raw.shape)} for {columns} columns of {ggml_type}",
-            rule=f"{layout.block} weights of {ggml_type} take {BLOCK_BYTES[ggml_type]} bytes, rows hold whole blocks",
+            rule=f"{layout.quant_block} weights of {ggml_type} take {BLOCK_BYTES[ggml_type]} bytes; "
+            "rows hold whole blocks",
             remedy="Check the tensor's shape and type in the file",
         )
     shape = (len(raw), columns)
     if layout.is_float:
-        return QuantizedTensor(ggml_type, (_float_rows(raw, ggml_type),), shape)
+        return Weight(ggml_type, (_float_rows(raw, ggml_type),), shape)
 
     planes = {p.name: np.empty((len(raw), columns // p.elements), p.dtype) for p in layout.planes}
     step = max(1, RUN_WEIGHTS // max(1, columns))
@@ -79,7 +80,7 @@ def repack(raw: np.ndarray, ggml_type: str, columns: int) -> QuantizedTensor:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, range(0, len(raw) if columns else 0, step)))
-    return QuantizedTensor(ggml_type, tuple(torch.from_numpy(planes[p.name]) for p in layout.planes), shape)
+    return Weight(ggml_type, tuple(torch.from_numpy(planes[p.name]) for p in layout.planes), shape)
 
 
 def _float_rows(raw: np.ndarray, ggml_type: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import (
-    QuantizedTensor,
+    Weight,
     attention_decode,
     attention_prefill,
     embedding,
@@ -117,10 +117,10 @@ class Decoder:
 
     config: ModelConfig
     adapter: Adapter
-    token_embedding: QuantizedTensor  # [vocab_size, hidden_size]
+    token_embedding: Weight  # [vocab_size, hidden_size]
     layers: list[Any]
     output_norm: Tensor  # [hidden_size]
-    output: QuantizedTensor  # [vocab_size, hidden_size], the embedding itself where tied
+    output: Weight  # [vocab_size, hidden_size], the embedding itself where tied
     batch_invariant: bool  # whether its products are, see quantized_matmul
 
     @classmethod

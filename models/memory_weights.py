@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
 
 from .adapter import Adapter
@@ -96,18 +96,18 @@ class DryRunSource(TensorSource):
         self.allocations: list[int] = []
         self.matrices: list[Matrix] = []
 
-    def host_matrix(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+    def host_matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
         info = self.checked_info(name, shape)
         rows, columns = info.nbytes // _row_nbytes(info.ggml_type, shape[-1]), shape[-1]
         repack(np.empty((0, _row_nbytes(info.ggml_type, columns)), np.uint8), info.ggml_type, columns)  # its checks
         planes = (torch.empty(s, dtype=d, device="meta") for s, d in plane_shapes(info.ggml_type, rows, columns))
-        return QuantizedTensor(info.ggml_type, tuple(planes), (rows, columns))
+        return Weight(info.ggml_type, tuple(planes), (rows, columns))
 
-    def _upload(self, weight: QuantizedTensor, label: str) -> QuantizedTensor:
+    def _upload(self, weight: Weight, label: str) -> Weight:
         stored_type = weight.ggml_type
         if self._backend == "numpy" and stored_type != "F32":
             rows = torch.empty(weight.shape, dtype=torch.float32, device="meta")
-            weight = QuantizedTensor("F32", (rows,), weight.shape)
+            weight = Weight("F32", (rows,), weight.shape)
         self.matrices.append(Matrix(weight.ggml_type, *weight.shape))
         self.resident[stored_type] += weight.nbytes
         self.allocations += [plane.nbytes for plane in weight.planes]
@@ -139,7 +139,7 @@ def shapes_only() -> Iterator[None]:
 
 def _row_nbytes(ggml_type: str, columns: int) -> int:
     """Bytes of a row in the file; 1 where the type has no layout, which ``repack`` then refuses."""
-    return columns // LAYOUTS[ggml_type].block * BLOCK_BYTES[ggml_type] if ggml_type in LAYOUTS else 1
+    return columns // LAYOUTS[ggml_type].quant_block * BLOCK_BYTES[ggml_type] if ggml_type in LAYOUTS else 1
 
 
 def checkpoint_weights(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import QuantizedTensor, geglu, quantized_matmul, resident_form, swiglu
+from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, swiglu
 from rooflama.loaders.gguf_metadata import place
 from rooflama.loaders.quant_layout import repack
 
@@ -32,7 +32,7 @@ class Projection:
     ``batch_invariant`` is that of ``quantized_matmul``.
     """
 
-    def __init__(self, parts: list[QuantizedTensor], bias: Tensor | None, *, batch_invariant: bool = False):
+    def __init__(self, parts: list[Weight], bias: Tensor | None, *, batch_invariant: bool = False):
         self.parts, self.batch_invariant = parts, batch_invariant
         self.biases = [None] * len(parts) if bias is None else bias.split([part.shape[0] for part in parts])
 
@@ -122,7 +122,7 @@ class CheckpointReader:
         self._taken.add(name)
         return info
 
-    def host_matrix(self, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+    def host_matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
         """A tensor in plane layout, in host memory. Raises ConfigError if it is missing or misshapen."""
         info = self.checked_info(name, shape)
         return repack(self.checkpoint.data(name), info.ggml_type, shape[-1])
@@ -172,10 +172,10 @@ class TensorSource(CheckpointReader):
         self.device, self.batch_invariant = device, batch_invariant
         self._progress = progress or (lambda num_bytes: None)
 
-    def _upload(self, weight: QuantizedTensor, label: str) -> QuantizedTensor:
+    def _upload(self, weight: Weight, label: str) -> Weight:
         resident = resident_form(weight, self.device.torch_device)
         planes = tuple(self._place(plane, label) for plane in resident.planes)
-        return QuantizedTensor(resident.ggml_type, planes, resident.shape)
+        return Weight(resident.ggml_type, planes, resident.shape)
 
     def _place(self, tensor: Tensor, label: str) -> Tensor:
         """On the CPU the repacked planes stay where they are: nobody else holds them."""
@@ -191,7 +191,7 @@ class TensorSource(CheckpointReader):
         self._done(name)
         return vector
 
-    def matrix(self, name: str, rows: int, columns: int) -> QuantizedTensor:
+    def matrix(self, name: str, rows: int, columns: int) -> Weight:
         """A weight [rows, columns], as quantised as it was stored."""
         weight = self._upload(self.host_matrix(name, (rows, columns)), name)
         self._done(name)
@@ -216,7 +216,7 @@ class TensorSource(CheckpointReader):
         """
         weight_names = [f"{prefix}{name}.weight" for name in rows]
         bias_sizes = {f"{prefix}{name}.bias": size for name, size in (rows if bias is True else bias or {}).items()}
-        parts: list[QuantizedTensor] = []
+        parts: list[Weight] = []
         start = 0
         for name, num_rows in zip(weight_names, rows.values(), strict=True):
             part = self.host_matrix(name, (num_rows, columns))
@@ -224,7 +224,7 @@ class TensorSource(CheckpointReader):
                 part = part.take_rows(torch.from_numpy(row_order[start : start + num_rows] - start))
             start += num_rows
             if parts and parts[-1].ggml_type == part.ggml_type:
-                parts[-1] = QuantizedTensor.concat_rows([parts[-1], part])
+                parts[-1] = Weight.concat_rows([parts[-1], part])
             else:
                 parts.append(part)
         label = f"{prefix}{{{','.join(rows)}}}"

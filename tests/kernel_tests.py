@@ -32,7 +32,7 @@ KERNEL_TESTS: dict[str, tuple[str, ...]] = {
     "quantized_fixed_point": ("quantized_fixed_point",),
     "quantized_gemv": ("quantized_matmul",),
     "quantized_matmul": ("quantized_matmul_inputs", "quantized_fixed_point", "quantized_matmul"),
-    "quantized_tensor": ("embedding", "quantized_matmul_inputs", "dequantize"),
+    "weight": ("embedding", "quantized_matmul_inputs", "dequantize"),
     "quantized_tiles": ("embedding", "dequantize", "quantized_fixed_point", "quantized_matmul"),
     "rope": ("rope",),
     "rope_cache_write": ("rope", "strides"),

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import LAYOUTS, QuantizedTensor
+from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
 from strategies import DEVICE, guarded
 
@@ -32,7 +32,9 @@ HALVES = {
 
 def random_bytes(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> np.ndarray:
     """Any bytes at all, [rows, bytes_per_row]: infinities and NaN among the scales."""
-    return rng.integers(0, 256, (rows, columns // LAYOUTS[ggml_type].block * BLOCK_BYTES[ggml_type]), dtype=np.uint8)
+    return rng.integers(
+        0, 256, (rows, columns // LAYOUTS[ggml_type].quant_block * BLOCK_BYTES[ggml_type]), dtype=np.uint8
+    )
 
 
 def random_blocks(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> np.ndarray:
@@ -45,7 +47,7 @@ def random_blocks(rng: np.random.Generator, ggml_type: str, rows: int, columns: 
     largest = 2.0 ** (LAYOUTS[ggml_type].low_bits + LAYOUTS[ggml_type].high_bits - 1)
     if LAYOUTS[ggml_type].table is not None:
         largest = 127.0
-    if LAYOUTS[ggml_type].block == 256:
+    if LAYOUTS[ggml_type].quant_block == 256:
         largest *= 64.0 if ggml_type == "Q6_K" else 16.0
     for offset in HALVES[ggml_type]:
         scales = (rng.uniform(0.2, 2.0, len(blocks)) * rng.choice([-1.0, 1.0], len(blocks)) / largest).astype(
@@ -55,7 +57,7 @@ def random_blocks(rng: np.random.Generator, ggml_type: str, rows: int, columns: 
     return raw
 
 
-def random_weight(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> QuantizedTensor:
+def random_weight(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> Weight:
     """A weight on DEVICE with finite scales."""
     return repack(random_blocks(rng, ggml_type, rows, columns), ggml_type, columns).to(DEVICE)
 
@@ -70,16 +72,16 @@ def gguf_dequantize(raw: np.ndarray, ggml_type: str) -> np.ndarray:
 
 def some_columns(ggml_type: str) -> list[int]:
     """Widths worth testing: one block, odd numbers of blocks, for floats no block at all, and several tiles."""
-    return {1: [1, 7, 64, 100, 1100], 32: [32, 96, 288, 1056], 256: [256, 768, 1280]}[LAYOUTS[ggml_type].block]
+    return {1: [1, 7, 64, 100, 1100], 32: [32, 96, 288, 1056], 256: [256, 768, 1280]}[LAYOUTS[ggml_type].quant_block]
 
 
-def guarded_weight(weight: QuantizedTensor) -> tuple[QuantizedTensor, list[Tensor]]:
+def guarded_weight(weight: Weight) -> tuple[Weight, list[Tensor]]:
     """The weight with poison around each plane, and the buffers for ``assert_guards_intact``."""
     pairs = [guarded(plane) for plane in weight.planes]
     return weight._replace(planes=tuple(view for view, _ in pairs)), [buffer for _, buffer in pairs]
 
 
-def virtual_rows(rows: int, columns: int, ggml_type: str = "F16") -> QuantizedTensor:
+def virtual_rows(rows: int, columns: int, ggml_type: str = "F16") -> Weight:
     """Rows of zeros that take no memory on the CPU until they are written."""
     planes = []
     for plane in LAYOUTS[ggml_type].planes:
@@ -88,4 +90,4 @@ def virtual_rows(rows: int, columns: int, ggml_type: str = "F16") -> QuantizedTe
             planes.append(torch.zeros(shape, dtype=getattr(torch, plane.dtype), device=DEVICE))
         else:
             planes.append(torch.from_numpy(np.memmap("/dev/zero", dtype=plane.dtype, mode="c", shape=shape)))
-    return QuantizedTensor(ggml_type, tuple(planes), (rows, columns))
+    return Weight(ggml_type, tuple(planes), (rows, columns))

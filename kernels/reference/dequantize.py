@@ -49,13 +49,13 @@ def _dequantize_rows(layout, planes: dict[str, np.ndarray]) -> np.ndarray:
     minimum = None
     with np.errstate(invalid="ignore", over="ignore"):  # a file may hold infinities and NaN: they pass through
         if "packed" in planes:
-            packed = planes["packed"].reshape(rows, -1, layout.block // layout.group)
+            packed = planes["packed"].reshape(rows, -1, layout.quant_block // layout.group)
             scale = scale * (packed & 15)
             minimum = -(planes["dmin"].astype(np.float32)[:, :, None] * (packed >> 4))
         elif "scales" in planes:
-            scale = scale * planes["scales"].reshape(rows, -1, layout.block // layout.group)
+            scale = scale * planes["scales"].reshape(rows, -1, layout.quant_block // layout.group)
         if "mins" in planes:
-            mins = planes["mins"].reshape(rows, -1, layout.block // layout.group)
+            mins = planes["mins"].reshape(rows, -1, layout.quant_block // layout.group)
             minimum = -(planes["dmin"].astype(np.float32)[:, :, None] * mins)
         if "m" in planes:
             minimum = planes["m"].astype(np.float32)

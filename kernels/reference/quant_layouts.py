@@ -60,7 +60,7 @@ class Plane:
 class QuantLayout:
     """How one ggml type is laid out.
 
-    block: the number of columns must be a multiple of it.
+    quant_block: columns that share d; the number of columns must be a multiple of it.
     group: elements that share a scale.
     low_bits, high_bits: bits of a code in the planes ``low`` and ``high``; low_bits 0 means float weights.
     zero: what is subtracted from a code.
@@ -68,7 +68,7 @@ class QuantLayout:
     """
 
     planes: tuple[Plane, ...]
-    block: int = 1
+    quant_block: int = 1
     group: int = 1
     low_bits: int = 0
     high_bits: int = 0

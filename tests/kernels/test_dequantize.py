@@ -112,7 +112,7 @@ def test_bad_input_is_refused_before_a_launch():
         (weight._replace(planes=(low, d.float(), m)), "torch.float32"),
         (weight._replace(planes=(low.T.contiguous().T, d, m)), r"strides \(1, 3\)"),
         (weight._replace(planes=(low, d.to("meta"), m)), "on meta"),
-        (torch.ones(3, 64), "weight is a Tensor: weight must be a QuantizedTensor"),
+        (torch.ones(3, 64), "weight is a Tensor: weight must be a Weight"),
     ]:
         with pytest.raises(KernelInputError, match=message):
             dequantize(broken)

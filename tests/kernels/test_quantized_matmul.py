@@ -12,7 +12,7 @@ from assertions import assert_bit_equal, assert_guards_intact, assert_within_rou
 from quant_blocks import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
 from rooflama.kernels import (
     LAYOUTS,
-    QuantizedTensor,
+    Weight,
     dequantize,
     quantized_matmul,
     reference,
@@ -206,7 +206,7 @@ def test_concatenating_rows_concatenates_outputs(case, rows, seed):
     rng = np.random.default_rng(seed)
     x = normal(rng, num_tokens, 256)
     weights = [random_weight(rng, ggml_type, n, 256) for n in rows]
-    joined = quantized_matmul(x, QuantizedTensor.concat_rows(weights))
+    joined = quantized_matmul(x, Weight.concat_rows(weights))
     assert_same_rows(joined, torch.cat([quantized_matmul(x, w) for w in weights], dim=1))
 
 

@@ -6,7 +6,7 @@ import torch
 
 from assertions import assert_bit_equal
 from quant_blocks import random_weight
-from rooflama.kernels import KernelInputError, QuantizedTensor, quantized_matmul
+from rooflama.kernels import KernelInputError, Weight, quantized_matmul
 from strategies import DEVICE, normal
 
 
@@ -71,7 +71,7 @@ def test_swiglu_with_a_residual_is_refused():
 
 
 def test_a_norm_of_no_columns_is_refused():
-    weight = QuantizedTensor("F32", (torch.zeros(3, 0, device=DEVICE),), (3, 0))
+    weight = Weight("F32", (torch.zeros(3, 0, device=DEVICE),), (3, 0))
     x, norm_weight = torch.zeros(2, 0, device=DEVICE), torch.zeros(0, device=DEVICE)
     with pytest.raises(KernelInputError, match=r"x \[2, 0\]: a mean needs at least one column"):
         quantized_matmul(x, weight, norm_weight=norm_weight)
@@ -99,7 +99,7 @@ def test_rows_of_different_types_do_not_join():
     rng = np.random.default_rng(0)
     weights = [random_weight(rng, "Q4_K", 2, 256), random_weight(rng, "Q6_K", 2, 256)]
     with pytest.raises(KernelInputError, match="rows of Q4_K with 256 columns and Q6_K with 256 columns"):
-        QuantizedTensor.concat_rows(weights)
+        Weight.concat_rows(weights)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the guard concerns the interpreter only")

@@ -85,7 +85,7 @@ def test_one_shift_brings_high_bits_to_their_low_bits(bits, words, seed):
 def test_bytes_equal_the_files_but_for_widened_scales(ggml_type):
     widened = {"Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_XS": 2}  # bytes more a block: 3.6%, 2.8%, 2.3%, 1.5%
     raw = random_blocks(np.random.default_rng(0), ggml_type, 3, 512)
-    num_blocks = 3 * 512 // LAYOUTS[ggml_type].block
+    num_blocks = 3 * 512 // LAYOUTS[ggml_type].quant_block
     assert repack(raw, ggml_type, 512).nbytes == raw.nbytes + num_blocks * widened.get(ggml_type, 0)
 
 

@@ -110,8 +110,8 @@ def test_known_kv_pools():
 
 @given(kind=st.sampled_from(sorted(LAYOUTS)), rows=st.integers(1, 4), blocks=st.integers(1, 3))
 def test_planes_are_those_of_repack(kind, rows, blocks):
-    columns = blocks * LAYOUTS[kind].block
-    raw = np.zeros((rows, columns // LAYOUTS[kind].block * BLOCK_BYTES[kind]), np.uint8)
+    columns = blocks * LAYOUTS[kind].quant_block
+    raw = np.zeros((rows, columns // LAYOUTS[kind].quant_block * BLOCK_BYTES[kind]), np.uint8)
     repacked = repack(raw, kind, columns)
     assert [(tuple(p.shape), p.dtype) for p in repacked.planes] == plane_shapes(kind, rows, columns)
 
@@ -180,7 +180,7 @@ def test_a_plan_says_in_what_form_weights_are_held(tmp_path, backend, forms):
         if form == "as they are":
             assert lines[kind].nbytes == stored
         if form == "as float32":
-            assert lines[kind].nbytes == 4 * stored // BLOCK_BYTES[kind] * layout.block
+            assert lines[kind].nbytes == 4 * stored // BLOCK_BYTES[kind] * layout.quant_block
 
 
 def test_pictures():

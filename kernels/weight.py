@@ -14,12 +14,12 @@ from .checks import check
 from .errors import KernelInputError
 from .reference.quant_layouts import LAYOUTS, QuantLayout
 
-__all__ = ["LAYOUTS", "QuantLayout", "QuantizedTensor", "check_weight", "resident_form"]
+__all__ = ["LAYOUTS", "QuantLayout", "Weight", "check_weight", "resident_form"]
 
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int8", "uint8")}
 
 
-class QuantizedTensor(NamedTuple):
+class Weight(NamedTuple):
     """A matrix [rows, columns] as planes.
 
     ggml_type: "Q4_1", "F16", ...: a key of ``LAYOUTS``.
@@ -43,21 +43,21 @@ class QuantizedTensor(NamedTuple):
     def nbytes(self) -> int:
         return sum(plane.numel() * plane.element_size() for plane in self.planes)
 
-    def to(self, device: torch.device | str) -> QuantizedTensor:
+    def to(self, device: torch.device | str) -> Weight:
         return self._replace(planes=tuple(plane.to(device) for plane in self.planes))
 
-    def numpy(self) -> QuantizedTensor:
+    def numpy(self) -> Weight:
         """The planes as NumPy arrays, which is what ``kernels.reference`` takes."""
         planes: Any = tuple(as_array(plane) for plane in self.planes)
         return self._replace(planes=planes)
 
-    def take_rows(self, index: Tensor) -> QuantizedTensor:
+    def take_rows(self, index: Tensor) -> Weight:
         """Rows gathered, repeated or permuted: index [n] int64 -> [n, columns]."""
         planes = tuple(plane.index_select(0, index) for plane in self.planes)
         return self._replace(planes=planes, shape=(len(index), self.shape[1]))
 
     @staticmethod
-    def concat_rows(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    def concat_rows(weights: Sequence[Weight]) -> Weight:
         """One matrix below the other; all of one type and width.
 
         Raises:
@@ -71,10 +71,10 @@ class QuantizedTensor(NamedTuple):
             "Keep these matrices apart",
         )
         planes = tuple(torch.cat(parts) for parts in zip(*(w.planes for w in weights), strict=True))
-        return QuantizedTensor(weights[0].ggml_type, planes, (sum(w.shape[0] for w in weights), weights[0].shape[1]))
+        return Weight(weights[0].ggml_type, planes, (sum(w.shape[0] for w in weights), weights[0].shape[1]))
 
 
-def check_weight(name: str, weight: QuantizedTensor) -> QuantLayout:
+def check_weight(name: str, weight: Weight) -> QuantLayout:
     """The layout of ``weight``, once its planes are known to fit it.
 
     Raises:
@@ -88,11 +88,11 @@ def check_weight(name: str, weight: QuantizedTensor) -> QuantLayout:
             rule=f"a type is one of {', '.join(LAYOUTS)}",
             remedy="Dequantise it first",
         )
-    if columns % layout.block:
+    if columns % layout.quant_block:
         check(
             False,
             f"{name} has {columns} columns",
-            f"{ggml_type} comes in whole blocks of {layout.block} columns",
+            f"{ggml_type} comes in whole blocks of {layout.quant_block} columns",
             "Choose a type with smaller blocks",
         )
     expected = [(rows, columns // plane.elements) for plane in layout.planes]
@@ -115,16 +115,16 @@ def check_weight(name: str, weight: QuantizedTensor) -> QuantLayout:
 
 
 def check_quantized(name: str, weight: object) -> None:
-    if not isinstance(weight, QuantizedTensor):
+    if not isinstance(weight, Weight):
         check(
             False,
             f"{name} is a {type(weight).__name__}",
-            f"{name} must be a QuantizedTensor; plain numbers are of type F32, F16 or BF16",
-            "Wrap it: QuantizedTensor('F32', (tensor,), tensor.shape)",
+            f"{name} must be a Weight; plain numbers are of type F32, F16 or BF16",
+            "Wrap it: Weight('F32', (tensor,), tensor.shape)",
         )
 
 
-def resident_form(weight: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:
+def resident_form(weight: Weight, device: torch.device | str) -> Weight:
     """``weight`` in the form that the backend of ``device`` reads fastest. Nothing moves: the caller uploads it.
 
     The Triton kernels read the planes as they are. The NumPy definitions get float32 rows, dequantised once, so that a
@@ -133,4 +133,4 @@ def resident_form(weight: QuantizedTensor, device: torch.device | str) -> Quanti
     if backend_for(torch.device(device)) == "triton" or weight.ggml_type == "F32":
         return weight
     rows = torch.from_numpy(reference.dequantize(weight.numpy()))
-    return QuantizedTensor("F32", (rows,), weight.shape)
+    return Weight("F32", (rows,), weight.shape)
