@@ -33,7 +33,7 @@ from torch import Tensor
 
 from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.device import Device, open_device
-from rooflama.loaders.quant_layout import BLOCK_BYTES
+from rooflama.loaders.gguf.repack import BLOCK_BYTES
 from rooflama.loading import start_engine
 from rooflama.models import (
     CheckpointReader,

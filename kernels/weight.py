@@ -109,7 +109,7 @@ def check_weight(name: str, weight: Weight) -> QuantLayout:
             + ", ".join(f"{list(p.shape)} {p.dtype} strides {p.stride()} on {p.device}" for p in planes),
             f"{ggml_type} [{rows}, {columns}] has contiguous planes on one device, "
             + ", ".join(f"{p.name} {list(s)} {p.dtype}" for p, s in zip(layout.planes, expected, strict=True)),
-            "Make it with rooflama.loaders.quant_layout.repack",
+            "Make it with rooflama.loaders.gguf.repack.repack",
         )
     return layout
 

@@ -23,12 +23,12 @@ from typing import NamedTuple, NoReturn
 from rooflama.kernels import RooflamaError
 
 from .checkpoint import Checkpoint
-from .gguf import read_gguf
-from .hub import PREFIX, fetch
-from .hub_headers import fetch_headers
-from .safetensors import read_safetensors
-from .tokenizer import Tokenizer
-from .tokenizer_folder import read_folder_tokenizer
+from .gguf.file import read_gguf
+from .huggingface.folder import read_safetensors
+from .huggingface.hub import PREFIX, fetch
+from .huggingface.hub_headers import fetch_headers
+from .text.folder import read_folder_tokenizer
+from .text.tokenizer import Tokenizer
 
 
 class UnknownCheckpointError(RooflamaError, ValueError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rooflama.kernels import LAYOUTS, Weight
-from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
+from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 
 from .adapter import Adapter
 from .allocator import Segments

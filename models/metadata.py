@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from rooflama.kernels import RooflamaError
-from rooflama.loaders.gguf_metadata import place
+from rooflama.loaders.gguf.metadata import place
 
 
 class ConfigError(RooflamaError, ValueError):

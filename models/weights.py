@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, swiglu
-from rooflama.loaders.gguf_metadata import place
-from rooflama.loaders.quant_layout import repack
+from rooflama.loaders.gguf.metadata import place
+from rooflama.loaders.gguf.repack import repack
 
 from .metadata import ConfigError, Hyperparameters
 

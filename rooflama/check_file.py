@@ -17,9 +17,9 @@ import numpy as np
 
 from rooflama.kernels import LAYOUTS, reference
 from rooflama.loaders.checkpoint import Checkpoint
+from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 from rooflama.loaders.opening import Location, locate
-from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
-from rooflama.loaders.tokenizer import Tokenizer
+from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import Adapter, CheckpointReader, ConfigError, ModelConfig, checkpoint_weights, rope_tables
 from rooflama.models.memory_display import size
 

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rooflama.kernels import backend_for
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, open_device
-from rooflama.loaders.device_query import find_device
+from rooflama.loaders.device.query import find_device
 from rooflama.loaders.opening import locate, open_checkpoint
-from rooflama.loaders.tokenizer import Tokenizer
+from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
 from rooflama.models.memory_display import count, size
 from rooflama.models.rope import FactorSetPolicy

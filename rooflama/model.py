@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rooflama.loaders.device import Device
-from rooflama.loaders.tokenizer import Tokenizer
+from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import ConfigError, Engine, MemoryPlan, ModelConfig, Request, SamplingParams
 from rooflama.models import Generation as TokenRun
 from rooflama.models.decoder import LOGITS_ROWS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rooflama.loaders.tokenizer import Tokenizer
+from rooflama.loaders.text.tokenizer import Tokenizer
 
 
 class TextStream:

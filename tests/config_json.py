@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from rooflama.loaders.hf_config import gguf_metadata, gguf_names
+from rooflama.loaders.huggingface.config import gguf_metadata, gguf_names
 from tiny_checkpoints import cases, module
 
 DROPPED = object()

@@ -11,7 +11,7 @@ import numpy as np
 
 from gguf_oracle import SIZES, strict_read
 from rooflama.loaders.gguf import GGUFError, GGUFFile, StringArray
-from rooflama.loaders.gguf_parse import parse_header
+from rooflama.loaders.gguf.parse import parse_header
 
 BLOCK_BYTES = {name: (block, nbytes) for name, block, nbytes in SIZES.values()}
 INTERESTING = [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 31, 32, 33, 64, 100, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import LAYOUTS, Weight
-from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
+from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 from strategies import DEVICE, guarded
 
 TYPES = list(LAYOUTS)

@@ -11,7 +11,7 @@ import pytest
 
 from command_line import rooflama
 from rooflama.cli_run import answer
-from rooflama.loaders.tokenizer import Tokenizer
+from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.model import Stream
 from small_checkpoint import CONTEXT
 from speaking_checkpoint import speaking

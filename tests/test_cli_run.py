@@ -5,7 +5,7 @@ import json
 import pytest
 
 from command_line import rooflama
-from rooflama.loaders.tokenizer import Tokenizer
+from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.model import Model, Stream
 from small_checkpoint import VOCABULARY, write_small
 from speaking_checkpoint import speaking

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from rooflama.cli import app
 from rooflama.cli_template import template_variables
-from rooflama.loaders.tokenizer import Tokenizer
+from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import ConfigError
 from small_checkpoint import write_small
 

@@ -11,7 +11,7 @@ from quant_blocks import TYPES, guarded_weight, random_blocks, random_bytes, ran
 from rooflama.kernels import KernelInputError, dequantize, reference, resident_form
 from rooflama.kernels.dequantize import _dequantize_kernel, dequantize_rows
 from rooflama.kernels.quantized_tiles import plane_arguments
-from rooflama.loaders.quant_layout import repack
+from rooflama.loaders.gguf.repack import repack
 from strategies import DEVICE, dtypes, seeds
 
 

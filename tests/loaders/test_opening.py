@@ -8,8 +8,8 @@ import pytest
 import rooflama
 from rooflama import RooflamaError
 from rooflama.loaders.gguf import GGUFFile
+from rooflama.loaders.huggingface.folder import SafetensorsCheckpoint
 from rooflama.loaders.opening import UnknownCheckpointError, locate, open_checkpoint
-from rooflama.loaders.safetensors import SafetensorsCheckpoint
 from small_checkpoint import Parts
 from tiny_checkpoints import write_case
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import Gemma2Config, GraniteConfig, Olmo2Config
 
-from rooflama.loaders import hf_config
 from rooflama.loaders.gguf import read_gguf
-from rooflama.loaders.safetensors import read_safetensors
+from rooflama.loaders.huggingface import config as hf_config
+from rooflama.loaders.huggingface.folder import read_safetensors
 from rooflama.models import ADAPTERS, CheckpointReader, ConfigError, adapter_for
 from running_models import assert_parity, decode_logits, prefill_logits, running
 from tiny_checkpoints import (

@@ -19,9 +19,9 @@ from transformers import (
 from rooflama import inspect, plan_memory
 from rooflama.definition import Definition
 from rooflama.kernels import use_backend
-from rooflama.loaders import hf_config
-from rooflama.loaders.hf_config import QKV_BIAS, RESULT_KEYS, TENSOR_NAMES, HFFamily
-from rooflama.loaders.safetensors import read_safetensors
+from rooflama.loaders.huggingface import config as hf_config
+from rooflama.loaders.huggingface.config import QKV_BIAS, RESULT_KEYS, TENSOR_NAMES, HFFamily
+from rooflama.loaders.huggingface.folder import read_safetensors
 from rooflama.models import ADAPTERS, ConfigError, Generation, Request, SamplingParams, pre_norm
 from rooflama.models.config_reader import read_decoder_config
 from rooflama.models.metadata import Hyperparameters

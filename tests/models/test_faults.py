@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rooflama
 from rooflama.kernels import use_backend
-from rooflama.loaders import device_raw
 from rooflama.loaders.device import Device, DeviceOutOfMemory
+from rooflama.loaders.device import raw as device_raw
 from small_checkpoint import write_small
 
 PROMPT = "ab ab ab"

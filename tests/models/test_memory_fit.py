@@ -17,8 +17,8 @@ import rooflama
 from model_shapes import config_of, type_rule
 from rooflama import plan_memory
 from rooflama.kernels import use_backend
-from rooflama.loaders import device_raw
 from rooflama.loaders.device import DeviceOutOfMemory
+from rooflama.loaders.device import raw as device_raw
 from rooflama.models import MemoryPlan
 from rooflama.models.memory_display import size
 from rooflama.planning import parse_bytes

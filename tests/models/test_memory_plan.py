@@ -17,7 +17,7 @@ from rooflama import ConfigError, demo_checkpoint, plan_memory
 from rooflama.kernels import LAYOUTS, reference, use_backend
 from rooflama.loaders.device import DeviceUnavailable
 from rooflama.loaders.gguf import read_gguf
-from rooflama.loaders.quant_layout import BLOCK_BYTES, repack
+from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 from rooflama.models import (
     CheckpointReader,
     adapter_for,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rooflama.loaders.gguf import read_gguf
-from rooflama.loaders.safetensors import read_safetensors
+from rooflama.loaders.huggingface.folder import read_safetensors
 from rooflama.models.rope import RopeError
 from running_models import assert_parity, decode_logits, prefill_logits, running
 from tiny_checkpoints import ORIGINAL, SIZES, cases, make_module, module, random_tokens, reference_logits, write_case

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedMo
 from quant_blocks import HALVES, TYPES, gguf_dequantize, random_blocks
 from rooflama.kernels import LAYOUTS, use_backend
 from rooflama.loaders.gguf import read_gguf
-from rooflama.loaders.quant_layout import BLOCK_BYTES
+from rooflama.loaders.gguf.repack import BLOCK_BYTES
 from running_models import assert_parity, decode_logits, prefill_logits, running
 from tiny_checkpoints import (
     SIZES,

@@ -1,0 +1,370 @@
+"""The device boundary: the one place that allocates long-lived device memory, moves bytes to and from it, and asks the
+driver what is there.
+
+    with open_device("auto", memory_limit=8 * 2**30) as device:
+        weights = device.upload(array, label="blk.0.attn_q.weight")
+        cache = device.allocate((num_pages, 16, 3, 64), torch.float16, label="k_pages.0")
+        ...weights.tensor...
+
+Who owns what:
+- A Device owns every DeviceBuffer it makes until the buffer is closed or the device is. Dropping the last reference to
+  a buffer does not free it: what is held is what ``held()`` lists, and closing the device frees all of it.
+- ``buffer.tensor`` is lent. After close, asking for it again is refused; a tensor or view taken before stays valid and
+  keeps the memory, and ``held_bytes`` goes on counting it, until the last such view goes.
+- ``buffer.close()`` means "I need it no longer" and may be said any number of times. ``device.free(buffer)`` means
+  "it is live and I end it", and is refused the second time.
+- ``upload`` copies. With ``borrow=True`` a CPU device takes the host memory as it is, without a copy: it stays the
+  caller's, who must not change it; it is counted like any other buffer.
+
+Failures of the driver become the errors of ``errors``, with numbers. What was made for a call that fails is
+freed before its error leaves. ``memory_limit`` is checked before every allocation, on every kind of device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import raw
+from .buffer import DeviceBuffer, Ledger, allocation_site
+from .errors import (
+    CopyOutOfRange,
+    DeviceError,
+    DeviceLost,
+    DeviceOutOfMemory,
+    DoubleFree,
+    UseAfterClose,
+    translate,
+)
+from .query import device_name, find_device, free_and_total_bytes
+
+Progress = Callable[[int], object]  # called with the bytes moved since the last call
+_numbers = itertools.count(1)  # tell devices of one name apart in leak reports
+
+
+class _Scopes(threading.local):
+    """What each open ``all_or_nothing`` block of this thread has made."""
+
+    def __init__(self) -> None:
+        self.open: list[list[DeviceBuffer]] = []
+
+
+def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None = None) -> Device:
+    """Open the device that ``spec`` names.
+
+    Args:
+        spec: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "hip", "hip:1".
+        memory_limit: the most bytes that may be held at once; None for what the device has.
+
+    Raises:
+        DeviceUnavailable: unknown name, no such device, no driver, or a torch built without it.
+        DeviceError: ``memory_limit`` is not a positive whole number of bytes.
+    """
+    if memory_limit is not None and (type(memory_limit) is not int or memory_limit <= 0):
+        raise DeviceError(
+            f"memory_limit {memory_limit!r}",
+            rule="a limit is a positive whole number of bytes",
+            remedy="Give None for no limit",
+        )
+    torch_device, kind = find_device(str(spec))
+    return Device(torch_device, kind, memory_limit)
+
+
+class Device:
+    """A CPU, CUDA or HIP device and everything allocated on it. Made by ``open_device``; usable from several threads.
+
+    Attributes:
+        torch_device: where the tensors of its buffers live. HIP devices are torch's "cuda" too.
+        kind: "cpu", "cuda" or "hip".
+        name: what the driver calls it.
+        memory_limit: the most bytes held at once, or None.
+    """
+
+    def __init__(self, torch_device: torch.device, kind: str, memory_limit: int | None):
+        self.torch_device, self.kind, self.memory_limit = torch_device, kind, memory_limit
+        self.name = device_name(torch_device)
+        self._buffers: dict[int, DeviceBuffer] = {}
+        self._ledger = Ledger(f"{torch_device} ({self.name}), opened as number {next(_numbers)}")
+        self._scopes = _Scopes()
+        self._lock = threading.RLock()
+        self._staging: raw.Staging | None = None
+        self._closed = False
+        self._lost: str | None = None
+        weakref.finalize(self, self._ledger.report)  # when collected or at exit
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of the device, as the driver says now."""
+        return self._memory()[1]
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody has taken, as the driver says now. Pays no heed to ``memory_limit``."""
+        return self._memory()[0]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all buffers not closed, and of closed ones whose memory a lent view still keeps."""
+        with self._lock:
+            return self._ledger.held_bytes()
+
+    @property
+    def headroom_bytes(self) -> int:
+        """The largest allocation that would be let through now."""
+        free = self.free_bytes
+        return free if self.memory_limit is None else max(0, min(free, self.memory_limit - self.held_bytes))
+
+    def held(self) -> tuple[DeviceBuffer, ...]:
+        """The buffers not closed, oldest first."""
+        with self._lock:
+            return tuple(self._buffers.values())
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, *, label: str) -> DeviceBuffer:
+        """Memory with undefined contents, owned by this device.
+
+        Raises:
+            DeviceOutOfMemory: over ``memory_limit``, or more than the device has.
+            UseAfterClose, DeviceLost: the device is closed, or failed before.
+        """
+        if any(n < 0 for n in shape):
+            raise DeviceError(
+                f"shape {list(shape)} of {label!r}", rule="sizes are not negative", remedy="Mend the shape"
+            )
+        nbytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            self._check_room(nbytes, label)
+            with self.guard(f"allocating {label!r}", asked=nbytes):
+                tensor = raw.allocate(shape, dtype, self.torch_device, label, nbytes)
+            return self._own(tensor, label)
+
+    def upload(
+        self,
+        source: Tensor | np.ndarray,
+        *,
+        label: str,
+        borrow: bool = False,
+        progress: Progress | None = None,
+    ) -> DeviceBuffer:
+        """A copy of host memory on this device, through pinned double-buffered staging where the device is a GPU.
+
+        Args:
+            source: any shape; read-only and memory-mapped arrays are welcome.
+            label: names the buffer in ``held`` and in errors.
+            borrow: on a CPU device, take ``source`` itself, if contiguous, without a copy. A GPU copies all the same.
+            progress: called with the bytes moved since its last call.
+
+        Raises:
+            DeviceOutOfMemory, DeviceLost, UseAfterClose: as ``allocate``; nothing stays allocated.
+            DeviceError: ``source`` is not in host memory.
+        """
+        host = raw.host_tensor(source, label)
+        borrow = borrow and self.kind == "cpu"
+        if borrow:
+            with self._lock:
+                self._check_room(host.nbytes, label, exists=True)
+                buffer = self._own(host, label)
+        else:
+            buffer = self.allocate(tuple(host.shape), host.dtype, label=label)
+        try:
+            if not borrow:
+                self.copy_in(buffer, host, progress=progress)
+            elif progress is not None:
+                progress(host.nbytes)
+        except BaseException:
+            buffer.close()
+            raise
+        return buffer
+
+    def copy_in(
+        self,
+        buffer: DeviceBuffer,
+        source: Tensor | np.ndarray,
+        *,
+        offset_bytes: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Copy the bytes of ``source`` into the buffer, from ``offset_bytes`` on. Done when it returns.
+
+        Raises:
+            CopyOutOfRange: the bytes would pass the buffer's end.
+        """
+        host = raw.host_tensor(source, buffer.label)
+        with self._lock, self.guard(f"copying {buffer.label!r} to the device", asked=host.nbytes):
+            if self.kind != "cpu" and self._staging is None:
+                self._staging = raw.Staging(self.torch_device, buffer.label)
+            raw.copy_in(
+                self._range(buffer, offset_bytes, host.nbytes),
+                raw.as_bytes(host),
+                self._staging,
+                buffer.label,
+                progress,
+            )
+
+    def download(self, buffer: DeviceBuffer) -> Tensor:
+        """A copy of the buffer in host memory, [buffer.shape]."""
+        return self.download_bytes(buffer, 0, buffer.nbytes).view(buffer.dtype).view(buffer.shape)
+
+    def download_bytes(self, buffer: DeviceBuffer, offset_bytes: int, nbytes: int) -> Tensor:
+        """A copy of part of the buffer in host memory, uint8 [nbytes].
+
+        Raises:
+            CopyOutOfRange: the range passes the buffer's end.
+        """
+        with self._lock, self.guard(f"copying {buffer.label!r} from the device", asked=nbytes):
+            return raw.copy_out(self._range(buffer, offset_bytes, nbytes), buffer.label)
+
+    def free(self, buffer: DeviceBuffer) -> None:
+        """End a live buffer of this device.
+
+        Raises:
+            DoubleFree: it was freed or closed before.
+            DeviceError: another device owns it.
+        """
+        with self._lock:
+            self._check_mine(buffer)
+            if buffer.closed:
+                raise DoubleFree(
+                    f"buffer {buffer.label!r} ({buffer.nbytes} bytes)",
+                    rule="it was freed before",
+                    remedy="Free it once, or call buffer.close(), which may be repeated",
+                )
+            self._release(buffer)
+
+    def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """What ``work`` launches on this GPU, as a graph to replay. Run it once before: nothing compiles in a capture.
+
+        Raises:
+            UseAfterClose, DeviceOutOfMemory, DeviceLost: as ``allocate``.
+        """
+        with self.guard("capturing a CUDA graph"):
+            raw.keep_graph_state(self.torch_device)
+            return raw.capture(work, self.torch_device)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Close every buffer that this thread makes inside the block if the block raises."""
+        made: list[DeviceBuffer] = []
+        self._scopes.open.append(made)
+        try:
+            yield
+        except BaseException:
+            for buffer in reversed(made):
+                buffer.close()
+            raise
+        finally:
+            self._scopes.open.pop()
+
+    @contextmanager
+    def guard(self, doing: str, *, asked: int | None = None) -> Iterator[None]:
+        """Turn the driver's failures inside the block into this module's errors; for kernels and workspaces too.
+
+        Args:
+            doing: what the block does, for the message.
+            asked: the bytes it asks for, if it allocates.
+
+        Raises:
+            UseAfterClose: the device was closed.
+            DeviceOutOfMemory, DeviceLost: what the driver said. After DeviceLost every further call raises it.
+        """
+        self._check_open(doing)
+        try:
+            yield
+        except Exception as error:
+            translated = translate(error, doing, asked, self._numbers)
+            if translated is None:
+                raise
+            if isinstance(translated, DeviceLost):
+                self._lost = translated.said
+            raise translated from error
+
+    def close(self) -> None:
+        """Free everything this device owns, newest first, and refuse further use. Idempotent."""
+        with self._lock:
+            for buffer in reversed(list(self._buffers.values())):
+                self._release(buffer)
+            self._staging = None
+            self._closed = True
+            if self.kind != "cpu" and self._lost is None:
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._buffers)} buffers, {self.held_bytes} bytes held"
+        return f"Device({self.torch_device}, {self.name!r}, {state})"
+
+    def _own(self, tensor: Tensor, label: str) -> DeviceBuffer:
+        buffer = DeviceBuffer(self, tensor, label)
+        self._buffers[id(buffer)] = buffer
+        self._ledger.live[id(buffer)] = (label, buffer.nbytes, allocation_site())
+        for made in self._scopes.open:
+            made.append(buffer)
+        return buffer
+
+    def _release(self, buffer: DeviceBuffer) -> None:
+        with self._lock:
+            tensor, buffer._tensor = buffer._tensor, None
+            if tensor is None:
+                return
+            del self._buffers[id(buffer)], self._ledger.live[id(buffer)]
+            storage = StorageWeakRef(tensor.untyped_storage())
+            del tensor
+            if not storage.expired():
+                self._ledger.lent.append((buffer.nbytes, storage))
+
+    def _range(self, buffer: DeviceBuffer, offset_bytes: int, nbytes: int) -> Tensor:
+        """The bytes of the buffer from ``offset_bytes`` on, uint8 [nbytes]."""
+        self._check_mine(buffer)
+        flat = raw.as_bytes(buffer.tensor)
+        if offset_bytes < 0 or nbytes < 0 or offset_bytes + nbytes > buffer.nbytes:
+            raise CopyOutOfRange(
+                f"bytes {offset_bytes} to {offset_bytes + nbytes} of buffer {buffer.label!r}",
+                rule=f"it has {buffer.nbytes} bytes",
+                remedy="Copy within the buffer, or allocate a larger one",
+            )
+        return flat[offset_bytes : offset_bytes + nbytes]
+
+    def _check_mine(self, buffer: DeviceBuffer) -> None:
+        if buffer.device is not self:
+            raise DeviceError(
+                f"buffer {buffer.label!r} of {buffer.device!r}",
+                rule="a buffer is copied and freed by the device that made it",
+                remedy="Call the methods of buffer.device",
+            )
+
+    def _check_open(self, doing: str) -> None:
+        if self._closed:
+            raise UseAfterClose(
+                f"{doing} on {self.name}", rule="the device was closed", remedy="Open it again with open_device"
+            )
+        if self._lost is not None:
+            raise DeviceLost.during(doing, self._lost)
+
+    def _check_room(self, nbytes: int, label: str, *, exists: bool = False) -> None:
+        """Refuse what passes the limit or, unless the memory ``exists`` already, what the device cannot have."""
+        self._check_open(f"allocating {label!r}")
+        free, total = self._memory()
+        over_limit = self.memory_limit is not None and self._ledger.held_bytes() + nbytes > self.memory_limit
+        # Linux promises more than it has, then kills the process. A GPU's allocator may reuse what counts as taken.
+        if over_limit or (not exists and nbytes > (free if self.kind == "cpu" else total)):
+            raise DeviceOutOfMemory.asking(nbytes, f"allocating {label!r}", self._numbers())
+
+    def _memory(self) -> tuple[int, int]:
+        return free_and_total_bytes(self.torch_device)
+
+    def _numbers(self) -> dict[str, int | None]:
+        free, total = self._memory() if self._lost is None else (0, 0)
+        return {"free": free, "total": total, "limit": self.memory_limit, "held": self._ledger.held_bytes()}

@@ -1,0 +1,311 @@
+"""GGUF files: one or a split set, opened read-only, header checked, tensors memory-mapped.
+
+    with read_gguf("model.gguf") as file:
+        file.metadata.require("llama.block_count", int, positive=True)
+        file.tensors["blk.0.attn_q.weight"].shape          # (out, in)
+        file.data("blk.0.attn_q.weight")                   # uint8 [out, bytes of a row], the file's own pages
+
+Opening reads the header alone. ``data`` gives views of the mapping: nothing is copied until a page is touched. The
+header's rules are in ``parse``; what they cannot cover is a file that another process shortens while it is
+mapped, which ends this one with SIGBUS, as it does for every program that maps files.
+
+Big-endian files: ``data`` always gives ggml's little-endian bytes, so for them it gives a swapped copy. Which bytes of
+a block are multi-byte numbers is known for the types in ``_WIDE_FIELDS``; the others (Q5_0, Q5_1, the IQ1 to IQ3
+types) read packed bits through native integers, their big-endian form is not defined anywhere, and they are refused.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from .errors import GGUFError, close_names
+from .metadata import Metadata
+from .parse import DAMAGED, parse_header
+from .types import TYPE_SIZES, ByteOrder, Header, TensorInfo
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import Tokenizer
+
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
+
+# Byte offsets of the 16-bit fields of one block; the rest of the block is single bytes.
+_WIDE_FIELDS: dict[str, tuple[int, ...]] = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
+    "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0, 2), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (),
+    "Q1_0": (0,),
+}  # fmt: skip
+_PLAIN_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+INTERLEAVED = {
+    "arcee", "arctic", "baichuan", "bailingmoe", "chameleon", "chatglm", "cohere2", "command-r", "deci", "deepseek",
+    "deepseek2", "ernie4_5", "glm4", "granite", "granitehybrid", "granitemoe", "internlm2", "llada", "llama", "llama4",
+    "minicpm", "mistral3", "olmo", "plm", "smollm3", "xverse",
+}  # fmt: skip
+"""Architectures whose q and k rows files hold as rotary pairs (2j, 2j+1): those that llama.cpp rotates as such."""
+
+_FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+class GGUFFile:
+    """An open GGUF file or split set; made by ``read_gguf``.
+
+    Attributes:
+        paths: the files, in split order; ``path`` is the first.
+        version: 2 or 3.
+        byte_order: "little" or "big".
+        metadata: the first file's keys and values.
+        tensors: name -> TensorInfo, in file order, over all files.
+
+    ``metadata`` and ``tensors`` stay usable after ``close``. Arrays from ``data`` do too: each keeps its mapping alive.
+    """
+
+    def __init__(self, paths: list[Path], headers: list[Header], maps: list[np.ndarray]):
+        self.paths = tuple(paths)
+        self.version = headers[0].version
+        self.byte_order: ByteOrder = headers[0].byte_order
+        self.metadata = Metadata(headers[0].metadata, headers[0].value_offsets, str(paths[0]))
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: info for header in headers for name, info in header.tensors.items()}
+        )
+        self._maps: list[np.ndarray] | None = maps
+
+    @property
+    def path(self) -> Path:
+        return self.paths[0]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def format(self) -> str:
+        return f"GGUF version {self.version}, {self.byte_order}-endian"
+
+    @property
+    def tokenizer_kind(self) -> str:
+        pre = self.metadata.get("tokenizer.ggml.pre")
+        return f"{self.metadata.get('tokenizer.ggml.model', 'no tokenizer')}" + (f" ({pre})" if pre else "")
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the metadata describes. Raises TokenizerError."""
+        from ..text.tokenizer import Tokenizer
+
+        return Tokenizer.from_metadata(self.metadata)
+
+    norm_offset = 0.0  # Gemma's converter has added the 1
+
+    @property
+    def interleaved_rope_rows(self) -> bool:
+        """Whether q and k rows are rotary pairs (2j, 2j+1), which the architecture decides."""
+        return self.metadata.get("general.architecture") in INTERLEAVED
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of all files together, as of when they were opened."""
+        return sum(m.nbytes for m in self._open_maps())
+
+    def data(self, name: str) -> np.ndarray:
+        """The tensor's bytes, uint8 [rows, bytes of a row], read-only; [1, nbytes] for a vector.
+
+        Dimensions before the last are flattened into rows. Little-endian, whatever the file is; the file's own mapped
+        pages unless the file is big-endian.
+
+        Raises:
+            GGUFError: no such tensor; the file is closed; a big-endian file holds a type without a defined order.
+        """
+        maps = self._open_maps()
+        info = self._info(name)
+        raw = maps[info.file_index][info.offset : info.offset + info.nbytes]
+        if self.byte_order == "big":
+            raw = self._little_endian(raw, info)
+        return raw.reshape(info.rows, info.row_nbytes)
+
+    def array(self, name: str) -> np.ndarray:
+        """A plain float tensor as float32 of its shape: norms, biases, RoPE factors. A copy.
+
+        Raises:
+            GGUFError: no such tensor, the file is closed, or the type is not F32, F16 or BF16.
+        """
+        info = self._info(name)
+        if info.ggml_type not in _FLOAT_DTYPES:
+            self._refuse(
+                info,
+                f"type {info.ggml_type}",
+                f"array() reads {', '.join(_FLOAT_DTYPES)}",
+                "Read quantised tensors with data() and repack()",
+            )
+        values = self.data(name).reshape(-1).view(_FLOAT_DTYPES[info.ggml_type])
+        if info.ggml_type == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32).reshape(info.shape)
+
+    def close(self) -> None:
+        """Let go of the mappings. Idempotent. A mapping ends when the last array made from it does."""
+        self._maps = None
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        files = f" in {len(self.paths)} files" if len(self.paths) > 1 else ""
+        closed = ", closed" if self._maps is None else ""
+        return f"GGUFFile({self.path}, v{self.version}, {len(self.tensors)} tensors{files}{closed})"
+
+    def _open_maps(self) -> list[np.ndarray]:
+        if self._maps is None:
+            raise GGUFError(
+                "the file is closed",
+                rule="tensors are read while it is open",
+                remedy="Read inside the with block, or call read_gguf again",
+                path=str(self.path),
+            )
+        return self._maps
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            close = close_names(name, self.tensors)
+            raise GGUFError(
+                f"no tensor {name!r}",
+                rule="the tensor must be in the file",
+                remedy=f"Close names are {', '.join(close)}" if close else "Name one of file.tensors",
+                path=str(self.path),
+            )
+        return self.tensors[name]
+
+    def _little_endian(self, raw: np.ndarray, info: TensorInfo) -> np.ndarray:
+        swapped = raw.copy()
+        if info.ggml_type in _PLAIN_ITEMSIZE:
+            swapped.view(f"u{_PLAIN_ITEMSIZE[info.ggml_type]}").byteswap(inplace=True)
+        elif info.ggml_type in _WIDE_FIELDS:
+            blocks = swapped.reshape(-1, TYPE_SIZES[info.ggml_type][1])
+            for at in _WIDE_FIELDS[info.ggml_type]:
+                blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
+        else:
+            self._refuse(
+                info,
+                f"type {info.ggml_type} in a big-endian file",
+                f"a defined big-endian form exists for {', '.join([*_PLAIN_ITEMSIZE, *_WIDE_FIELDS])}",
+                "Use the little-endian file of this model",
+            )
+        swapped.flags.writeable = False
+        return swapped
+
+    def _refuse(self, info: TensorInfo, found: str, rule: str, remedy: str) -> NoReturn:
+        raise GGUFError(
+            found,
+            rule=rule,
+            remedy=remedy,
+            path=str(self.paths[info.file_index]),
+            offset=info.offset,
+            reading=f"tensor {info.name!r}",
+        )
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+    """Open a GGUF file, or the whole split set whose first file ``path`` names (``...-00001-of-0000N.gguf``).
+
+    Raises:
+        GGUFError: no such file, not GGUF, or any rule of the format broken; nothing stays open.
+    """
+    first = Path(path)
+    mapped, header = _open(first, 0)
+    paths, maps, headers = [first], [mapped], [header]
+    split = Metadata(header.metadata, header.value_offsets, str(first))
+    count = split.optional("split.count", int, 0)
+    if count > 1:
+        for index, shard in enumerate(_shards(first, split, count)[1:], start=1):
+            mapped, header = _open(shard, index)
+            _check_shard(shard, header, index, headers)
+            paths.append(shard)
+            maps.append(mapped)
+            headers.append(header)
+        total, expected = sum(len(h.tensors) for h in headers), split.require("split.tensors.count", int)
+        if total != expected:
+            split.refuse("split.tensors.count", f"{expected}", f"the {count} files hold {total} tensors")
+    return GGUFFile(paths, headers, maps)
+
+
+def _open(path: Path, file_index: int) -> tuple[np.ndarray, Header]:
+    """Map one file and check its header."""
+
+    def refuse(found: str, rule: str, remedy: str) -> NoReturn:
+        raise GGUFError(found, rule=rule, remedy=remedy, path=str(path))
+
+    try:
+        kind = path.stat().st_mode  # before opening, since opening a pipe waits for its writer
+        if stat.S_ISDIR(kind):
+            refuse("a directory", "the path names one file", "Name the .gguf file inside it")
+        if not stat.S_ISREG(kind):
+            refuse("not a regular file", "the file is memory-mapped", "Copy it to disk first")
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                refuse("an empty file", "a GGUF file starts with GGUF", "Download it again")
+            mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    except FileNotFoundError:
+        refuse("no such file", "the file must exist", "Check the path, and that the download finished")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, GGUFError):
+            raise
+        refuse(f"cannot be opened ({error})", "the file must be readable", "Check its permissions and the disk")
+    return mapped, parse_header(mapped.data, str(path), file_index)
+
+
+def _shards(first: Path, split: Metadata, count: int) -> list[Path]:
+    """The paths of a split set, from the name and the metadata of the file given."""
+    match = _SHARD.match(first.name)
+    if match is None or int(match["count"]) != count:
+        split.refuse(
+            "split.count",
+            f"{count}",
+            f"file 1 of {count} is named like model-00001-of-{count:05d}.gguf",
+            "Give the files back the names they were published under",
+        )
+    shards = [first.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+    number = split.require("split.no", int)
+    if number != 0 or first != shards[0]:
+        split.refuse(
+            "split.no",
+            f"{number} in a file named {first.name}",
+            "a split set is opened by its first file",
+            f"Open {shards[0]}",
+        )
+    return shards
+
+
+def _check_shard(path: Path, header: Header, index: int, before: list[Header]) -> None:
+    """A later file of a split set agrees with the first and repeats no tensor."""
+    metadata = Metadata(header.metadata, header.value_offsets, str(path))
+    if metadata.require("split.no", int) != index:
+        metadata.refuse("split.no", f"{metadata['split.no']}", f"by its name this is file {index} counted from 0")
+    count = before[0].metadata["split.count"]
+    if metadata.optional("split.count", int, count) != count:
+        metadata.refuse("split.count", f"{metadata['split.count']}", f"the first file says {count}")
+    if header.byte_order != before[0].byte_order:
+        raise GGUFError(
+            f"{header.byte_order}-endian",
+            rule=f"the first file of the set is {before[0].byte_order}-endian",
+            remedy=DAMAGED,
+            path=str(path),
+            offset=4,
+        )
+    for name in header.tensors:
+        if any(name in other.tensors for other in before):
+            raise GGUFError(
+                f"tensor {name!r} a second time",
+                rule="a name occurs once in a split set",
+                remedy=DAMAGED,
+                path=str(path),
+                offset=header.tensors[name].offset,
+                reading=f"tensor {name!r}",
+            )

@@ -1,0 +1,154 @@
+"""Headers of files of the Hub: all that ``inspect`` and ``plan`` read, without the weights.
+
+A file's header is fetched by HTTP ranges and written to a hollow copy: a sparse file of the whole file's length, in
+which the weights are holes. The readers take such a file as it is, and check its header against its length as always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from ..gguf.errors import GGUFError
+from ..gguf.parse import parse_header
+from ..text.folder import TOKENIZER_FILES
+from .hub import (
+    HubError,
+    Reference,
+    asked,
+    chosen_weights,
+    copy_json,
+    download,
+    has_weights,
+    library,
+    refuse,
+    repository_files,
+    split_set,
+)
+
+Piece = tuple[int, bytes]  # an offset in a file, and what stands there
+FIRST_BYTES = 2**14  # asked for of a GGUF file, then as many again until the header ends
+MOST_BYTES = 2**26  # of a header; a vocabulary of 256,000 tokens takes 2^23
+ROPE_FACTORS = "rope_"  # begin of the names of tensors that the config needs: a number per rotary pair
+MOST_FACTOR_BYTES = 2**16
+AT_ONCE = 8  # shards whose headers are fetched at a time
+
+
+class RemoteFile(NamedTuple):
+    """A file of one commit of a repository."""
+
+    hub: ModuleType
+    text: str
+    reference: Reference
+    name: str
+
+    def read(self, start: int, stop: int) -> tuple[bytes, int]:
+        """Its bytes from ``start`` to ``stop`` or to its end, and its length. Raises HubError."""
+        return asked(self.hub, self.text, self.reference, partial(self._read, start, stop))
+
+    def _read(self, start: int, stop: int) -> tuple[bytes, int]:
+        repo, revision, _ = self.reference
+        url = self.hub.hf_hub_url(repo, self.name, revision=revision)
+        wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = {**self.hub.utils.build_hf_headers(), **wanted}
+        with self.hub.utils.get_session().stream("GET", url, headers=headers) as response:
+            if response.status_code != 200:  # whole files are left unread
+                response.read()
+            self.hub.utils.hf_raise_for_status(response)
+            if response.status_code != 206:
+                refuse(
+                    HubError,
+                    self.text,
+                    f"{self.name} is sent whole, though only its header was asked for",
+                    "headers alone are read by HTTP ranges",
+                    "Download the model: rooflama.load, or the command run",
+                )
+            return response.content, int(response.headers["Content-Range"].rpartition("/")[2])
+
+    def hollow(self, path: Path) -> None:
+        """Write the header, and the rotary factors of a GGUF file, to a sparse file of the same length."""
+        pieces, size = self._gguf() if self.name.endswith(".gguf") else self._safetensors()
+        try:
+            lay_out(path, size, pieces)
+        except OSError as error:
+            refuse(
+                HubError,
+                self.text,
+                f"{self.name}, of {size} bytes, has no room in {path.parent} ({error.strerror})",
+                "its header is written to a sparse file of its length",
+                "Set TMPDIR to a folder of a file system with sparse files",
+            )
+
+    def _safetensors(self) -> tuple[list[Piece], int]:
+        """The header, whose length comes first; one that cannot be right is left to the reader to refuse."""
+        head, size = self.read(0, 8)
+        stop = 8 + int.from_bytes(head, "little")
+        return [(0, head)] + ([(8, self.read(8, stop)[0])] if 8 < stop <= min(size, MOST_BYTES) else []), size
+
+    def _gguf(self) -> tuple[list[Piece], int]:
+        """The header, whose end only reading it tells; a damaged one is left to the reader to refuse."""
+        head, size = self.read(0, FIRST_BYTES)
+        while True:
+            try:
+                header = parse_header(memoryview(head), self.name, size=size)
+            except GGUFError:
+                if not head.startswith(b"GGUF") or len(head) >= min(size, MOST_BYTES):
+                    return [(0, head)], size
+                head += self.read(len(head), 2 * len(head))[0]
+            else:
+                factors = [info for info in header.tensors.values() if info.name.startswith(ROPE_FACTORS)]
+                ends = [(info.offset, info.offset + min(info.nbytes, MOST_FACTOR_BYTES)) for info in factors]
+                return [(0, head), *((start, self.read(start, stop)[0]) for start, stop in ends)], size
+
+
+def lay_out(path: Path, size: int, pieces: Iterable[Piece]) -> None:
+    """Write a sparse file of ``size`` bytes that holds the pieces, each at its offset."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        for start, content in pieces:
+            file.seek(start)
+            file.write(content)
+
+
+def fetch_headers(text: str, scratch: Path) -> tuple[Path, str]:
+    """Fetch what a reference names, or where it is not in the cache, config.json and the headers alone.
+
+    Args:
+        text: the reference.
+        scratch: an empty folder for hollow copies, which must stay while they are read.
+
+    Returns:
+        As ``fetch``: the file or folder, and the name that it goes by.
+
+    Raises:
+        NotOnHubError, HubUnreachableError, HubError: as ``fetch``.
+        HuggingFaceError: config.json or the index is damaged.
+    """
+    reference = Reference.parse(text)
+    hub = library(text)
+    snapshot = download(hub, text, reference, ["config.json", "*.safetensors.index.json"])
+    pinned = reference._replace(revision=snapshot.name)
+    if reference.file is not None:
+        names = split_set(reference.file)
+        folder = snapshot if all((snapshot / name).is_file() for name in names) else scratch
+        if folder is scratch:
+            for name in names:
+                (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+                RemoteFile(hub, text, pinned, name).hollow(scratch / name)
+        return folder / names[0], Path(names[0]).name
+    title = reference.repo.split("/")[1]
+    if has_weights(snapshot):
+        return snapshot, title
+    folder = copy_json(snapshot, scratch / title)
+    listed = repository_files(hub, text, pinned)
+    files = [RemoteFile(hub, text, pinned, name) for name in chosen_weights(hub, text, pinned, snapshot, listed)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda file: file.hollow(folder / file.name), files))
+    for name in TOKENIZER_FILES:
+        if name in listed:
+            (folder / name).touch()
+    return folder, title

@@ -1,0 +1,63 @@
+"""The tokenizer of a Hugging Face folder: from tokenizer.json, or where there is none from tokenizer.model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..huggingface.json_files import readable
+from .gguf_text import MODELS, GGUFText
+from .sentencepiece_model import sentencepiece_metadata
+from .settings import TokenizerSettings, refuse
+from .tokenizer import Tokenizer
+from .tokenizer_json import read_tokenizer_json
+from .vocabulary import Vocabulary
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""Either holds a vocabulary; the first that is there is read."""
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file that holds the vocabulary; None where there is none."""
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+
+
+def read_folder_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, which may hold no weights.
+
+    Raises:
+        HuggingFaceError: a file cannot be read, or is no JSON object.
+        TokenizerError: there is no tokenizer, it is of a kind not known here, or its files contradict each other.
+    """
+    with readable(folder):
+        return _read_tokenizer(folder)
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    path = tokenizer_file(folder)
+    if path is None:
+        refuse(
+            folder,
+            "no tokenizer.json and no tokenizer.model",
+            "a folder holds one of them",
+            "Download the tokenizer's files too, or save them with tokenizer.save_pretrained",
+        )
+    settings = TokenizerSettings.read(folder)
+    if path.name == "tokenizer.json":
+        return read_tokenizer_json(path, settings)
+    metadata = sentencepiece_metadata(path, settings)
+    vocabulary = Vocabulary.from_metadata(metadata, models=MODELS)
+    if outside := [i for i in settings.eos_ids if i >= len(vocabulary.tokens)]:
+        refuse(
+            path,
+            f"{len(vocabulary.tokens)} tokens, and id {outside[0]} in another file",
+            "special ids are ids of the vocabulary",
+        )
+    text_model = GGUFText(vocabulary, metadata)
+    return Tokenizer(
+        replace(vocabulary, eos_ids=vocabulary.eos_ids | settings.eos_ids),
+        text_model,
+        add_bos=text_model.add_bos if settings.add_bos is None else settings.add_bos,
+        add_eos=bool(settings.add_eos),
+        chat_templates=settings.chat_templates,
+    )
