@@ -174,12 +174,25 @@ class _Pointer(MockTensor):
         return self.offset
 
 
-def _describe(signature: dict, constants: dict, attributes: dict) -> str:
-    words = []
-    for i, (name, kind) in enumerate(signature.items()):
-        divisible = ":16" if any("divisibility" in str(a) for a in attributes.get((i,), [])) else ""
-        words.append(f"{name}={constants[i,]}" if (i,) in constants else f"{kind}{divisible}")
-    return " ".join(words)
+def _without_memory(value: Any) -> Any:
+    """A launch's argument, tensors in tuples included, as Triton's binder takes it."""
+    if isinstance(value, torch.Tensor):
+        return _Pointer(value)
+    if isinstance(value, tuple):
+        return type(value)(*map(_without_memory, value))
+    return value
+
+
+def _describe(arguments: dict, signature: dict, constants: dict, attributes: dict) -> str:
+    def word(path: tuple[int, ...], name: str, value: Any, kind: Any) -> str:
+        if path in constants:
+            return f"{name}={constants[path]}"
+        if isinstance(kind, tuple):
+            items = enumerate(zip(value._fields, value, kind, strict=True))
+            return f"{name}({' '.join(word((*path, i), *item) for i, item in items)})"
+        return kind + (":16" if any("divisibility" in str(a) for a in attributes.get(path, [])) else "")
+
+    return " ".join(word((i,), name, arguments[name], kind) for i, (name, kind) in enumerate(signature.items()))
 
 
 class Recorder:
@@ -190,7 +203,7 @@ class Recorder:
         self.call = ""
 
     def _catch(self, function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        args = tuple(_Pointer(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
+        args = tuple(map(_without_memory, args))
         _, _, _, backend, bind = function.create_binder()
         bound, specialization, options = bind(*args, **{"debug": False, **kwargs})
         options, signature, constants, attributes = function._pack_args(backend, kwargs, bound, specialization, options)
@@ -199,7 +212,7 @@ class Recorder:
         changed |= {"num_warps": options.num_warps, "num_stages": options.num_stages}
         launch = Launch(
             kernel=function.__name__,
-            arguments=_describe(signature, constants, attributes),
+            arguments=_describe(bound, signature, constants, attributes),
             options=" ".join(f"{k}={v}" for k, v in sorted(changed.items())),
             call=self.call,
             function=function,

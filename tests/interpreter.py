@@ -8,6 +8,9 @@ A GPU under compute-sanitizer faults on a load beyond the ends of a tensor. The 
 no result shows if a later mask drops it.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
@@ -38,11 +41,7 @@ def watch_memory() -> None:
     )
 
     def watched_launch(self, *arguments, **named):
-        _extents[:] = [
-            extent(tensor)
-            for tensor in (*arguments, *named.values())
-            if isinstance(tensor, torch.Tensor) and tensor.numel()
-        ]
+        _extents[:] = [extent(tensor) for tensor in tensors_in((*arguments, *named.values())) if tensor.numel()]
         return launch(self, *arguments, **named)
 
     def watched_load(self, ptrs, mask, *others):
@@ -56,6 +55,15 @@ def watch_memory() -> None:
     GridExecutor.__call__ = watched_launch
     InterpreterBuilder.create_masked_load = watched_load
     InterpreterBuilder.create_masked_store = watched_store
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensor itself, or those of a tuple, however deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors_in(item)
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """The interpreter's tl.dot keeps what tests of single bits rely on, and no access beyond a tensor's ends passes."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import triton
@@ -47,6 +49,26 @@ def _copy_kernel(x_ptr, out_ptr, shift, read, written, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + shift + offs, mask=offs < read, other=0.0)
     tl.store(out_ptr + shift + offs, x, mask=offs < written)
+
+
+class Copied(NamedTuple):
+    x: torch.Tensor
+    read: int
+
+
+@triton.jit
+def _copy_of_tuple_kernel(copied, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, tl.load(copied.x + offs, mask=offs < copied.read, other=0.0), mask=offs < 4)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU compute-sanitizer watches")
+def test_a_tensor_within_a_tuple_is_watched():
+    x, out = torch.ones(2, 12)[:, 4:8]
+    _copy_of_tuple_kernel[(1,)](Copied(x, 4), out, BLOCK=8)
+    assert out.tolist() == [1.0] * 4
+    with pytest.raises(Exception, match="an access beyond the tensors' ends"):
+        _copy_of_tuple_kernel[(1,)](Copied(x, 5), out, BLOCK=8)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU compute-sanitizer watches")
