@@ -46,7 +46,7 @@ check-kernel: $(VENV)/.test  ## the tests of kernels/NAME.py on two cores: make 
 lint: $(VENV)/.lint  ## ruff, then mypy over the package as it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/typecheck/rooflama
+	@rm -rf build/typecheck && mkdir -p build/typecheck/rooflama
 	@ln -sfn $(CURDIR)/kernels $(CURDIR)/models $(CURDIR)/loaders $(CURDIR)/rooflama/* build/typecheck/rooflama/
 	MYPYPATH=build/typecheck $(BIN)/mypy --no-error-summary -p rooflama
 

@@ -46,7 +46,7 @@ from rooflama.models import (
     SamplingParams,
     adapter_for,
 )
-from rooflama.models.memory_weights import DryRunSource, config_tensors
+from rooflama.models.memory.weights import DryRunSource, config_tensors
 from rooflama.planning import plan_for_device
 
 ALLOWED = 0.02

@@ -28,7 +28,7 @@ from memory_plan_check import RandomSource, ShapesOnly, config_of
 from rooflama.loaders.device import open_device
 from rooflama.loading import start_engine
 from rooflama.models import CheckpointReader, Decoder, SamplingParams, adapter_for
-from rooflama.models.engine import DecodeBatch
+from rooflama.models.serving.engine import DecodeBatch
 from rooflama.planning import plan_for_device
 from timing import ceilings, provenance, write_rows
 

@@ -1,16 +1,16 @@
 """What a family is, and how a forward pass is composed."""
 
-from .adapter import ADAPTERS, Adapter, adapter_for
 from .config import ModelConfig
 from .decoder import Decoder, Step
-from .engine import DecodeBatch, Engine
-from .generate import Generation, NaNLogits, Request, Timings
+from .families import ADAPTERS, Adapter, adapter_for
+from .hyperparameters import ConfigError
 from .kv_cache import OutOfPages, PagedKVCache, PagePool
-from .memory_plan import MemoryPlan, Target
-from .memory_weights import checkpoint_weights, config_weights
-from .metadata import ConfigError
-from .rope import RopeSpec, rope_tables
-from .sampling import SamplingParams, TokenLogprob
+from .memory.plan import MemoryPlan, Target
+from .memory.weights import checkpoint_weights, config_weights
+from .rope.spec import RopeSpec, rope_tables
+from .serving.engine import DecodeBatch, Engine
+from .serving.generate import Generation, NaNLogits, Request, Timings
+from .serving.sampling import SamplingParams, TokenLogprob
 from .weights import CheckpointReader, TensorSource
 
 __all__ = [

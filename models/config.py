@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .metadata import ConfigError
-from .rope import RopeSpec
+from .hyperparameters import ConfigError
+from .rope.spec import RopeSpec
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from .config import ModelConfig
-from .metadata import LARGEST_INTEGER, Hyperparameters
-from .rope import Yarn
-from .rope_metadata import read_local_rope, read_rope
+from .hyperparameters import LARGEST_INTEGER, Hyperparameters
+from .rope.metadata import read_local_rope, read_rope
+from .rope.spec import Yarn
 from .weights import CheckpointReader
 
 MOST_LAYERS = 10_000  # so that a damaged header asks for no table of billions

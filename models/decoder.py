@@ -22,8 +22,8 @@ from rooflama.kernels import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .adapter import Adapter
     from .config import ModelConfig
+    from .families import Adapter
     from .kv_cache import PagedKVCache
     from .weights import TensorSource
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from .config import ModelConfig
 from .config_reader import read_decoder_config
-from .metadata import Hyperparameters
+from .hyperparameters import Hyperparameters
 from .pre_norm import block, load_layer
 from .weights import CheckpointReader
 

@@ -13,7 +13,7 @@ from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, swi
 from rooflama.loaders.gguf.metadata import place
 from rooflama.loaders.gguf.repack import repack
 
-from .metadata import ConfigError, Hyperparameters
+from .hyperparameters import ConfigError, Hyperparameters
 
 if TYPE_CHECKING:
     from rooflama.loaders.checkpoint import Checkpoint, TensorInfo

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from rooflama.kernels import KernelInputError, RooflamaError
     from rooflama.models import ConfigError, MemoryPlan
 
-    from .checklist import Report, check
+    from .checks.checklist import Report, check
     from .loading import demo_checkpoint, load, load_tokenizer
     from .model import Model
     from .planning import plan_memory
@@ -52,7 +52,7 @@ else:
     _NAMES = {
         "kernels": ("KernelInputError", "RooflamaError"),
         "models": ("ConfigError", "MemoryPlan"),
-        "checklist": ("Report", "check"),
+        "checks.checklist": ("Report", "check"),
         "loading": ("demo_checkpoint", "load", "load_tokenizer"),
         "model": ("Model",),
         "planning": ("plan_memory",),

@@ -18,8 +18,8 @@ from rooflama.loaders.device.query import find_device
 from rooflama.loaders.opening import locate, open_checkpoint
 from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
-from rooflama.models.memory_display import count, size
-from rooflama.models.rope import FactorSetPolicy
+from rooflama.models.memory.display import count, size
+from rooflama.models.rope.spec import FactorSetPolicy
 
 from . import arguments
 from .model import Model
@@ -61,7 +61,7 @@ def load(
         rope: another rotation than the file's, for experiments: ``{"kind": "yarn", "factor": 4}``, or the same as text,
             ``kind=yarn,factor=4``. Kinds: default, linear, dynamic, yarn, longrope, llama3. A kind replaces the file's
             scaling; without one, what is given changes single parameters of it, ``base`` among them. See
-            ``models.rope_override`` for the keys. The model's own context becomes what the scaling reaches (factor
+            ``models.rope.override`` for the keys. The model's own context becomes what the scaling reaches (factor
             times the original context); with ``dynamic`` it stays, and ``max_context`` says how far to stretch.
         batch_invariant: make each sequence's results equal, in every bit, whatever runs beside it and in whatever
             chunks its prompt is read. Without it they agree up to rounding, since products of few and of many tokens

@@ -25,7 +25,7 @@ from rooflama.models import (
     checkpoint_weights,
     config_weights,
 )
-from rooflama.models.rope_override import override_rope
+from rooflama.models.rope.override import override_rope
 
 PAGE_SIZE = 64  # tokens; the waste is at most one page a sequence
 PREFILL_CHUNK = 2048  # tokens; larger passes gain nothing on an H100 and take more workspace

@@ -11,8 +11,8 @@ ROOMS = ("kernels", "loaders", "models", "rooflama")  # from the lowest to the h
 
 def imported_modules(path: Path) -> set[str]:
     """Absolute names of what a file imports, relative imports resolved."""
-    room = path.relative_to(ROOT).parts[0]
-    package = "rooflama." + ".".join(path.relative_to(ROOT).parent.parts) if room != "rooflama" else "rooflama"
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    package = package if path.is_relative_to(ROOT / "rooflama") else f"rooflama.{package}"
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

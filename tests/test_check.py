@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from gguf_files import STRING, U16, gguf_bytes, number, text
 from gguf_files import key as key_bytes
-from rooflama import ConfigError, check_file, cli, demo_checkpoint
-from rooflama.checklist import CHECKS, check
+from rooflama import ConfigError, cli, demo_checkpoint
+from rooflama.checks import file_checks
+from rooflama.checks.checklist import CHECKS, check
 from rooflama.model import Model
 from rooflama.models.weights import Projection
 from small_checkpoint import HEAD_DIM, HIDDEN, KV_HEADS, VOCABULARY, WIDTH, Parts, write_small
@@ -234,7 +235,7 @@ def test_logits_that_err_are_named(sound, monkeypatch, numpy_backend):
 
 def test_decoding_that_errs_is_named(sound, monkeypatch, numpy_backend):
     """Decode rotates by a position too many: every layer of a prefill pass is right, generation is not."""
-    from rooflama.models import engine
+    from rooflama.models.serving import engine
 
     original = engine.Step
 
@@ -270,7 +271,7 @@ def test_a_run_that_is_killed_leaves_the_report_of_what_came_before(sound, tmp_p
 
         return call
 
-    for module, name in ((check_file, "locate"), (gguf.quants, "dequantize")):  # first used in lines 1 and 4
+    for module, name in ((file_checks, "locate"), (gguf.quants, "dequantize")):  # first used in lines 1 and 4
         monkeypatch.setattr(module, name, reading_the_report(getattr(module, name)))
     run = CliRunner().invoke(cli.app, ["check", str(sound), "--device", "cpu", "--report", str(target)])
     assert run.exit_code == 1, run.output
@@ -287,7 +288,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(target, tmp_
     """No folder, a folder, the checkpoint itself, which stays as it is, a name too long, and no place for files."""
     path = Parts().write(tmp_path / "small.gguf")
     before = path.read_bytes()
-    monkeypatch.setattr(sys.modules["rooflama.checklist"], "check", lambda *_, **__: pytest.fail("the list ran"))
+    monkeypatch.setattr(sys.modules["rooflama.checks.checklist"], "check", lambda *_, **__: pytest.fail("the list ran"))
     run = CliRunner().invoke(cli.app, ["check", str(path), "--report", str(tmp_path / target)])
     assert run.exit_code == 2
     assert run.output.startswith("error: --report"), run.output
@@ -298,7 +299,7 @@ def test_a_report_is_written_after_the_last_check_only(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("in the middle of the list")
 
-    monkeypatch.setattr(sys.modules["rooflama.checklist"], "check", fail)
+    monkeypatch.setattr(sys.modules["rooflama.checks.checklist"], "check", fail)
     (tmp_path / "older.md").write_text("older")
     for name in ("older.md", "new.md"):
         run = CliRunner().invoke(cli.app, ["check", "small.gguf", "--report", str(tmp_path / name)])
@@ -332,8 +333,8 @@ def test_an_unexpected_error_is_reported_without_paths(sound, monkeypatch, numpy
     report = check(sound, device="cpu")
     found = report.of("layout")
     assert found.reason == "unexpected ValueError: small.gguf and ~/notes; please report it"
-    assert any(line.startswith("check_file.py:") for line in found.details["traceback"])
-    for folder in (sound.parent, Path(cli.__file__).parent, Path(gguf.__file__).parent):
+    assert any(line.startswith("file_checks.py:") for line in found.details["traceback"])
+    for folder in (sound.parent, Path(cli.__file__).parents[1], Path(gguf.__file__).parent):
         assert str(folder) not in report.to_markdown()
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from command_line import rooflama
-from rooflama.cli_run import answer
+from rooflama.cli.run import answer
 from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.model import Stream
 from small_checkpoint import CONTEXT

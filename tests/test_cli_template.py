@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rooflama.cli import app
-from rooflama.cli_template import template_variables
+from rooflama.cli.template import template_variables
 from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import ConfigError
 from small_checkpoint import write_small

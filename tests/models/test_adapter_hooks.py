@@ -17,15 +17,15 @@ from transformers import (
 )
 
 from rooflama import inspect, plan_memory
-from rooflama.definition import Definition
+from rooflama.checks.definition import Definition
 from rooflama.kernels import use_backend
 from rooflama.loaders.huggingface import config as hf_config
 from rooflama.loaders.huggingface.config import QKV_BIAS, RESULT_KEYS, TENSOR_NAMES, HFFamily
 from rooflama.loaders.huggingface.folder import read_safetensors
 from rooflama.models import ADAPTERS, ConfigError, Generation, Request, SamplingParams, pre_norm
 from rooflama.models.config_reader import read_decoder_config
-from rooflama.models.metadata import Hyperparameters
-from rooflama.models.rope import Dynamic, RopeSpec
+from rooflama.models.hyperparameters import Hyperparameters
+from rooflama.models.rope.spec import Dynamic, RopeSpec
 from running_models import assert_parity, decode_logits, prefill_logits, running, worst_row_error
 from strategies import DEVICE
 from tiny_checkpoints import SIZES, WINDOW, make_module, random_tokens, reference_logits

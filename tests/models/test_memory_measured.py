@@ -11,7 +11,7 @@ from triton.runtime.interpreter import GridExecutor
 
 import rooflama
 from rooflama.kernels import use_backend
-from rooflama.models.allocator import Segments
+from rooflama.models.memory.allocator import Segments
 from small_checkpoint import write_small
 
 MIB = 2**20

@@ -22,9 +22,9 @@ from rooflama.models import (
     CheckpointReader,
     adapter_for,
     checkpoint_weights,
-    memory_terms,
 )
-from rooflama.models.memory_weights import plane_shapes
+from rooflama.models.memory import terms
+from rooflama.models.memory.weights import plane_shapes
 from rooflama.planning import parse_bytes
 from small_checkpoint import write_small
 
@@ -78,11 +78,11 @@ def test_weights_as_stored(name, mix):
 @pytest.mark.parametrize("name", SHAPES)
 def test_kv_bytes_a_token(name):
     config = config_of(name)
-    assert memory_terms.kv_token_bytes(config, torch.float16) == WEIGHTS[name][-1]
-    assert memory_terms.kv_token_bytes(config, torch.float32) == 2 * WEIGHTS[name][-1]
+    assert terms.kv_token_bytes(config, torch.float16) == WEIGHTS[name][-1]
+    assert terms.kv_token_bytes(config, torch.float32) == 2 * WEIGHTS[name][-1]
     scales = 2 * 4 * config.num_layers * config.num_kv_heads
     for codes in (torch.int8, torch.float8_e4m3fn):
-        assert memory_terms.kv_token_bytes(config, codes) == WEIGHTS[name][-1] // 2 + scales
+        assert terms.kv_token_bytes(config, codes) == WEIGHTS[name][-1] // 2 + scales
 
 
 @pytest.mark.parametrize("name", TOTALS)
@@ -208,7 +208,7 @@ def test_scores_of_the_numpy_definition(small):
     reference.attention_prefill(q, pages, pages, table, lengths, starts, softmax_scale=0.1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    moment = memory_terms.definition_moments(config, 300, context, 1, 4)[0]
+    moment = terms.definition_moments(config, 300, context, 1, 4)[0]
     planned = moment["attention scores"] + moment["gathered keys and values"]
     assert 0.7 * planned <= peak <= 1.1 * planned
 

@@ -7,7 +7,7 @@ import torch
 
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.huggingface.folder import read_safetensors
-from rooflama.models.rope import RopeError
+from rooflama.models.rope.spec import RopeError
 from running_models import assert_parity, decode_logits, prefill_logits, running
 from tiny_checkpoints import ORIGINAL, SIZES, cases, make_module, module, random_tokens, reference_logits, write_case
 

@@ -7,7 +7,7 @@ import torch
 import rooflama
 from rooflama import ConfigError, RooflamaError
 from rooflama.loaders.text.vocabulary import TokenizerError
-from rooflama.models import generate
+from rooflama.models.serving import generate
 from rooflama.text_stream import TextStream
 from small_checkpoint import TOKENS, Parts, write_small
 

@@ -6,8 +6,8 @@ import pytest
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rooflama.models.rope import KINDS, LongRope, RopeError, RopeSpec, attention_factor, inverse_frequencies
-from rooflama.models.rope_hf import KEYS, rope_from_hf
+from rooflama.models.rope.huggingface import KEYS, rope_from_hf
+from rooflama.models.rope.spec import KINDS, LongRope, RopeError, RopeSpec, attention_factor, inverse_frequencies
 
 EPS32 = 2.0**-23
 PARAMETERS = {

@@ -8,7 +8,7 @@ import pytest
 
 from memory_checkpoints import checkpoint, config_of
 from rooflama.models import ConfigError
-from rooflama.models.rope import RopeError, attention_factor, inverse_frequencies, rope_tables
+from rooflama.models.rope.spec import RopeError, attention_factor, inverse_frequencies, rope_tables
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rooflama
 from memory_checkpoints import checkpoint, config_of
-from rooflama.models.rope import KINDS, Llama3, RopeError, RopeSpec, Yarn
-from rooflama.models.rope_override import override_rope, parse_rope
+from rooflama.models.rope.override import override_rope, parse_rope
+from rooflama.models.rope.spec import KINDS, Llama3, RopeError, RopeSpec, Yarn
 from rooflama.planning import plan_memory
 from running_models import assert_parity
 from tiny_checkpoints import random_tokens, reference_logits

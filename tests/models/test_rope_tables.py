@@ -12,7 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from rooflama.models.rope import (
+from rooflama.models.rope.huggingface import rope_from_hf
+from rooflama.models.rope.spec import (
     KINDS,
     Dynamic,
     Linear,
@@ -27,7 +28,6 @@ from rooflama.models.rope import (
     inverse_frequencies,
     rope_tables,
 )
-from rooflama.models.rope_hf import rope_from_hf
 
 EPS32 = 2.0**-23
 

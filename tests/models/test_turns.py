@@ -9,7 +9,7 @@ import pytest
 import rooflama
 from rooflama import ConfigError
 from rooflama.models.kv_cache import OutOfPages
-from rooflama.models.turns import Turns
+from rooflama.models.serving.turns import Turns
 from small_checkpoint import write_small
 
 PROMPT = "ab ab"

@@ -10,7 +10,7 @@ from rooflama import RooflamaError
 from rooflama.loaders.huggingface.folder import read_safetensors
 from rooflama.loaders.text.folder import read_folder_tokenizer
 from rooflama.models import CheckpointReader, adapter_for, rope_tables
-from rooflama.models.rope import choose_factor_set
+from rooflama.models.rope.spec import choose_factor_set
 from tiny_checkpoints import write_case
 from whole_checkpoints import write_folder
 

@@ -341,7 +341,7 @@ def test_the_environment_counts_as_the_library_has_it(hub, tmp_path):
 
     def inspect(**variables):
         environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "COLUMNS": "200"}
-        command = [sys.executable, "-m", "rooflama.cli", "inspect", "hf:owner/gguf:small.gguf"]
+        command = [sys.executable, "-m", "rooflama", "inspect", "hf:owner/gguf:small.gguf"]
         for inherited in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             environment.pop(inherited, None)
         return subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=120)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from config_json import DROPPED, config_json, metadata_of
 from rooflama.loaders.huggingface.folder import read_safetensors
 from rooflama.loaders.huggingface.json_files import HuggingFaceError
-from rooflama.models.rope_hf import rope_from_hf
+from rooflama.models.rope.huggingface import rope_from_hf
 from running_models import assert_parity, prefill_logits, running
 from tiny_checkpoints import random_tokens, reference_logits, write_case
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import llama, phi3, qwen
 from .config import ModelConfig
 from .decoder import Step
-from .metadata import ConfigError
+from .hyperparameters import ConfigError
 from .weights import CheckpointReader, TensorSource
 
 

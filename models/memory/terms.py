@@ -18,10 +18,10 @@ from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK
 from rooflama.kernels.sampling_filters import LEVELS
 
-from .config import ModelConfig
-from .decoder import LOGITS_ROWS
-from .kv_cache import is_scaled, ring_pages
-from .memory_weights import Matrix
+from ..config import ModelConfig
+from ..decoder import LOGITS_ROWS
+from ..kv_cache import is_scaled, ring_pages
+from .weights import Matrix
 
 DIGIT_BITS = 32 // LEVELS
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from .config import ModelConfig
-from .metadata import LARGEST_INTEGER
-from .rope import KINDS, LongRope, RopeError, RopeSpec, Yarn, check, check_positive
-from .rope_hf import TYPES
+from ..config import ModelConfig
+from ..hyperparameters import LARGEST_INTEGER
+from .huggingface import TYPES
+from .spec import KINDS, LongRope, RopeError, RopeSpec, Yarn, check, check_positive
 
 ALIASES = {
     "rope_type": "kind",

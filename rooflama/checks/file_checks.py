@@ -21,11 +21,11 @@ from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 from rooflama.loaders.opening import Location, locate
 from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import Adapter, CheckpointReader, ConfigError, ModelConfig, checkpoint_weights, rope_tables
-from rooflama.models.memory_display import size
+from rooflama.models.memory.display import size
 
-from .loading import check_vocabulary, load
-from .model import Model
-from .planning import adapter_of
+from ..loading import check_vocabulary, load
+from ..model import Model
+from ..planning import adapter_of
 
 # Byte offsets of the float16 scales in one block of each type; every other byte is a code or a small integer.
 SCALE_OFFSETS = {

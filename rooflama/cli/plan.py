@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import DeviceName, Json, ModelSource, Rope
-from .cli_output import console
-from .json_text import json_text
+from ..json_text import json_text
+from .options import DeviceName, Json, ModelSource, Rope
+from .output import console
 
 Limit = Annotated[str | None, typer.Option(help="memory it must fit into, such as 24GiB")]
 
@@ -26,7 +26,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what MODEL will take on a device, here or not, without loading it. Exit status 1 if it does not fit."""
-    from .planning import plan_memory
+    from ..planning import plan_memory
 
     made = plan_memory(
         model,
@@ -53,9 +53,9 @@ def check(
     report: Annotated[Path | None, typer.Option(help="write what a bug report needs to this file")] = None,
 ) -> None:
     """Go through the integration checklist for MODEL. Exit status 0: all passed, 1: warnings, 2: a failure."""
-    from .checklist import Report, as_line
-    from .checklist import check as run_checks
-    from .planning import parse_bytes
+    from ..checks.checklist import Report, as_line
+    from ..checks.checklist import check as run_checks
+    from ..planning import parse_bytes
 
     if report is not None:
         _require_writable(report, model)

@@ -123,7 +123,7 @@ def _bias(text: str) -> tuple[int, float]:
 def _check_sampling(changed: dict[str, Any]) -> None:
     from rooflama.models import SamplingParams
 
-    from .arguments import stops
+    from ..arguments import stops
 
     limit = changed.get("max_new_tokens")
     if limit is not None and limit < 1:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rooflama.loaders.device import Device
 
-from .rope import (
+from .spec import (
     Dynamic,
     FactorSet,
     FactorSetPolicy,

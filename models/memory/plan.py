@@ -27,13 +27,15 @@ import torch
 from rooflama.kernels import checks
 from rooflama.loaders.device import Device, DeviceOutOfMemory
 
-from . import memory_display, memory_remedies, memory_terms
+from ..config import ModelConfig
+from ..hyperparameters import ConfigError
+from ..kv_cache import is_scaled
+from . import display as memory_display
+from . import remedies as memory_remedies
+from . import terms as memory_terms
 from .allocator import Segments
-from .config import ModelConfig
-from .kv_cache import is_scaled
-from .memory_terms import FORMULAS, Moment, pages_a_sequence
-from .memory_weights import Backend, Matrix, WeightBytes, form_on_device
-from .metadata import ConfigError
+from .terms import FORMULAS, Moment, pages_a_sequence
+from .weights import Backend, Matrix, WeightBytes, form_on_device
 
 MIB = 2**20
 

@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 
-from .adapter import Adapter
+from ..config import ModelConfig
+from ..decoder import Decoder
+from ..families import Adapter
+from ..weights import CheckpointReader, TensorSource
 from .allocator import Segments
-from .config import ModelConfig
-from .decoder import Decoder
-from .weights import CheckpointReader, TensorSource
 
 Backend = Literal["triton", "numpy"]
 TypeRule = Callable[[str, tuple[int, ...]], str]  # (tensor name, shape) -> ggml type

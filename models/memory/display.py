@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .memory_plan import MemoryPlan
+    from .plan import MemoryPlan
 
 # One colour a group, told apart in print and by most colour-blind readers too (Okabe and Ito's palette).
 COLOURS = {

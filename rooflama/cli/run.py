@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import Json, Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
-from .cli_output import aside, note
-from .cli_template import TemplateVariables, ToolsFile, template_variables
-from .json_text import json_text
+from ..json_text import json_text
+from .options import Json, Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
+from .output import aside, note
+from .template import TemplateVariables, ToolsFile, template_variables
 
 if TYPE_CHECKING:
-    from .model import Generation, Model, Stream
+    from ..model import Generation, Model, Stream
 
 
 def run(

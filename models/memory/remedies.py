@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .memory_display import count, size
+from .display import count, size
 
 if TYPE_CHECKING:
-    from .memory_plan import MemoryPlan
+    from .plan import MemoryPlan
 
 
 def remedies(plan: MemoryPlan) -> list[str]:

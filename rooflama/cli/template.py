@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import refuse
+from .options import refuse
 
 TemplateVariables = Annotated[
     list[str],

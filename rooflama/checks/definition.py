@@ -14,7 +14,7 @@ import numpy as np
 from rooflama.kernels import reference
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.models import ModelConfig, rope_tables
-from rooflama.models.rope import RopeSpec, choose_factor_set
+from rooflama.models.rope.spec import RopeSpec, choose_factor_set
 
 ROWS = 4096  # of a matrix, dequantised at a time
 

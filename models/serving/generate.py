@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rooflama.kernels import RooflamaError
 
+from ..hyperparameters import ConfigError
 from .engine import DecodeBatch, Engine
-from .metadata import ConfigError
 from .sampling import SamplingParams, TokenLogprob
 
 GROWTH_TOKENS = 256  # for which a request without max_new_tokens takes pages at a time

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decoder import Decoder, Step
-from .kv_cache import PagedKVCache
-from .rope import FactorSetPolicy
-from .rotation import make_rotation
+from ..decoder import Decoder, Step
+from ..kv_cache import PagedKVCache
+from ..rope.rotation import make_rotation
+from ..rope.spec import FactorSetPolicy
 from .sampling import Sampler, SamplingParams
 from .turns import Turns
 

@@ -23,9 +23,9 @@ from rich.text import Text
 
 from rooflama.kernels import RooflamaError
 
-from . import check_file, check_run
-from .environment import facts
-from .json_text import json_text
+from ..environment import facts
+from ..json_text import json_text
+from . import file_checks, run_checks
 
 Status = Literal["PASS", "WARN", "FAIL", "SKIP"]
 STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
@@ -36,21 +36,21 @@ class Check(NamedTuple):
 
     name: str
     needs: tuple[str, ...]
-    run: Callable[[check_file.Subject], check_file.Finding]
+    run: Callable[[file_checks.Subject], file_checks.Finding]
 
 
 CHECKS = (
-    Check("structure", (), check_file.structure),
-    Check("config", ("structure",), check_file.config),
-    Check("tensors", ("config",), check_file.tensors),
-    Check("layout", ("tensors",), check_file.layout),
-    Check("weights", ("structure",), check_file.weights),
-    Check("rope", ("config",), check_file.rope),
-    Check("tokenizer", ("structure",), check_file.tokenizer),
-    Check("chat template", ("tokenizer",), check_file.chat_template),
-    Check("memory", ("tensors",), check_run.memory),
-    Check("forward", ("memory", "weights", "tokenizer"), check_run.forward),
-    Check("generation", ("forward",), check_run.generation),
+    Check("structure", (), file_checks.structure),
+    Check("config", ("structure",), file_checks.config),
+    Check("tensors", ("config",), file_checks.tensors),
+    Check("layout", ("tensors",), file_checks.layout),
+    Check("weights", ("structure",), file_checks.weights),
+    Check("rope", ("config",), file_checks.rope),
+    Check("tokenizer", ("structure",), file_checks.tokenizer),
+    Check("chat template", ("tokenizer",), file_checks.chat_template),
+    Check("memory", ("tensors",), run_checks.memory),
+    Check("forward", ("memory", "weights", "tokenizer"), run_checks.forward),
+    Check("generation", ("forward",), run_checks.generation),
 )
 
 
@@ -191,7 +191,7 @@ def check(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # lines "structure", "config" and "tokenizer" say what was warned of
-        subject = check_file.Subject(os.fspath(path), device, limit, stack)
+        subject = file_checks.Subject(os.fspath(path), device, limit, stack)
         tell(report := Report(subject.name, (), ()))
         for item in CHECKS:
             result = _run(item, subject, {r.name: r.status for r in report.results})
@@ -199,7 +199,7 @@ def check(
     return report
 
 
-def _run(item: Check, subject: check_file.Subject, before: dict[str, Status]) -> Result:
+def _run(item: Check, subject: file_checks.Subject, before: dict[str, Status]) -> Result:
     missing = [name for name in item.needs if before[name] in ("FAIL", "SKIP")]
     if missing:
         return Result(item.name, "SKIP", f"needs {' and '.join(missing)}")

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from .metadata import Hyperparameters
-from .rope import Linear, LongRope, RopeSpec, Scaling, Yarn
-from .rope_hf import rope_from_hf
+from ..hyperparameters import Hyperparameters
+from .huggingface import rope_from_hf
+from .spec import Linear, LongRope, RopeSpec, Scaling, Yarn
 
 
 def read_rope(

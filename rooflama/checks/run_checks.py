@@ -11,13 +11,13 @@ import torch
 
 from rooflama.kernels import backend_for
 from rooflama.models import MemoryPlan
-from rooflama.models.memory_display import size
+from rooflama.models.memory.display import size
 
-from .check_file import CONTEXT, Finding, Status, Subject
+from ..model import Model
+from ..planning import plan_memory
+from ..results import Generation
 from .definition import Definition
-from .model import Model
-from .planning import plan_memory
-from .results import Generation
+from .file_checks import CONTEXT, Finding, Status, Subject
 
 TEXT = "The quick brown fox jumps over the lazy dog. The capital of France is Paris, and the sky is blue because"
 TOKENS = 12  # of TEXT, run through every layer

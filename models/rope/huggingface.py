@@ -15,7 +15,7 @@ from typing import Any
 
 from rooflama.kernels.errors import shorten
 
-from .rope import KINDS, RopeSpec, check, check_positive
+from .spec import KINDS, RopeSpec, check, check_positive
 
 KEYS: dict[str, dict[str, str]] = {
     "default": {},

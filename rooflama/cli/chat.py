@@ -6,13 +6,13 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .cli_options import Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
-from .cli_output import note
-from .cli_run import answer, system_message
-from .cli_template import TemplateVariables, ToolsFile, template_variables
+from .options import Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
+from .output import note
+from .run import answer, system_message
+from .template import TemplateVariables, ToolsFile, template_variables
 
 if TYPE_CHECKING:
-    from .model import Model
+    from ..model import Model
 
 Messages = list[dict[str, Any]]
 

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import cli_output, cli_plan
-from .cli_chat import chat
-from .cli_options import Json, Loading, ModelSource, Rope, Sampling, with_groups
-from .cli_run import run
-from .json_text import json_text
+from ..json_text import json_text
+from . import output as cli_output
+from . import plan as cli_plan
+from .chat import chat
+from .options import Json, Loading, ModelSource, Rope, Sampling, with_groups
+from .run import run
 
 
 class Commands(TyperGroup):
@@ -106,7 +107,7 @@ def kernel(
     """
     import sys
 
-    from .kernel_card import kernel_card
+    from ..kernel_card import kernel_card
 
     card = kernel_card(name)
     if as_json:
@@ -120,7 +121,7 @@ def kernel(
 @app.command()
 def env(as_json: Json = False) -> None:
     """Show versions, devices, and which backend runs here and why."""
-    from .environment import environment, facts
+    from ..environment import environment, facts
 
     if as_json:
         print(json_text(dict(facts()), indent=2))
@@ -133,7 +134,3 @@ def main() -> None:
     cli_output.use_any_encoding()
     cli_output.show_warnings_as_notes()
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rooflama.kernels import penalise, sample
 
-from .metadata import ConfigError
+from ..hyperparameters import ConfigError
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)

@@ -1,0 +1,1 @@
+"""How much memory a model takes on a device, before anything is allocated there."""

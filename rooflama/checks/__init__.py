@@ -1,0 +1,1 @@
+"""The integration checklist: what `rooflama.check` runs on a checkpoint."""

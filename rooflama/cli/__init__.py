@@ -1,0 +1,5 @@
+"""The command ``rooflama``."""
+
+from .commands import app, main
+
+__all__ = ["app", "main"]
