@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from .text.tokenizer import Tokenizer
 
 
 class TensorInfo(Protocol):
@@ -42,6 +39,10 @@ class Checkpoint(Protocol):
         """Every file that was opened."""
 
     @property
+    def folder(self) -> Path | None:
+        """The folder whose further files describe the tokenizer; None if the metadata describes it."""
+
+    @property
     def file_nbytes(self) -> int:
         """Bytes of all of them."""
 
@@ -68,9 +69,6 @@ class Checkpoint(Protocol):
 
     def data(self, name: str) -> np.ndarray:
         """The tensor's stored bytes, uint8 [rows, bytes_per_row], mapped and not copied."""
-
-    def read_tokenizer(self) -> Tokenizer:
-        """Raises TokenizerError if there is none, or none that can be used."""
 
     def close(self) -> None: ...
 

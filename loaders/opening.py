@@ -7,18 +7,18 @@
 | hf:owner/repo, hf:owner/repo@revision | the same, of a repository on the Hugging Face Hub |
 | hf:owner/repo:file.gguf, hf:owner/repo@revision:file.gguf | one GGUF file of a repository |
 
-Nothing outside this file asks which kind it is.
+Only this file and ``text.opening`` ask which kind it is.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from rooflama.kernels import RooflamaError
 
@@ -27,28 +27,12 @@ from .gguf.file import read_gguf
 from .huggingface.folder import read_safetensors
 from .huggingface.hub import PREFIX, fetch
 from .huggingface.hub_headers import fetch_headers
-from .text.folder import read_folder_tokenizer
-from .text.tokenizer import Tokenizer
 
 
 class UnknownCheckpointError(RooflamaError, ValueError):
     """A path that is no checkpoint of a kind known here."""
 
 
-class Kind(NamedTuple):
-    """How one kind of checkpoint is read: with the name it goes by, and its tokenizer alone."""
-
-    open: Callable[[Path, str], Checkpoint]
-    read_tokenizer: Callable[[Path], Tokenizer]
-
-
-def _gguf_tokenizer(path: Path) -> Tokenizer:
-    with read_gguf(path) as file:
-        return file.read_tokenizer()
-
-
-GGUF = Kind(lambda path, name: read_gguf(path), _gguf_tokenizer)
-FOLDER = Kind(lambda path, name: read_safetensors(path, name=name), read_folder_tokenizer)
 NO_CHECKPOINTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".json", ".model", ".onnx", ".h5", ".msgpack")
 
 
@@ -63,15 +47,10 @@ class Location:
 
     path: Path
     name: str
-    kind: Kind
 
     def open(self) -> Checkpoint:
         """Raises as ``open_checkpoint``."""
-        return self.kind.open(self.path, self.name)
-
-    def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer alone. Raises TokenizerError, and as ``open_checkpoint``."""
-        return self.kind.read_tokenizer(self.path)
+        return read_safetensors(self.path, name=self.name) if self.path.is_dir() else read_gguf(self.path)
 
 
 def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Location:
@@ -98,8 +77,8 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Location:
     else:
         path, name = Path(text), ""
     try:
-        kind = _kind_of(path)
-        return Location(path, name or (path.resolve().name if kind is FOLDER else path.name), kind)
+        _check_kind(path)
+        return Location(path, name or (path.resolve().name if path.is_dir() else path.name))
     except OSError as error:
         _refuse(
             path, f"cannot be opened ({error.strerror})", "Check the path, and the permissions on it and its folders"
@@ -129,13 +108,14 @@ def open_headers(source: str | os.PathLike[str]) -> Iterator[Checkpoint]:
         return
     with TemporaryDirectory(prefix="rooflama-") as scratch:
         path, name = fetch_headers(text, Path(scratch))
-        with Location(path, name, _kind_of(path)).open() as checkpoint:
+        with Location(path, name).open() as checkpoint:
             yield checkpoint
 
 
-def _kind_of(path: Path) -> Kind:
+def _check_kind(path: Path) -> None:
+    """Refuse what is neither a folder nor a GGUF file; a missing .gguf file is left to its reader."""
     if path.is_dir():
-        return FOLDER
+        return
     suffix = path.suffix.lower()
     if suffix in NO_CHECKPOINTS:
         in_folder = "Name its folder" if suffix in (".safetensors", ".json", ".model") else "Use a safetensors folder"
@@ -144,7 +124,6 @@ def _kind_of(path: Path) -> Kind:
         _refuse(path, "neither GGUF nor a folder", "Name a .gguf file, or the folder with config.json")
     if suffix != ".gguf" and not path.exists():
         _refuse(path, "no such file or folder", f"Check the path; a repository of the Hub is {PREFIX}owner/repo")
-    return GGUF
 
 
 def _is_gguf(path: Path) -> bool:

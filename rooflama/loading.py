@@ -16,7 +16,7 @@ from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.device.query import find_device
 from rooflama.loaders.opening import locate, open_checkpoint
-from rooflama.loaders.text.tokenizer import Tokenizer
+from rooflama.loaders.text import Tokenizer, open_tokenizer
 from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
 from rooflama.models.memory.display import count, size
 from rooflama.models.rope.spec import FactorSetPolicy
@@ -89,7 +89,7 @@ def load(
         )
     with open_checkpoint(path) as checkpoint:
         adapter_of(checkpoint)  # an unknown architecture is named before anything it lacks
-        tokenizer = checkpoint.read_tokenizer()
+        tokenizer = open_tokenizer(checkpoint)
         owner = open_device(device, memory_limit=limit)
         try:
             if batch_invariant and backend_for(owner.torch_device) == "numpy":
@@ -233,7 +233,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError, TokenizerError: as for ``load``.
     """
-    return locate(path, weights=False).read_tokenizer()
+    return open_tokenizer(locate(path, weights=False).path)
 
 
 def demo_checkpoint() -> Path:

@@ -1,24 +1,4 @@
-"""The device boundary: the one place that allocates long-lived device memory, moves bytes to and from it, and asks the
-driver what is there.
-
-    with open_device("auto", memory_limit=8 * 2**30) as device:
-        weights = device.upload(array, label="blk.0.attn_q.weight")
-        cache = device.allocate((num_pages, 16, 3, 64), torch.float16, label="k_pages.0")
-        ...weights.tensor...
-
-Who owns what:
-- A Device owns every DeviceBuffer it makes until the buffer is closed or the device is. Dropping the last reference to
-  a buffer does not free it: what is held is what ``held()`` lists, and closing the device frees all of it.
-- ``buffer.tensor`` is lent. After close, asking for it again is refused; a tensor or view taken before stays valid and
-  keeps the memory, and ``held_bytes`` goes on counting it, until the last such view goes.
-- ``buffer.close()`` means "I need it no longer" and may be said any number of times. ``device.free(buffer)`` means
-  "it is live and I end it", and is refused the second time.
-- ``upload`` copies. With ``borrow=True`` a CPU device takes the host memory as it is, without a copy: it stays the
-  caller's, who must not change it; it is counted like any other buffer.
-
-Failures of the driver become the errors of ``errors``, with numbers. What was made for a call that fails is
-freed before its error leaves. ``memory_limit`` is checked before every allocation, on every kind of device.
-"""
+"""A device and the memory allocated on it; the package's docstring says who owns what."""
 
 from __future__ import annotations
 
@@ -35,7 +15,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import raw
-from .buffer import DeviceBuffer, Ledger, allocation_site
 from .errors import (
     CopyOutOfRange,
     DeviceError,
@@ -45,6 +24,7 @@ from .errors import (
     UseAfterClose,
     translate,
 )
+from .ledger import Ledger, allocation_site
 from .query import device_name, find_device, free_and_total_bytes
 
 Progress = Callable[[int], object]  # called with the bytes moved since the last call
@@ -77,6 +57,49 @@ def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None =
         )
     torch_device, kind = find_device(str(spec))
     return Device(torch_device, kind, memory_limit)
+
+
+class DeviceBuffer:
+    """Memory on a device, owned by it. Made by ``Device.allocate`` and ``Device.upload``."""
+
+    def __init__(self, device: Device, tensor: Tensor, label: str):
+        self.device, self.label = device, label
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.nbytes = tensor.numel() * tensor.element_size()
+        self._tensor: Tensor | None = tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        """The memory, lent until ``close``.
+
+        Raises:
+            UseAfterClose: the buffer or its device was closed.
+        """
+        if self._tensor is None:
+            raise UseAfterClose(
+                f"buffer {self.label!r} ({self.nbytes} bytes on {self.device.name})",
+                rule="it was closed",
+                remedy="Keep it open for as long as it is used, or upload it again",
+            )
+        return self._tensor
+
+    @property
+    def closed(self) -> bool:
+        return self._tensor is None
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent."""
+        self.device._release(self)
+
+    def __enter__(self) -> DeviceBuffer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.nbytes} bytes on {self.device.torch_device}"
+        return f"DeviceBuffer({self.label!r}, {list(self.shape)}, {self.dtype}, {state})"
 
 
 class Device:

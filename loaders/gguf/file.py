@@ -23,7 +23,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
@@ -31,9 +31,6 @@ from .errors import GGUFError, close_names
 from .metadata import Metadata
 from .parse import DAMAGED, parse_header
 from .types import TYPE_SIZES, ByteOrder, Header, TensorInfo
-
-if TYPE_CHECKING:
-    from ..text.tokenizer import Tokenizer
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
 
@@ -94,12 +91,7 @@ class GGUFFile:
         pre = self.metadata.get("tokenizer.ggml.pre")
         return f"{self.metadata.get('tokenizer.ggml.model', 'no tokenizer')}" + (f" ({pre})" if pre else "")
 
-    def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the metadata describes. Raises TokenizerError."""
-        from ..text.tokenizer import Tokenizer
-
-        return Tokenizer.from_metadata(self.metadata)
-
+    folder = None  # the metadata holds the tokenizer too
     norm_offset = 0.0  # Gemma's converter has added the 1
 
     @property

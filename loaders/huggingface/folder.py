@@ -24,8 +24,6 @@ import numpy as np
 
 from rooflama.kernels.errors import shorten
 
-from ..text.folder import read_folder_tokenizer, tokenizer_file
-from ..text.tokenizer import Tokenizer
 from .config import EMBEDDING, OUTPUT, family_of, gguf_metadata, gguf_names, is_tied
 from .json_files import HuggingFaceError, parse_json, read_json, readable, refuse
 from .weight_files import refuse_without_weights, weight_files
@@ -38,6 +36,8 @@ ITEMSIZES |= {"U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
 GGML_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F32"}
 """dtype of the file -> type of what is read; float64 is rounded, since nothing computes in it."""
 CHUNK = 2**24  # bytes compared at a time
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""Either holds a vocabulary; the first that exists is read."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,6 @@ class SafetensorsCheckpoint:
         file = tokenizer_file(self.folder)
         return file.name if file else "no tokenizer"
 
-    def read_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the folder. Raises TokenizerError and HuggingFaceError."""
-        return read_folder_tokenizer(self.folder)
-
     def data(self, name: str) -> np.ndarray:
         """The tensor's bytes, uint8 [rows, bytes of a row], read-only; [1, nbytes] for a vector.
 
@@ -161,6 +157,11 @@ def read_safetensors(path: str | Path, *, name: str | None = None) -> Safetensor
     folder = Path(path)
     with readable(folder):
         return _read_folder(folder, name or folder.resolve().name)
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file that holds the vocabulary; None if there is none."""
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
 
 
 def _read_folder(folder: Path, name: str) -> SafetensorsCheckpoint:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..gguf.errors import GGUFError
 from ..gguf.parse import parse_header
-from ..text.folder import TOKENIZER_FILES
+from .folder import TOKENIZER_FILES
 from .hub import (
     HubError,
     Reference,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ..huggingface.folder import tokenizer_file
 from ..huggingface.json_files import readable
 from .gguf_text import MODELS, GGUFText
 from .sentencepiece_model import sentencepiece_metadata
@@ -12,14 +13,6 @@ from .settings import TokenizerSettings, refuse
 from .tokenizer import Tokenizer
 from .tokenizer_json import read_tokenizer_json
 from .vocabulary import Vocabulary
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-"""Either holds a vocabulary; the first that is there is read."""
-
-
-def tokenizer_file(folder: Path) -> Path | None:
-    """The file that holds the vocabulary; None where there is none."""
-    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
 
 
 def read_folder_tokenizer(folder: Path) -> Tokenizer:

@@ -19,7 +19,7 @@ from rooflama.kernels import LAYOUTS, reference
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 from rooflama.loaders.opening import Location, locate
-from rooflama.loaders.text.tokenizer import Tokenizer
+from rooflama.loaders.text import Tokenizer, open_tokenizer
 from rooflama.models import Adapter, CheckpointReader, ConfigError, ModelConfig, checkpoint_weights, rope_tables
 from rooflama.models.memory.display import size
 
@@ -106,7 +106,7 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return self.file.read_tokenizer()
+        return open_tokenizer(self.file)
 
     @cached_property
     def model(self) -> Model:

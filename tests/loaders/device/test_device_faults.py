@@ -30,7 +30,7 @@ from rooflama.loaders.device import (
     open_device,
 )
 from rooflama.loaders.device import raw as device_raw
-from rooflama.loaders.device.buffer import allocation_site
+from rooflama.loaders.device.ledger import allocation_site
 from strategies import DEVICE, SMALL_CHUNK
 
 

@@ -1,6 +1,9 @@
 """The GGUF reader against gguf's own, on files that gguf's writer and our byte builder make."""
 
 import importlib.metadata
+import subprocess
+import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -393,3 +396,20 @@ def test_demo_checkpoint_equals_gguf_reader():
     assert file.tensors["token_embd.weight"].shape == (49152, 576)
     assert file.metadata.require("llama.block_count", int, positive=True) == 30
     assert_same_as_gguf_reader(path)
+
+
+def test_reading_a_file_needs_no_tokenizer_library(tmp_path):
+    """In a fresh process. sentencepiece is hidden there: the gguf package imports it where it finds it."""
+    path = tmp_path / "small.gguf"
+    path.write_bytes(small_file())
+    script = f"""
+        import sys
+        sys.modules["sentencepiece"] = None
+        from rooflama.loaders.gguf import read_gguf
+        with read_gguf({str(path)!r}) as file:
+            assert file.metadata
+        text = ("jinja2", "tokenizers", "rooflama.loaders.text", "rooflama.loaders.huggingface")
+        print([name for name in text if name in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr

@@ -17,6 +17,7 @@ from rooflama.loaders.gguf.parse import parse_header
 from rooflama.loaders.huggingface.hub import HubError, HubUnreachableError, NotOnHubError, fetch
 from rooflama.loaders.huggingface.json_files import HuggingFaceError
 from rooflama.loaders.opening import open_checkpoint
+from rooflama.loaders.text import open_tokenizer
 from small_checkpoint import Parts
 from whole_checkpoints import write_folder
 
@@ -64,7 +65,7 @@ def offline(monkeypatch):
 def test_a_folder_comes_without_other_formats_and_opens_again_offline(hub, offline, files):
     with open_checkpoint("hf:owner/folder") as checkpoint:
         assert checkpoint.name == checkpoint.metadata["general.name"] == "folder"
-        assert checkpoint.read_tokenizer().vocab_size == 403
+        assert open_tokenizer(checkpoint).vocab_size == 403
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     wanted |= {"tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
     assert hub.downloaded() == wanted

@@ -13,10 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from assertions import within_seconds
 from rooflama import demo_checkpoint
 from rooflama.loaders.gguf import read_gguf
-from rooflama.loaders.opening import locate
+from rooflama.loaders.text import Tokenizer, open_tokenizer
 from rooflama.loaders.text.bpe import BYTE_ALPHABET
 from rooflama.loaders.text.chat_template import ChatTemplateError
-from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.loaders.text.vocabulary import TokenizerError
 from small_checkpoint import VOCABULARY, write_small
 from tiny_checkpoints import write_gguf
@@ -306,7 +305,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_byte(key, changes, tmp_path):
     path, key = write_small(tmp_path / "small.gguf", changes), f"tokenizer.ggml.{key}"
     byte = path.read_bytes().index(struct.pack("<Q", len(key)) + key.encode()) + 8 + len(key) + 4
     with pytest.raises(TokenizerError, match=re.escape(f"{path}, byte {byte}: {key}")):
-        locate(path).read_tokenizer()
+        open_tokenizer(path)
 
 
 @pytest.mark.parametrize("source", ["file", "folder"])
@@ -329,7 +328,7 @@ def test_a_vocabulary_of_150_thousand_loads_in_two_seconds(source, tmp_path):
         made.save(str(tmp_path / "tokenizer.json"))
 
     def load():
-        tokenizer = locate(path).read_tokenizer()
+        tokenizer = open_tokenizer(path)
         tokenizer.encode("the first text")
         return tokenizer
 

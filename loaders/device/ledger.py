@@ -1,4 +1,4 @@
-"""One piece of device memory, and the ledger of all that a device holds."""
+"""What a device holds, and where each piece was allocated."""
 
 from __future__ import annotations
 
@@ -7,62 +7,12 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-
-from .errors import UseAfterClose
-
-if TYPE_CHECKING:
-    from .device import Device
 
 
 class LeakWarning(RuntimeWarning):
     """With ROOFLAMA_DEBUG: device memory nobody closed, reported when its device is collected, or at exit."""
-
-
-class DeviceBuffer:
-    """Memory on a device, owned by it. Made by ``Device.allocate`` and ``Device.upload``."""
-
-    def __init__(self, device: Device, tensor: Tensor, label: str):
-        self.device, self.label = device, label
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self.nbytes = tensor.numel() * tensor.element_size()
-        self._tensor: Tensor | None = tensor
-
-    @property
-    def tensor(self) -> Tensor:
-        """The memory, lent until ``close``.
-
-        Raises:
-            UseAfterClose: the buffer or its device was closed.
-        """
-        if self._tensor is None:
-            raise UseAfterClose(
-                f"buffer {self.label!r} ({self.nbytes} bytes on {self.device.name})",
-                rule="it was closed",
-                remedy="Keep it open for as long as it is used, or upload it again",
-            )
-        return self._tensor
-
-    @property
-    def closed(self) -> bool:
-        return self._tensor is None
-
-    def close(self) -> None:
-        """Give the memory back. Idempotent."""
-        self.device._release(self)
-
-    def __enter__(self) -> DeviceBuffer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{self.nbytes} bytes on {self.device.torch_device}"
-        return f"DeviceBuffer({self.label!r}, {list(self.shape)}, {self.dtype}, {state})"
 
 
 @dataclass
