@@ -1,11 +1,12 @@
 """What a family is, and how a forward pass is composed."""
 
 from .config import ModelConfig
-from .decoder import Decoder, Step
-from .families import ADAPTERS, Adapter, adapter_for
+from .decoder import Adapter, Decoder, Step
+from .families import ADAPTERS, adapter_for
 from .hyperparameters import ConfigError
 from .kv_cache import OutOfPages, PagedKVCache, PagePool
-from .memory.plan import MemoryPlan, Target
+from .memory.budget import Target
+from .memory.plan import MemoryPlan
 from .memory.weights import checkpoint_weights, config_weights
 from .rope.spec import RopeSpec, rope_tables
 from .serving.engine import DecodeBatch, Engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .config import ModelConfig
-    from .families import Adapter
     from .kv_cache import PagedKVCache
-    from .weights import TensorSource
+    from .weights import CheckpointReader, TensorSource
 
 LOGITS_ROWS = 8  # tokens whose logits are made at a time where all are asked for: float32 rows of a whole vocabulary
 
@@ -109,6 +108,19 @@ class Step:
         if weight is None:
             return heads
         return rms_norm(heads.flatten(0, 1), weight, self.config.rms_norm_eps).view(heads.shape)
+
+
+class Adapter(Protocol):
+    """A family's page. A module with these three functions is an adapter; see docs/ADAPTER_PATTERN_GUIDE.md."""
+
+    def read_config(self, reader: CheckpointReader) -> ModelConfig:
+        """The numbers, from metadata and tensor shapes alone. Raises ConfigError on anything it does not know."""
+
+    def load_layer(self, source: TensorSource, config: ModelConfig, index: int) -> Any:
+        """Layer ``index``'s weights, on the device, in the family's own dataclass."""
+
+    def block(self, layer: Any, hidden: Tensor, step: Step) -> Tensor:
+        """One layer: the residual stream [num_tokens, hidden_size] in, the residual stream out."""
 
 
 @dataclass(frozen=True)

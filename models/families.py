@@ -1,30 +1,10 @@
-"""What a family must say of itself, and the one table of families."""
+"""The one table of families: which page runs which architecture."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-from torch import Tensor
-
 from . import llama, phi3, qwen
-from .config import ModelConfig
-from .decoder import Step
+from .decoder import Adapter
 from .hyperparameters import ConfigError
-from .weights import CheckpointReader, TensorSource
-
-
-class Adapter(Protocol):
-    """A family's page. A module with these three functions is an adapter; see docs/ADAPTER_PATTERN_GUIDE.md."""
-
-    def read_config(self, reader: CheckpointReader) -> ModelConfig:
-        """The numbers, from metadata and tensor shapes alone. Raises ConfigError on anything it does not know."""
-
-    def load_layer(self, source: TensorSource, config: ModelConfig, index: int) -> Any:
-        """Layer ``index``'s weights, on the device, in the family's own dataclass."""
-
-    def block(self, layer: Any, hidden: Tensor, step: Step) -> Tensor:
-        """One layer: the residual stream [num_tokens, hidden_size] in, the residual stream out."""
-
 
 ADAPTERS: dict[str, Adapter] = {
     "llama": llama,

@@ -18,12 +18,12 @@ from rooflama.loaders.device.query import find_device
 from rooflama.loaders.opening import locate, open_checkpoint
 from rooflama.loaders.text import Tokenizer, open_tokenizer
 from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
-from rooflama.models.memory.display import count, size
+from rooflama.models.memory.amounts import count, parse_bytes, size
 from rooflama.models.rope.spec import FactorSetPolicy
 
 from . import arguments
 from .model import Model
-from .planning import adapter_of, choose_dtypes, parse_bytes, plan_for_device, warn_beyond_training, with_rope
+from .planning import adapter_of, choose_dtypes, plan_for_device, warn_beyond_training, with_rope
 
 MOST_WITHOUT_ROWS = 16  # tokens that a fine-tune adds without enlarging the embedding: padding, turns of a chat
 

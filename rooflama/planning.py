@@ -6,7 +6,6 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from math import ceil
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from rooflama.models import (
     checkpoint_weights,
     config_weights,
 )
+from rooflama.models.memory.amounts import parse_bytes
 from rooflama.models.rope.override import override_rope
 
 PAGE_SIZE = 64  # tokens; the waste is at most one page a sequence
@@ -32,8 +32,6 @@ PREFILL_CHUNK = 2048  # tokens; larger passes gain nothing on an H100 and take m
 
 ACTIVATION_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KV_DTYPES = {**ACTIVATION_DTYPES, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def plan_memory(
@@ -179,23 +177,3 @@ def _device_target(device: Device) -> Target:
         return Target("cpu", backend_for(device.torch_device))
     hopper = device.kind == "cuda" and torch.cuda.get_device_capability(device.torch_device) >= (9, 0)
     return Target.gpu(device.kind, hopper=hopper)
-
-
-def parse_bytes(text: str) -> int:
-    """``24GiB``, ``512 MiB``, ``8e9`` or ``80GB`` in whole bytes, rounded up.
-
-    Raises ConfigError for anything else, zero and less.
-    """
-    number = text.strip().rstrip("BbGgIiKkMm ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        nbytes = ceil(float(number) * _UNITS[unit])
-    except (KeyError, ValueError, OverflowError):
-        nbytes = 0
-    if nbytes <= 0:
-        raise ConfigError(
-            f"{text!r} as an amount of memory",
-            rule="an amount is a positive number with B, KB, MB, GB, KiB, MiB or GiB",
-            remedy="Write it like 24GiB",
-        )
-    return nbytes

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from fractions import Fraction
+from collections.abc import Iterator
 from html import escape
 from math import ceil, floor
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from .plan import MemoryPlan
+from .amounts import count, size
+from .budget import Budget
+from .remedies import remedies
 
 # One colour a group, told apart in print and by most colour-blind readers too (Okabe and Ito's palette).
 COLOURS = {
@@ -25,21 +24,7 @@ COLOURS = {
 }
 
 
-def size(nbytes: int, rounded: Callable[[Fraction], int] = round) -> str:
-    """Bytes for people, in hundredths of a GiB, MiB or KiB: what is needed rounded with ``ceil``, what is there with
-    ``floor``.
-    """
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if nbytes >= unit:
-            return f"{rounded(Fraction(100 * nbytes, unit)) / 100:.2f} {name}"
-    return f"{nbytes} B"
-
-
-def count(number: int, noun: str, form: str = ",") -> str:
-    return f"{number:{form}} {noun}{'s' * (number != 1)}"
-
-
-def verdict(plan: MemoryPlan) -> list[tuple[str, str]]:
+def verdict(plan: Budget) -> list[tuple[str, str]]:
     """(label, value): the total, what it is held against, and what would fit."""
     rows = [("total", size(plan.total_bytes, ceil))]
     if plan.limit is not None:
@@ -53,11 +38,11 @@ def verdict(plan: MemoryPlan) -> list[tuple[str, str]]:
         rows.append(("headroom", size(headroom, floor) if headroom >= 0 else f"none: {size(-headroom, ceil)} too much"))
         rows.append((f"largest context for {count(plan.sequences, 'sequence')}", count(longest, "token")))
         rows.append((f"most sequences of {count(plan.context, 'token')}", f"{most:,}{more}"))
-    rows += [("what would fit", remedy) for remedy in plan.remedies()]
+    rows += [("what would fit", remedy) for remedy in remedies(plan)]
     return rows
 
 
-def title(plan: MemoryPlan) -> str:
+def title(plan: Budget) -> str:
     kv_dtype, dtype = (str(d).removeprefix("torch.") for d in (plan.kv_dtype, plan.dtype))
     return (
         f"{plan.config.name}: {count(plan.sequences, 'sequence')} of {count(plan.context, 'token')}, "
@@ -65,7 +50,7 @@ def title(plan: MemoryPlan) -> str:
     )
 
 
-def rich_lines(plan: MemoryPlan) -> Iterator[Table | Text]:
+def rich_lines(plan: Budget) -> Iterator[Table | Text]:
     yield Text(title(plan), style="bold")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("group")
@@ -86,7 +71,7 @@ def rich_lines(plan: MemoryPlan) -> Iterator[Table | Text]:
     yield summary
 
 
-def html(plan: MemoryPlan) -> str:
+def html(plan: Budget) -> str:
     """A stacked bar, to the scale of the limit (or the total, if larger), over a table of the lines."""
     bound = plan.limit if plan.limit is not None else plan.free_bytes
     scale = max(plan.total_bytes, bound or 0)

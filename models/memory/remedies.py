@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING
 
 import torch
 
-from .display import count, size
-
-if TYPE_CHECKING:
-    from .plan import MemoryPlan
+from .amounts import count, size
+from .budget import Budget
 
 
-def remedies(plan: MemoryPlan) -> list[str]:
+def remedies(plan: Budget) -> list[str]:
     """Changes of which each alone makes the plan fit, the mildest first; none for a plan that fits."""
     if plan.fits:
         return []
@@ -32,7 +29,7 @@ def remedies(plan: MemoryPlan) -> list[str]:
     return [*found, f"{_room(plan)} would hold all of it"]
 
 
-def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:
+def _difference(plan: Budget, other: Budget) -> str:
     """What ``other`` has that ``plan`` has not."""
     parts = []
     if other.sequences != plan.sequences:
@@ -44,7 +41,7 @@ def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:
     return " with ".join(parts)
 
 
-def _room(plan: MemoryPlan) -> str:
+def _room(plan: Budget) -> str:
     """The limit and the free memory that a plan needs, where those there are do not do."""
     total, on_device = plan.total_bytes, plan.total_bytes - plan.target.context_bytes
     room = []

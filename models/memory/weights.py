@@ -18,8 +18,7 @@ from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 
 from ..config import ModelConfig
-from ..decoder import Decoder
-from ..families import Adapter
+from ..decoder import Adapter, Decoder
 from ..weights import CheckpointReader, TensorSource
 from .allocator import Segments
 

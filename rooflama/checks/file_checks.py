@@ -21,7 +21,7 @@ from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
 from rooflama.loaders.opening import Location, locate
 from rooflama.loaders.text import Tokenizer, open_tokenizer
 from rooflama.models import Adapter, CheckpointReader, ConfigError, ModelConfig, checkpoint_weights, rope_tables
-from rooflama.models.memory.display import size
+from rooflama.models.memory.amounts import size
 
 from ..loading import check_vocabulary, load
 from ..model import Model

@@ -11,7 +11,7 @@ import torch
 
 from rooflama.kernels import backend_for
 from rooflama.models import MemoryPlan
-from rooflama.models.memory.display import size
+from rooflama.models.memory.amounts import size
 
 from ..model import Model
 from ..planning import plan_memory

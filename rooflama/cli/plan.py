@@ -53,9 +53,10 @@ def check(
     report: Annotated[Path | None, typer.Option(help="write what a bug report needs to this file")] = None,
 ) -> None:
     """Go through the integration checklist for MODEL. Exit status 0: all passed, 1: warnings, 2: a failure."""
+    from rooflama.models.memory.amounts import parse_bytes
+
     from ..checks.checklist import Report, as_line
     from ..checks.checklist import check as run_checks
-    from ..planning import parse_bytes
 
     if report is not None:
         _require_writable(report, model)

@@ -20,8 +20,7 @@ from rooflama.kernels import use_backend
 from rooflama.loaders.device import DeviceOutOfMemory
 from rooflama.loaders.device import raw as device_raw
 from rooflama.models import MemoryPlan
-from rooflama.models.memory.display import size
-from rooflama.planning import parse_bytes
+from rooflama.models.memory.amounts import parse_bytes, size
 from small_checkpoint import write_small
 
 GIB, MIB = 2**30, 2**20

@@ -24,8 +24,8 @@ from rooflama.models import (
     checkpoint_weights,
 )
 from rooflama.models.memory import terms
+from rooflama.models.memory.amounts import parse_bytes
 from rooflama.models.memory.weights import plane_shapes
-from rooflama.planning import parse_bytes
 from small_checkpoint import write_small
 
 GIB, MIB = 2**30, 2**20

@@ -1,0 +1,295 @@
+"""The bytes of everything a model will hold, before anything is allocated; and what would fit.
+
+The terms and their formulas are in ``terms``; each becomes a named line. Lines add up to the total, which on a
+GPU is what the driver will show for the process, within what the context is misjudged by:
+
+    total = weights + K/V pages + tables + workspace + CUDA graph + allocator rounding + device context
+
+Workspace terms are those alive at the widest moment of a prefill pass. A CUDA graph keeps memory of its own, so what a
+decode step needs is added, not shared. On a CPU the total is the model's part alone: Python and torch come on top.
+
+All but the rounding grow with context and sequences. The rounding falls where a request fits what another left over, by
+up to some tens of MiB, so a larger context may take less than a smaller one.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+
+from rooflama.kernels import checks
+
+from ..config import ModelConfig
+from ..hyperparameters import ConfigError
+from ..kv_cache import is_scaled
+from . import terms
+from .allocator import Segments
+from .terms import FORMULAS, Moment, pages_a_sequence
+from .weights import Backend, Matrix, WeightBytes, form_on_device
+
+MIB = 2**20
+
+Group = Literal["weights", "keys and values", "tables", "workspace", "CUDA graph", "device"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a plan is for.
+
+    Attributes:
+        kind: ``cpu``, ``cuda`` or ``hip``.
+        backend: which form of the weights is resident.
+        context_bytes: what the driver takes for a context and the kernels' code. On a CPU the process is not counted.
+        matmul_library_bytes: workspace that the vendor's matmul library allocates through torch.
+    """
+
+    kind: str
+    backend: Backend
+    context_bytes: int = 0
+    matmul_library_bytes: int = 0
+
+    @classmethod
+    def gpu(cls, kind: str, *, hopper: bool = True) -> Target:
+        """A GPU. torch gives cuBLAS 32 MiB on Hopper and later, and 8.125 MiB before."""
+        library = 32 * MIB if hopper else 2 * 4 * MIB + 128 * 1024
+        return cls(kind, "triton", CONTEXT_BYTES[kind], library)
+
+
+# What the driver counts beside torch's own memory: context, torch's and cuBLAS's modules, kernels. Measured on an H100
+# with torch 2.11 and CUDA 13 (benchmarks/results/memory_plan.csv); other GPUs and versions differ by some tens of MiB.
+CONTEXT_BYTES = {"cuda": 757 * MIB, "hip": 757 * MIB}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One term: where it belongs, what it is, its bytes, and how they come about."""
+
+    group: Group
+    name: str
+    nbytes: int
+    formula: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model takes, and what would fit.
+
+    Attributes:
+        config, weights: the model.
+        context: tokens each sequence may reach.
+        sequences: sequences whose pages are held at once.
+        page_size, prefill_chunk: tokens of a page, and of a prefill pass at most.
+        dtype, kv_dtype: of activations, and of stored keys and values.
+        target: the device.
+        batch_invariant: whether products are: such products dequantise in registers only.
+        limit: bytes that ``total_bytes`` must not pass, or None.
+        free_bytes: what the device has free now, its context already made; None if there is no device to ask.
+    """
+
+    config: ModelConfig
+    weights: WeightBytes
+    context: int
+    sequences: int
+    page_size: int
+    prefill_chunk: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    target: Target
+    batch_invariant: bool = False
+    limit: int | None = None
+    free_bytes: int | None = None
+
+    MOST_SEQUENCES: ClassVar[int] = checks.MOST_SEQUENCES  # that can be planned for
+    LONGEST_CONTEXT: ClassVar[int] = 2**24  # tokens, for models that were trained for less
+
+    def __post_init__(self) -> None:
+        longest = max(self.config.context_length, self.LONGEST_CONTEXT)
+        for name, value, most, rule in (
+            ("context", self.context, longest, f"contexts are of 1 to {longest} tokens"),
+            ("sequences", self.sequences, self.MOST_SEQUENCES, f"plans are for 1 to {self.MOST_SEQUENCES} sequences"),
+            ("limit", self.limit, sys.maxsize, f"a limit is a whole number of bytes from 1 to {sys.maxsize}"),
+        ):
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise ConfigError(f"{name} {value!r}", rule=rule, remedy="Ask for a whole number in that range")
+
+    # What is held.
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in each layer's pool: every sequence at its full context."""
+        return self.sequences * pages_a_sequence(self.config, self.context, self.page_size, self.prefill_chunk)
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        config, on_gpu = self.config, self.target.kind != "cpu"
+        token = terms.kv_token_bytes(config, self.kv_dtype)
+        slots = self.num_pages * self.page_size
+        tokens = min(slots, self.sequences * self.context)
+        scales = " + 4" if is_scaled(self.kv_dtype) else ""
+        heads = (
+            f"2 x {config.num_layers} x {config.num_kv_heads} x ({config.head_dim} x {self.kv_dtype.itemsize}{scales})"
+        )
+        tables, blocks = self._table_bytes()
+        stored, backend = self.weights.stored, self.target.backend
+        lines = [
+            *(
+                Line(
+                    "weights",
+                    kind,
+                    nbytes,
+                    f"{stored.get(kind, 0):,} bytes in the file, {form_on_device(kind, backend)}",
+                )
+                for kind, nbytes in sorted(self.weights.resident.items(), key=lambda item: -item[1])
+            ),
+            Line("keys and values", "tokens", tokens * token, f"{tokens:,} tokens x {token:,} bytes = {heads}"),
+            Line("keys and values", "rest of last pages", (slots - tokens) * token, f"{slots - tokens:,} tokens"),
+            Line("tables", "rotary tables", tables, terms.rotary_formula(config)),
+            Line("tables", "block tables", blocks, "2 x 4 x sequences x pages of a context"),
+            *(Line("workspace", name, nbytes, FORMULAS[name]) for name, nbytes in self._prefill.items()),
+        ]
+        if on_gpu:
+            lines += [Line("CUDA graph", name, nbytes, FORMULAS[name]) for name, nbytes in self._graph.items()]
+            lines += [
+                Line("device", "allocator rounding", self._rounding, "torch's segments of 2 and 20 MiB, see allocator"),
+                Line("device", "context and kernels", self.target.context_bytes, "an estimate for the kind of device"),
+            ]
+        return tuple(line for line in lines if line.nbytes)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of the largest prefill pass."""
+        return min(self.prefill_chunk, self.sequences * self.context)
+
+    @property
+    def _library_matrices(self) -> tuple[Matrix, ...]:
+        """Those that the vendor's library may multiply with, dequantised first."""
+        return () if self.batch_invariant else self.weights.matrices
+
+    @cached_property
+    def _prefill(self) -> Moment:
+        """The widest moment of a prefill pass."""
+        tokens, sequences = self.pass_tokens, self.sequences
+        if self.target.backend == "numpy":
+            moments = terms.definition_moments(self.config, tokens, self.context, sequences, self.dtype.itemsize)
+        else:
+            moments = terms.prefill_moments(self.config, self._library_matrices, tokens, sequences, self.dtype)
+        sums = [sum(moment.values()) for moment in moments]
+        widest = dict(moments[sums.index(max(sums))])
+        if self.target.kind != "cpu" and self._library_matrices:
+            widest["matmul library"] = self.target.matmul_library_bytes
+        return widest
+
+    @cached_property
+    def _graph(self) -> Moment:
+        """What the captured decode step keeps."""
+        step: dict[str, int] = {**terms.decode_moment(self.config, self.context, self.sequences, self.dtype)}
+        rows = terms.dequantised_bytes(self._library_matrices, self.sequences, self.dtype)
+        if rows:
+            step |= {"dequantised rows": rows, "matmul library": self.target.matmul_library_bytes}
+        return step
+
+    def _table_bytes(self) -> tuple[int, int]:
+        """(rotary tables, block tables)."""
+        blocks = terms.block_table_bytes(self.context, self.sequences, self.page_size)
+        rotary = terms.rope_table_bytes(self.config, self.context, self.pass_tokens, self.sequences)
+        return rotary, blocks
+
+    @cached_property
+    def _lasting_segments(self) -> Segments:
+        """torch's general pool once a model is loaded: weights, pages, tables."""
+        lasting = self.weights.segments.copy()
+        tables, blocks = self._table_bytes()
+        pools = terms.kv_allocations(self.config, self.kv_dtype, self.num_pages, self.page_size)
+        lasting.take_all([*pools, tables // 2, tables // 2, blocks // 2, blocks // 2])
+        return lasting
+
+    def _segments(self) -> tuple[Segments, Segments]:
+        """torch's general pool and the graph's own, after loading, a prefill pass and a captured decode step."""
+        general = self._lasting_segments.copy()
+        general.take_all(self._prefill.values())
+        return general, Segments(self._graph.values())
+
+    @cached_property
+    def _rounding(self) -> int:
+        """What torch's segments take beyond what is asked of them. On a CPU there are none."""
+        if self.target.kind == "cpu":
+            return 0
+        return sum(segments.reserved - segments.asked for segments in self._segments())
+
+    def bytes_of(self, *groups: Group) -> int:
+        return sum(line.nbytes for line in self.lines if line.group in groups)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(line.nbytes for line in self.lines)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What torch's allocator hands out at its peak: a prefill pass and a decode step do not run at once."""
+        prefilling, graph = self._segments()
+        decoding = self._lasting_segments.taken + self._prefill.get("matmul library", 0) + graph.taken
+        return max(prefilling.taken, decoding if self.target.kind != "cpu" else 0)
+
+    # What fits.
+
+    @property
+    def headroom_bytes(self) -> int | None:
+        """Bytes left under the limit and in the device's free memory, negative if it does not fit; None if unknown."""
+        return self._headroom(self.total_bytes)
+
+    def _headroom(self, total: int) -> int | None:
+        room = []
+        if self.limit is not None:
+            room.append(self.limit - total)
+        if self.free_bytes is not None:
+            room.append(self.free_bytes - (total - self.target.context_bytes))
+        return min(room, default=None)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is headroom; True where nothing bounds the plan."""
+        headroom = self.headroom_bytes
+        return headroom is None or headroom >= 0
+
+    @property
+    def _fits_unrounded(self) -> bool:
+        """Whether it would fit if the allocator rounded nothing: so does every plan of less, and all that fit do."""
+        headroom = self._headroom(self.total_bytes - self._rounding)
+        return headroom is None or headroom >= 0
+
+    def but(self, **changes: Any) -> Self:
+        """The same plan with other ``context``, ``sequences``, ``kv_dtype`` and so on."""
+        return replace(self, **changes)
+
+    def largest_context(self, sequences: int | None = None) -> int:
+        """Tokens that each of ``sequences`` sequences (default: the plan's) may reach; 0 if not even one token fits.
+
+        No more whole pages fit, nor a token more, up to the context that the model was trained for. Fewer may not: the
+        allocator's rounding may take more then.
+        """
+        longest, page = self.config.context_length, self.page_size
+        plan = self.but(sequences=sequences or self.sequences)
+        if plan.but(context=longest).fits:
+            return longest
+        pages = _largest(range(page, longest, page), lambda tokens: plan.but(context=tokens))
+        return _largest(range(pages + 1, min(pages + page, longest)), lambda tokens: plan.but(context=tokens)) or pages
+
+    def most_sequences(self, context: int | None = None) -> int:
+        """The most sequences of ``context`` tokens each (default: the plan's) whose pages fit at once.
+
+        MOST_SEQUENCES says that as many fit, and maybe more.
+        """
+        plan = self.but(context=context or self.context)
+        return _largest(range(1, self.MOST_SEQUENCES + 1), lambda count: plan.but(sequences=count))
+
+
+def _largest(numbers: range, plan_of: Callable[[int], Budget]) -> int:
+    """The largest of ascending numbers whose plan fits, or 0: those that would without rounding, from the top down."""
+    end = bisect_left(numbers, True, key=lambda number: not plan_of(number)._fits_unrounded)
+    return next((number for number in reversed(numbers[:end]) if plan_of(number).fits), 0)
