@@ -34,16 +34,16 @@ from torch import Tensor
 from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.gguf.repack import BLOCK_BYTES
-from rooflama.loading import start_engine
+from rooflama.loading import start_runner
 from rooflama.models import (
     CheckpointReader,
     Decoder,
-    Generation,
     MemoryPlan,
     ModelConfig,
     Request,
     RopeSpec,
     SamplingParams,
+    TokenRun,
     adapter_for,
 )
 from rooflama.models.memory.weights import DryRunSource, config_tensors
@@ -150,10 +150,10 @@ def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: 
     plan = plan_for_device(reader, config, device, context=context, dtype="auto", kv_dtype=kv_dtype)
     source = RandomSource(reader, device)
     decoder = Decoder.load(source, config, adapter_for("llama"))
-    engine = start_engine(decoder, plan, device)
+    runner = start_runner(decoder, plan, device)
     length = min(context - NEW_TOKENS, PROMPT_CHUNKS * plan.prefill_chunk)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
-    tokens = iter(Generation(engine, [Request(prompt, NEW_TOKENS, SamplingParams())], end_ids=()))
+    tokens = iter(TokenRun(runner, [Request(prompt, NEW_TOKENS, SamplingParams())], end_ids=()))
     next(tokens)
     prefilled()
     for _ in tokens:

@@ -26,9 +26,9 @@ import torch
 import memory_plan_check
 from memory_plan_check import RandomSource, ShapesOnly, config_of
 from rooflama.loaders.device import open_device
-from rooflama.loading import start_engine
+from rooflama.loading import start_runner
 from rooflama.models import CheckpointReader, Decoder, SamplingParams, adapter_for
-from rooflama.models.serving.engine import DecodeBatch
+from rooflama.models.serving.runner import DecodeBatch
 from rooflama.planning import plan_for_device
 from timing import ceilings, provenance, write_rows
 
@@ -76,16 +76,16 @@ def ready(case: Case) -> Iterator[tuple[DecodeBatch, int]]:
         decoder = Decoder.load(RandomSource(reader, device), config, adapter_for("llama"))
         read = (b for b in device.held() if config.tied_embeddings or b.label != "token_embd.weight")
         weights = sum(buffer.nbytes for buffer in read)
-        engine = start_engine(decoder, plan.but(sequences=case.sequences), device)
+        runner = start_runner(decoder, plan.but(sequences=case.sequences), device)
         ids = []
         for _ in range(case.sequences):
-            ids.append(engine.cache.add())
-            engine.cache.reserve(ids[-1], config.context_length)
-            for start in range(0, length, engine.cache.max_append):
-                engine.cache.append(ids[-1], min(engine.cache.max_append, length - start))
+            ids.append(runner.cache.add())
+            runner.cache.reserve(ids[-1], config.context_length)
+            for start in range(0, length, runner.cache.max_append):
+                runner.cache.append(ids[-1], min(runner.cache.max_append, length - start))
         count = len(ids)
         lengths = [config.context_length] * count
-        batch = DecodeBatch(engine, ids, lengths, lengths, [SamplingParams()] * count, [[0]] * count, [[]] * count)
+        batch = DecodeBatch(runner, ids, lengths, lengths, [SamplingParams()] * count, [[0]] * count, [[]] * count)
         with torch.inference_mode():
             for _ in range(WARM_UP):
                 batch.step()

@@ -9,8 +9,8 @@ from .memory.budget import Target
 from .memory.plan import MemoryPlan
 from .memory.weights import checkpoint_weights, config_weights
 from .rope.spec import RopeSpec, rope_tables
-from .serving.engine import DecodeBatch, Engine
-from .serving.generate import Generation, NaNLogits, Request, Timings
+from .serving.generate import NaNLogits, Request, Timings, TokenRun
+from .serving.runner import DecodeBatch, ModelRunner
 from .serving.sampling import SamplingParams, TokenLogprob
 from .weights import CheckpointReader, TensorSource
 
@@ -21,10 +21,9 @@ __all__ = [
     "ConfigError",
     "DecodeBatch",
     "Decoder",
-    "Engine",
-    "Generation",
     "MemoryPlan",
     "ModelConfig",
+    "ModelRunner",
     "NaNLogits",
     "OutOfPages",
     "PagePool",
@@ -37,6 +36,7 @@ __all__ = [
     "TensorSource",
     "Timings",
     "TokenLogprob",
+    "TokenRun",
     "adapter_for",
     "checkpoint_weights",
     "config_weights",

@@ -18,7 +18,7 @@ class ModelConfig:
     Attributes:
         architecture: GGUF's name of the family, e.g. ``llama``.
         name: what the checkpoint calls itself.
-        generation: which published generation of its family has these numbers, empty if none is known to.
+        release: the published release of its family that has these numbers, such as ``Llama 3``; empty if unknown.
         num_layers, hidden_size, intermediate_size, vocab_size: sizes.
         num_heads, num_kv_heads: query heads, and the key/value heads they share.
         head_dim: elements of one head; need not be hidden_size / num_heads.
@@ -69,7 +69,7 @@ class ModelConfig:
     rope_interleaved: bool = False
     local_rope: RopeSpec | None = None
     unrotated_layers: frozenset[int] = frozenset()
-    generation: str = ""
+    release: str = ""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

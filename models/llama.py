@@ -46,10 +46,10 @@ def read_config(reader: CheckpointReader) -> ModelConfig:
             "The file is damaged, or of another architecture",
         )
     _flag_missing_scaling(config)
-    return replace(config, generation=_generation(config))
+    return replace(config, release=_release(config))
 
 
-def _generation(config: ModelConfig) -> str:
+def _release(config: ModelConfig) -> str:
     """The column of the table above that has these numbers."""
     rope = config.rope
     plain = rope.kind == "default" and rope.frequency_divisors is None

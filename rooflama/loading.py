@@ -17,7 +17,7 @@ from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.device.query import find_device
 from rooflama.loaders.opening import locate, open_checkpoint
 from rooflama.loaders.text import Tokenizer, open_tokenizer
-from rooflama.models import ConfigError, Decoder, Engine, MemoryPlan, ModelConfig, PagedKVCache, TensorSource
+from rooflama.models import ConfigError, Decoder, MemoryPlan, ModelConfig, ModelRunner, PagedKVCache, TensorSource
 from rooflama.models.memory.amounts import count, parse_bytes, size
 from rooflama.models.rope.spec import FactorSetPolicy
 
@@ -131,23 +131,23 @@ def _load(
         warn_beyond_training(plan)
         decoder = Decoder.load(source, config, adapter)
     weight_bytes = device.held_bytes
-    engine = start_engine(
+    runner = start_runner(
         decoder, plan, device, longrope=longrope, num_tokens=min(tokenizer.vocab_size, config.vocab_size)
     )
     return Model(
-        name=checkpoint.name, engine=engine, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan
+        name=checkpoint.name, runner=runner, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan
     )
 
 
-def start_engine(
+def start_runner(
     decoder: Decoder,
     plan: MemoryPlan,
     device: Device,
     *,
     longrope: FactorSetPolicy = "auto",
     num_tokens: int | None = None,
-) -> Engine:
-    """The engine that ``plan`` planned, with its pages and tables, for weights that are on ``device`` already."""
+) -> ModelRunner:
+    """The runner that ``plan`` planned, with its pages and tables, for weights that are on ``device`` already."""
     cache = PagedKVCache(
         plan.config,
         num_pages=plan.num_pages,
@@ -156,7 +156,7 @@ def start_engine(
         dtype=plan.kv_dtype,
         device=device,
     )
-    return Engine(
+    return ModelRunner(
         decoder,
         cache,
         max_context=plan.context,

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from rooflama.loaders.device import Device
 from rooflama.loaders.text.tokenizer import Tokenizer
-from rooflama.models import ConfigError, Engine, MemoryPlan, ModelConfig, Request, SamplingParams
-from rooflama.models import Generation as TokenRun
+from rooflama.models import ConfigError, MemoryPlan, ModelConfig, ModelRunner, Request, SamplingParams, TokenRun
 from rooflama.models.decoder import LOGITS_ROWS
 
 from . import arguments
@@ -39,20 +38,20 @@ class Model:
         self,
         *,
         name: str,
-        engine: Engine,
+        runner: ModelRunner,
         tokenizer: Tokenizer,
         device: Device,
         weight_bytes: int,
         plan: MemoryPlan,
     ):
         self.name = name
-        self.engine = engine
-        self.config: ModelConfig = engine.decoder.config
+        self.runner = runner
+        self.config: ModelConfig = runner.decoder.config
         self.tokenizer = tokenizer
         self.device = device
         self.weight_bytes = weight_bytes
         self.plan = plan
-        self._turns = engine.turns
+        self._turns = runner.turns
         self._runs: weakref.WeakSet[TokenRun] = weakref.WeakSet()
         self._closed = False
 
@@ -79,7 +78,7 @@ class Model:
         request = Request(arguments.token_ids(token_ids), 0, SamplingParams())
         with self._turns.turn():
             self._check_open()
-            request.check(self.engine)
+            request.check(self.runner)
             self._wait_for_pages(len(request.prompt))
 
             def watch(layer: int, hidden: Tensor) -> None:
@@ -87,18 +86,18 @@ class Model:
                     observe(layer, hidden)
                     self._check_open()  # the weights of the next layer are gone if it closed the model
 
-            cache = self.engine.cache
+            cache = self.runner.cache
             sequence_id = cache.add()
             try:
-                passes = self.engine.prefill([sequence_id], [request.prompt], [len(request.prompt)], watch)
+                passes = self.runner.prefill([sequence_id], [request.prompt], [len(request.prompt)], watch)
                 with self.device.guard("logits"):
                     rows = (part for _, hidden in passes for part in hidden.split(LOGITS_ROWS))
-                    return torch.cat([self.engine.decoder.logits(part).cpu() for part in rows])
+                    return torch.cat([self.runner.decoder.logits(part).cpu() for part in rows])
             finally:
                 cache.free(sequence_id)
 
     def _wait_for_pages(self, num_tokens: int) -> None:
-        pool, needed = self.engine.cache.pool, self.engine.cache.pages_for(num_tokens)
+        pool, needed = self.runner.cache.pool, self.runner.cache.pages_for(num_tokens)
         self._turns.make_room(lambda: self._closed or pool.num_free >= needed)
         self._check_open()
 
@@ -277,7 +276,7 @@ class Model:
             requests.append(Request(ids, limit, replace(params, seed=of_row)))
         with self._turns.turn():
             self._check_open()
-            run = TokenRun(self.engine, requests, self.tokenizer.eos_ids)
+            run = TokenRun(self.runner, requests, self.tokenizer.eos_ids)
             self._runs.add(run)
         return run, [TextStream(self.tokenizer, stops, after=request.prompt[-1]) for request in requests]
 
@@ -302,7 +301,7 @@ class Model:
         with self._turns.turn():
             for run in list(self._runs):
                 run.close()
-            self.__dict__.pop("engine", None)  # its views of the weights would keep their memory
+            self.__dict__.pop("runner", None)  # its views of the weights would keep their memory
             self.device.close()
 
     def _check_open(self) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rooflama.models import Generation as TokenRun
-from rooflama.models import Timings, TokenLogprob
+from rooflama.models import Timings, TokenLogprob, TokenRun
 
 from .text_stream import TextStream
 

@@ -40,7 +40,7 @@ class Summary:
         )
         present = {"q, k, v": c.qkv_bias, "attention output": c.output_bias, "feed-forward": c.ffn_bias}
         biases = [name for name, there in present.items() if there]
-        family = f"architecture {c.architecture}" + (f", {c.generation}" if c.generation else "")
+        family = f"architecture {c.architecture}" + (f", {c.release}" if c.release else "")
         types = ", ".join(
             f"{kind} {count} ({_size(self.tensor_bytes[kind])})" for kind, count in self.tensor_counts.items()
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import open_device
-from rooflama.models import DecodeBatch, Decoder, Engine, PagedKVCache, SamplingParams, TensorSource, adapter_for
+from rooflama.models import DecodeBatch, Decoder, ModelRunner, PagedKVCache, SamplingParams, TensorSource, adapter_for
 
 PAGE_SIZE = 16
 
@@ -27,8 +27,8 @@ def running(
     kv_dtype: torch.dtype | None = None,
     longrope: str = "auto",
     batch_invariant: bool = False,
-) -> Iterator[Engine]:
-    """The checkpoint's engine, with pages (of ``kv_dtype``) for ``num_seqs`` sequences of ``max_context`` tokens."""
+) -> Iterator[ModelRunner]:
+    """The checkpoint's runner, with pages (of ``kv_dtype``) for ``num_seqs`` sequences of ``max_context`` tokens."""
     adapter = adapter_for(checkpoint.metadata["general.architecture"])
     with open_device(device) as owner:
         source = TensorSource(checkpoint, owner, batch_invariant=batch_invariant)
@@ -43,25 +43,25 @@ def running(
             dtype=kv_dtype or dtype,
             device=owner,
         )
-        yield Engine(
+        yield ModelRunner(
             decoder, cache, max_context=max_context, dtype=dtype, prefill_chunk=prefill_chunk, longrope=longrope
         )
 
 
 def prefill_logits(
-    engine: Engine, sequences: list[list[int]], chunk: int, *, planned: int | None = None
+    runner: ModelRunner, sequences: list[list[int]], chunk: int, *, planned: int | None = None
 ) -> list[Tensor]:
     """Teacher-forced logits of each sequence, float32 [num_tokens, vocab_size], in passes of ``chunk`` tokens."""
-    engine.prefill_chunk = chunk
-    ids = [engine.cache.add() for _ in sequences]
+    runner.prefill_chunk = chunk
+    ids = [runner.cache.add() for _ in sequences]
     lengths = [planned or len(tokens) for tokens in sequences]
     rows: list[list[Tensor]] = [[] for _ in sequences]
-    for spans, hidden in engine.prefill(ids, sequences, lengths):
-        logits = engine.decoder.logits(hidden).cpu()
+    for spans, hidden in runner.prefill(ids, sequences, lengths):
+        logits = runner.decoder.logits(hidden).cpu()
         for span, part in zip(spans, logits.split([span.num_tokens for span in spans]), strict=True):
             rows[span.index].append(part)
     for sequence_id in ids:
-        engine.cache.free(sequence_id)
+        runner.cache.free(sequence_id)
     return [torch.cat(parts) for parts in rows]
 
 
@@ -85,19 +85,19 @@ class _ForcedBatch(DecodeBatch):
         return self.token_ids
 
 
-def decode_logits(engine: Engine, sequences: list[list[int]], prompt_lengths: list[int]) -> list[Tensor]:
+def decode_logits(runner: ModelRunner, sequences: list[list[int]], prompt_lengths: list[int]) -> list[Tensor]:
     """The logits that follow each sequence's prompt, decoded step by step through the paged cache, all together."""
-    ids = [engine.cache.add() for _ in sequences]
+    ids = [runner.cache.add() for _ in sequences]
     lengths = [len(tokens) for tokens in sequences]
     for sequence_id, length in zip(ids, lengths, strict=True):
-        engine.cache.reserve(sequence_id, length)
+        runner.cache.reserve(sequence_id, length)
     prompts = [tokens[:length] for tokens, length in zip(sequences, prompt_lengths, strict=True)]
-    for _ in engine.prefill(ids, prompts, lengths):
+    for _ in runner.prefill(ids, prompts, lengths):
         pass
-    batch = _ForcedBatch(engine, ids, lengths, lengths, [SamplingParams()] * len(ids), prompts, [[]] * len(ids))
+    batch = _ForcedBatch(runner, ids, lengths, lengths, [SamplingParams()] * len(ids), prompts, [[]] * len(ids))
     logits = batch.force([tokens[length:] for tokens, length in zip(sequences, prompt_lengths, strict=True)])
     for sequence_id in ids:
-        engine.cache.free(sequence_id)
+        runner.cache.free(sequence_id)
     return logits
 
 

@@ -235,16 +235,16 @@ def test_logits_that_err_are_named(sound, monkeypatch, numpy_backend):
 
 def test_decoding_that_errs_is_named(sound, monkeypatch, numpy_backend):
     """Decode rotates by a position too many: every layer of a prefill pass is right, generation is not."""
-    from rooflama.models.serving import engine
+    from rooflama.models.serving import runner
 
-    original = engine.Step
+    original = runner.Step
 
     def shifted(**parts):
         if parts.get("query_start_loc") is None:
             parts["rope_rows"] = parts["rope_rows"] // 2
         return original(**parts)
 
-    monkeypatch.setattr(engine, "Step", shifted)
+    monkeypatch.setattr(runner, "Step", shifted)
     report = check(sound, device="cpu")
     assert report.of("forward").status == "WARN"
     assert report.of("generation").status == "FAIL"

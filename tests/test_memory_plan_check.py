@@ -35,7 +35,7 @@ def benchmark():
 def test_a_case_holds_what_was_planned(benchmark, monkeypatch):
     """Random weights are allocated as loading allocates them. Running them is the GPU's part."""
     prompts, calls = [], []
-    monkeypatch.setattr(benchmark, "Generation", lambda engine, requests, end_ids: prompts.append(requests) or [(0, 1)])
+    monkeypatch.setattr(benchmark, "TokenRun", lambda runner, requests, end_ids: prompts.append(requests) or [(0, 1)])
     with use_backend("triton"), open_device("cpu") as device:
         plan = benchmark.run_case("SmolLM2-135M", 1024, "int8", device, lambda: calls.append(1))
         assert len(calls) == 1

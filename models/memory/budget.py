@@ -30,7 +30,7 @@ from ..hyperparameters import ConfigError
 from ..kv_cache import is_scaled
 from . import terms
 from .allocator import Segments
-from .terms import FORMULAS, Moment, pages_a_sequence
+from .terms import FORMULAS, Moment, pages_per_sequence
 from .weights import Backend, Matrix, WeightBytes, form_on_device
 
 MIB = 2**20
@@ -123,7 +123,7 @@ class Budget:
     @property
     def num_pages(self) -> int:
         """Pages in each layer's pool: every sequence at its full context."""
-        return self.sequences * pages_a_sequence(self.config, self.context, self.page_size, self.prefill_chunk)
+        return self.sequences * pages_per_sequence(self.config, self.context, self.page_size, self.prefill_chunk)
 
     @cached_property
     def lines(self) -> tuple[Line, ...]:

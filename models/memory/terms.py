@@ -62,7 +62,7 @@ def kv_token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
     return 2 * config.num_layers * config.num_kv_heads * head
 
 
-def pages_a_sequence(config: ModelConfig, context: int, page_size: int, max_append: int) -> int:
+def pages_per_sequence(config: ModelConfig, context: int, page_size: int, max_append: int) -> int:
     """ceil(T / P); where every layer has a sliding window, no more than ``kv_cache.ring_pages``."""
     return min(-(-context // page_size), ring_pages(config, page_size, max_append))
 

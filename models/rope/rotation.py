@@ -36,7 +36,7 @@ from .spec import (
 
 
 class Rotation(Protocol):
-    """What an engine needs of a model's rotary embedding."""
+    """What a runner needs of a model's rotary embedding."""
 
     def pin(self, planned: list[int]) -> Tensor:
         """What each sequence of so many planned tokens keeps for life: a tensor [num_seqs, ...] on the device."""

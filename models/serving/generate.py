@@ -17,7 +17,7 @@ from torch import Tensor
 from rooflama.kernels import RooflamaError
 
 from ..hyperparameters import ConfigError
-from .engine import DecodeBatch, Engine
+from .runner import DecodeBatch, ModelRunner
 from .sampling import SamplingParams, TokenLogprob
 
 GROWTH_TOKENS = 256  # for which a request without max_new_tokens takes pages at a time
@@ -57,7 +57,7 @@ class Request:
     def planned_tokens(self, max_context: int) -> int:
         return max_context if self.max_new_tokens is None else len(self.prompt) + self.max_new_tokens
 
-    def check(self, engine: Engine) -> None:
+    def check(self, runner: ModelRunner) -> None:
         """Raise ConfigError if the prompt is empty, names unknown tokens, or the plan exceeds the context."""
         if not self.prompt:
             raise ConfigError(
@@ -65,7 +65,7 @@ class Request:
                 rule="generation continues at least one token",
                 remedy="Give a prompt of one token or more",
             )
-        vocab_size = engine.decoder.config.vocab_size
+        vocab_size = runner.decoder.config.vocab_size
         unknown = [token for token in self.prompt if not 0 <= token < vocab_size]
         if unknown:
             raise ConfigError(
@@ -73,17 +73,17 @@ class Request:
                 rule=f"the embedding has rows for ids 0 to {vocab_size - 1}",
                 remedy="Encode the prompt with this model's own tokenizer, and leave out tokens that have no row",
             )
-        self.params.check(vocab_size if engine.num_tokens is None else engine.num_tokens)
-        if self.max_new_tokens is None and len(self.prompt) >= engine.max_context:
+        self.params.check(vocab_size if runner.num_tokens is None else runner.num_tokens)
+        if self.max_new_tokens is None and len(self.prompt) >= runner.max_context:
             raise ConfigError(
                 f"{len(self.prompt)} prompt tokens",
-                rule=f"at least one more token must fit into the context of {engine.max_context} tokens",
+                rule=f"at least one more token must fit into the context of {runner.max_context} tokens",
                 remedy="Shorten the prompt, or load the model with a larger max_context",
             )
-        if self.planned_tokens(engine.max_context) > engine.max_context:
+        if self.planned_tokens(runner.max_context) > runner.max_context:
             raise ConfigError(
                 f"{len(self.prompt)} prompt tokens and {self.max_new_tokens} new ones",
-                rule=f"together they must fit into the context of {engine.max_context} tokens",
+                rule=f"together they must fit into the context of {runner.max_context} tokens",
                 remedy="Shorten the prompt, ask for fewer tokens, or load the model with a larger max_context",
             )
 
@@ -123,7 +123,7 @@ class _Group:
     steps: int = 0  # launched
 
 
-class Generation(Iterator[tuple[int, int]]):
+class TokenRun(Iterator[tuple[int, int]]):
     """An iterator of (request number, token id), over all requests. ``finish`` ends one early, ``close`` all.
 
     Requests run in groups, in order, as many at once as the page pool holds. A request with ``max_new_tokens`` has its
@@ -132,7 +132,7 @@ class Generation(Iterator[tuple[int, int]]):
     up its pages while nobody asked for its next token (``turns``).
 
     Args:
-        engine: the model.
+        runner: the model.
         requests: what to run; each prompt holds at least one token.
         end_ids: tokens that end a sequence; such a token is still reported.
 
@@ -146,17 +146,17 @@ class Generation(Iterator[tuple[int, int]]):
         DeviceError: while iterating, when the device fails.
     """
 
-    def __init__(self, engine: Engine, requests: list[Request], end_ids: Collection[int]):
+    def __init__(self, runner: ModelRunner, requests: list[Request], end_ids: Collection[int]):
         for request in requests:
-            request.check(engine)
+            request.check(runner)
             if request.max_new_tokens is not None and request.max_new_tokens < 1:
                 raise ConfigError(
                     f"max_new_tokens {request.max_new_tokens}",
                     rule="at least one token is generated",
                     remedy="Ask for 1 or more",
                 )
-        self.engine, self.end_ids = engine, frozenset(end_ids)
-        self.requests, self._turns = requests, engine.turns
+        self.runner, self.end_ids = runner, frozenset(end_ids)
+        self.requests, self._turns = requests, runner.turns
         self._tasks = [_Task(request, Timings(len(request.prompt))) for request in requests]
         self.timings = [task.timings for task in self._tasks]
         self.logprobs = [None if task.request.params.logprobs is None else task.logprobs for task in self._tasks]
@@ -172,7 +172,7 @@ class Generation(Iterator[tuple[int, int]]):
         with self._turns.turn():
             self._closed = True
             self._end()
-            self.__dict__.pop("engine", None)
+            self.__dict__.pop("runner", None)
 
     def finish(self, number: int) -> None:
         """End request ``number``: it yields no more tokens."""
@@ -198,7 +198,7 @@ class Generation(Iterator[tuple[int, int]]):
             if self._ready:
                 return self._ready.popleft()
             if self._group is not None:
-                with self.engine.cache.device.guard("generation"):
+                with self.runner.cache.device.guard("generation"):
                     self._advance(self._group)
             elif self._waiting:
                 self._begin()
@@ -223,27 +223,27 @@ class Generation(Iterator[tuple[int, int]]):
     def _release(self) -> None:
         self._group = None
         while self._held:
-            self.engine.cache.free(self._held.popitem()[1])
+            self.runner.cache.free(self._held.popitem()[1])
         self._turns.drop(self)
 
     def _limit(self, number: int) -> int:
         """Tokens that a request which is about to run gets pages for."""
         task = self._tasks[number]
-        planned = task.request.planned_tokens(self.engine.max_context)
+        planned = task.request.planned_tokens(self.runner.max_context)
         return planned if task.request.max_new_tokens is not None else min(planned, task.length + GROWTH_TOKENS)
 
     def _begin(self) -> None:
         """Start a group as soon as there are pages for its first request."""
-        pool = self.engine.cache.pool
-        needed = self.engine.cache.pages_for(self._limit(self._waiting[0]))
+        pool = self.runner.cache.pool
+        needed = self.runner.cache.pages_for(self._limit(self._waiting[0]))
         self._turns.make_room(lambda: self._closed or pool.num_free >= needed)
         if not self._closed and self._group is None and self._waiting:  # as nobody else had a turn with this run
-            with self.engine.cache.device.guard("generation"):
+            with self.runner.cache.device.guard("generation"):
                 self._start(self._admit())
 
     def _admit(self) -> list[int]:
         """The requests to run next, with their pages."""
-        cache = self.engine.cache
+        cache = self.runner.cache
         group: list[int] = []
         self._turns.hold(self)
         while self._waiting:
@@ -257,20 +257,20 @@ class Generation(Iterator[tuple[int, int]]):
 
     def _start(self, group: list[int]) -> None:
         """Read the texts of a group, and draw the first token after each."""
-        engine, tasks = self.engine, [self._tasks[number] for number in group]
+        runner, tasks = self.runner, [self._tasks[number] for number in group]
         sequence_ids = [self._held[number] for number in group]
-        planned = [task.request.planned_tokens(engine.max_context) for task in tasks]
+        planned = [task.request.planned_tokens(runner.max_context) for task in tasks]
         limits = [self._limit(number) for number in group]
         self._clock = time.perf_counter()
         last_hidden: list[Tensor] = [torch.empty(0)] * len(group)
-        for chunk, hidden in engine.prefill(sequence_ids, [task.text for task in tasks], planned):
+        for chunk, hidden in runner.prefill(sequence_ids, [task.text for task in tasks], planned):
             end = 0
             for span in chunk:
                 end += span.num_tokens
                 last_hidden[span.index] = hidden[end - 1].clone()  # a view would keep the whole chunk
             del hidden  # else the next chunk would be computed beside it
         batch = DecodeBatch(
-            engine,
+            runner,
             sequence_ids,
             limits,
             planned,
@@ -278,13 +278,13 @@ class Generation(Iterator[tuple[int, int]]):
             [task.request.prompt for task in tasks],
             [task.drawn for task in tasks],
         )
-        tokens = batch.draw(engine.decoder.logits(torch.stack(last_hidden)))
+        tokens = batch.draw(runner.decoder.logits(torch.stack(last_hidden)))
         first = _Readback(tokens, batch.sampler.logprobs)
         self._group = _Group([*group], batch, [task.length for task in tasks], limits, deque([first]))
 
     def _advance(self, group: _Group) -> None:
         """Launch the next step and take in the tokens of one that was launched before."""
-        steps_ahead = 0 if self.engine.device.type == "cpu" else 1
+        steps_ahead = 0 if self.runner.device.type == "cpu" else 1
         while len(group.in_flight) <= steps_ahead:
             self._reserve(group)
             if not any(number is not None for number in group.numbers):
@@ -298,7 +298,7 @@ class Generation(Iterator[tuple[int, int]]):
 
     def _reserve(self, group: _Group) -> None:
         """Let finished rows rest, and see that the others have pages for one more step, or evict them."""
-        cache = self.engine.cache
+        cache = self.runner.cache
         for row, number in enumerate(group.numbers):
             if number is None:
                 continue
@@ -307,7 +307,7 @@ class Generation(Iterator[tuple[int, int]]):
                 group.numbers[row] = None
                 group.batch.rest(row)
                 continue
-            limit = min(group.limits[row] + GROWTH_TOKENS, task.request.planned_tokens(self.engine.max_context))
+            limit = min(group.limits[row] + GROWTH_TOKENS, task.request.planned_tokens(self.runner.max_context))
             if group.lengths[row] + group.steps < group.limits[row] or limit == group.limits[row]:
                 continue
             missing = cache.pages_for(limit) - cache.pages_for(group.limits[row])
@@ -333,7 +333,7 @@ class Generation(Iterator[tuple[int, int]]):
             if values[row] < 0:
                 raise NaNLogits(
                     f"a NaN among the logits of token {len(task.drawn) + 1} after a prompt of "
-                    f"{task.timings.prompt_tokens}, activations in {self.engine.dtype}",
+                    f"{task.timings.prompt_tokens}, activations in {self.runner.dtype}",
                     rule="logits are numbers",
                     remedy="rooflama check finds weights that are none; float16 overflows where bfloat16 does not",
                 )
@@ -344,7 +344,7 @@ class Generation(Iterator[tuple[int, int]]):
                 pairs = list(zip(ids, top, strict=True))[:likeliest]
                 task.logprobs.append(TokenLogprob(values[row], drawn, pairs))
             self._ready.append((number, values[row]))
-            if values[row] in self.end_ids or task.length == task.request.planned_tokens(self.engine.max_context):
+            if values[row] in self.end_ids or task.length == task.request.planned_tokens(self.runner.max_context):
                 task.is_open = False
 
 

@@ -61,7 +61,7 @@ def forward(subject: Subject) -> Finding:
     states: list[np.ndarray] = []
     logits = model.logits(ids, observe=lambda index, hidden: states.append(hidden.detach().cpu().double().numpy()))
     definition = Definition(subject.file, config, len(ids))
-    allowed = tolerance(model.engine.dtype, max(config.hidden_size, config.intermediate_size))
+    allowed = tolerance(model.runner.dtype, max(config.hidden_size, config.intermediate_size))
     errors = []
     before = definition.embed(ids)
     for index, state in enumerate(states):
@@ -78,8 +78,8 @@ def forward(subject: Subject) -> Finding:
     details["logits error"] = error
     if not error <= allowed:
         return Finding("FAIL", f"the layers agree, the logits are off by {error:.2e}; allowed {allowed:.1e}", details)
-    kind = "Triton kernels" if backend_for(model.engine.device) == "triton" else "NumPy definitions"
-    name = str(model.engine.dtype).removeprefix("torch.")
+    kind = "Triton kernels" if backend_for(model.runner.device) == "triton" else "NumPy definitions"
+    name = str(model.runner.dtype).removeprefix("torch.")
     said = (
         f"{len(states)} layers and the logits of {kind} in {name} within {max(*errors, error):.1e} of float64 from the "
         f"file's bytes (allowed {allowed:.1e})"
@@ -135,7 +135,7 @@ def generation(subject: Subject) -> Finding:
     logits = model.logits([*prompt, *first.token_ids[:-1]])[len(prompt) - 1 :].double()
     best = logits.topk(2, dim=-1)
     margin = (best.values[:, 0] - best.values[:, 1]).numpy()
-    spread = tolerance(model.engine.dtype, model.config.intermediate_size) * model.config.num_layers
+    spread = tolerance(model.runner.dtype, model.config.intermediate_size) * model.config.num_layers
     certain = margin > spread * logits.abs().amax(-1).numpy()
     differs = certain & (best.indices[:, 0].numpy() != np.array(first.token_ids))
     if differs.any():

@@ -149,11 +149,11 @@ def test_an_example_equals_transformers(family, source, tmp_path):
     made = make_module(config)
     tokens = random_tokens(40)
     expected = reference_logits(made, tokens)
-    with opened(source, made, tmp_path) as checkpoint, running(checkpoint) as engine:
+    with opened(source, made, tmp_path) as checkpoint, running(checkpoint) as runner:
         for chunk in (7, 1024):
-            (logits,) = prefill_logits(engine, [tokens], chunk)
+            (logits,) = prefill_logits(runner, [tokens], chunk)
             assert_parity(logits, expected, f"passes of {chunk}")
-        (logits,) = decode_logits(engine, [tokens], [20])
+        (logits,) = decode_logits(runner, [tokens], [20])
         assert_parity(logits, expected[20:], "decoded")
 
 

@@ -22,7 +22,7 @@ from rooflama.kernels import use_backend
 from rooflama.loaders.huggingface import config as hf_config
 from rooflama.loaders.huggingface.config import QKV_BIAS, RESULT_KEYS, TENSOR_NAMES, HFFamily
 from rooflama.loaders.huggingface.folder import read_safetensors
-from rooflama.models import ADAPTERS, ConfigError, Generation, Request, SamplingParams, pre_norm
+from rooflama.models import ADAPTERS, ConfigError, Request, SamplingParams, TokenRun, pre_norm
 from rooflama.models.config_reader import read_decoder_config
 from rooflama.models.hyperparameters import Hyperparameters
 from rooflama.models.rope.spec import Dynamic, RopeSpec
@@ -139,17 +139,17 @@ def register(monkeypatch):
 
 def logits_of(folder):
     """Prefilled in passes of 7, and the last half decoded."""
-    with read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
-        (prefilled,) = prefill_logits(engine, [TOKENS], 7)
-        (decoded,) = decode_logits(engine, [TOKENS], [len(TOKENS) // 2])
+    with read_safetensors(folder) as checkpoint, running(checkpoint) as runner:
+        (prefilled,) = prefill_logits(runner, [TOKENS], 7)
+        (decoded,) = decode_logits(runner, [TOKENS], [len(TOKENS) // 2])
     return prefilled, decoded
 
 
 def definition_logits(folder):
-    with read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
-        definition = Definition(checkpoint, engine.decoder.config, len(TOKENS))
+    with read_safetensors(folder) as checkpoint, running(checkpoint) as runner:
+        definition = Definition(checkpoint, runner.decoder.config, len(TOKENS))
         hidden = definition.embed(TOKENS)
-        for index in range(engine.decoder.config.num_layers):
+        for index in range(runner.decoder.config.num_layers):
             hidden = definition.layer(index, hidden)
         return torch.from_numpy(definition.logits(hidden))
 
@@ -182,11 +182,11 @@ def test_on_triton_kernels_with_batch_invariant_bits(case, register):
     with (
         use_backend("triton"),
         read_safetensors(folder) as checkpoint,
-        running(checkpoint, num_seqs=2, device=DEVICE.type, batch_invariant=True) as engine,
+        running(checkpoint, num_seqs=2, device=DEVICE.type, batch_invariant=True) as runner,
     ):
-        (whole,) = prefill_logits(engine, [TOKENS[:8]], 64)
+        (whole,) = prefill_logits(runner, [TOKENS[:8]], 64)
         assert_parity(whole, expected, hook)
-        _, again = prefill_logits(engine, [TOKENS[12:15], TOKENS[:8]], 5)
+        _, again = prefill_logits(runner, [TOKENS[12:15], TOKENS[:8]], 5)
         assert torch.equal(again, whole)
 
 
@@ -274,7 +274,7 @@ def test_greedy_tokens_are_those_of_transformers(case, register):
     with (
         use_backend("numpy" if DEVICE.type == "cpu" else "triton"),
         read_safetensors(folder) as checkpoint,
-        running(checkpoint, device=DEVICE.type) as engine,
+        running(checkpoint, device=DEVICE.type) as runner,
     ):
-        drawn = [token for _, token in Generation(engine, [Request(prompt, new, SamplingParams())], ())]
+        drawn = [token for _, token in TokenRun(runner, [Request(prompt, new, SamplingParams())], ())]
     assert drawn == tokens[len(prompt) :]

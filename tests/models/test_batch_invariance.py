@@ -24,41 +24,41 @@ def path(request, tmp_path_factory):
 
 
 @pytest.fixture(params=DTYPES, ids=str)
-def engine(path, request):
+def runner(path, request):
     with (
         use_backend("triton"),
         read_gguf(path) as file,
-        running(file, num_seqs=3, device=DEVICE.type, dtype=request.param, batch_invariant=True) as engine,
+        running(file, num_seqs=3, device=DEVICE.type, dtype=request.param, batch_invariant=True) as runner,
     ):
-        yield engine
+        yield runner
 
 
 def bits(logits):
     return [part.view(torch.int32) for part in logits]
 
 
-def test_prompts(engine):
-    sequences = [random_tokens(length, engine.decoder.config.vocab_size) for length in (2, 9, 5)]
-    whole = [prefill_logits(engine, [tokens], 64)[0] for tokens in sequences]
+def test_prompts(runner):
+    sequences = [random_tokens(length, runner.decoder.config.vocab_size) for length in (2, 9, 5)]
+    whole = [prefill_logits(runner, [tokens], 64)[0] for tokens in sequences]
     for chunk in (1, 4, 64):
-        together = prefill_logits(engine, sequences, chunk)
+        together = prefill_logits(runner, sequences, chunk)
         assert all(map(torch.equal, bits(together), bits(whole))), f"chunks of {chunk}"
 
 
-def test_decoding(engine):
-    sequences = [random_tokens(length, engine.decoder.config.vocab_size) for length in (6, 9, 4)]
+def test_decoding(runner):
+    sequences = [random_tokens(length, runner.decoder.config.vocab_size) for length in (6, 9, 4)]
     prompts = [3, 5, 1]
-    alone = [decode_logits(engine, [tokens], [length])[0] for tokens, length in zip(sequences, prompts, strict=True)]
-    assert all(map(torch.equal, bits(decode_logits(engine, sequences, prompts)), bits(alone)))
+    alone = [decode_logits(runner, [tokens], [length])[0] for tokens, length in zip(sequences, prompts, strict=True)]
+    assert all(map(torch.equal, bits(decode_logits(runner, sequences, prompts)), bits(alone)))
 
 
 def test_loading_promises_it_on_kernels_only(tmp_path):
     path = write_small(tmp_path / "small.gguf")
     with use_backend("triton"), rooflama.load(path, batch_invariant=True, progress=False) as model:
-        assert model.engine.decoder.batch_invariant
+        assert model.runner.decoder.batch_invariant
         assert all(
             part.batch_invariant
-            for part in (model.engine.decoder.layers[0].qkv, model.engine.decoder.layers[1].ffn_down)
+            for part in (model.runner.decoder.layers[0].qkv, model.runner.decoder.layers[1].ffn_down)
         )
         assert "dequantised rows" not in {line.name for line in model.plan.lines}
     with use_backend("numpy"), pytest.raises(ConfigError, match="only the Triton kernels promise it"):

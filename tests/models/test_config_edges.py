@@ -85,8 +85,8 @@ def test_llama_generations_differ_as_the_page_says():
         config_of(published_header(*next(row for row in PUBLISHED if row[1] == name)[:12]))
         for name in ("Llama-2-7B", "Llama-3-8B", "Llama-3.2-1B")
     )
-    assert [c.generation for c in (llama2, llama3, llama32)] == ["Llama 2", "Llama 3", "Llama 3.2"]
-    assert config_of(checkpoint("llama3")).generation == ""  # a tiny one is none of them
+    assert [c.release for c in (llama2, llama3, llama32)] == ["Llama 2", "Llama 3", "Llama 3.2"]
+    assert config_of(checkpoint("llama3")).release == ""  # a tiny one is none of them
     assert [c.rope.base for c in (llama2, llama3, llama32)] == [1e4, 5e5, 5e5]
     assert [c.rope.frequency_divisors is not None for c in (llama2, llama3, llama32)] == [False, False, True]
     assert [c.attention_kind for c in (llama2, llama3, llama32)] == ["MHA", "GQA", "GQA"]
@@ -102,8 +102,8 @@ def test_every_key_changes_the_result_or_is_refused(theta_changed):
     tokens = random_tokens(30)
 
     def logits(stored):
-        with running(stored) as engine:
-            return prefill_logits(engine, [tokens], 1024)[0]
+        with running(stored) as runner:
+            return prefill_logits(runner, [tokens], 1024)[0]
 
     baseline = logits(checkpoint(name))
     for changes in (
@@ -126,8 +126,8 @@ def test_every_key_changes_the_result_or_is_refused(theta_changed):
 def test_rope_factor_tensors_change_the_result(name, tensors):
     tokens, results = random_tokens(30), []
     for without in ((), (*tensors, "rope.scaling.attn_factor")):
-        with running(checkpoint(name, without=without)) as engine:
-            results.append(prefill_logits(engine, [tokens], 1024)[0])
+        with running(checkpoint(name, without=without)) as runner:
+            results.append(prefill_logits(runner, [tokens], 1024)[0])
     assert worst_row_error(results[1], results[0]) > 1e-3
 
 

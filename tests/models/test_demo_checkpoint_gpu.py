@@ -43,7 +43,7 @@ def test_logits_within_rounding(model, prompt):
     Row by row the two errors are independent draws: on the CPU their ratio was seen between 0.3 and 4.5.
     """
     ids = tuple(model.tokenizer.encode(prompt, parse_special=True))
-    exact_logits, same_dtype = oracle(ids, torch.float32), oracle(ids, model.engine.dtype)
+    exact_logits, same_dtype = oracle(ids, torch.float32), oracle(ids, model.runner.dtype)
     error, allowed = (model.logits(ids) - exact_logits).norm(), 2 * (same_dtype - exact_logits).norm()
     assert error <= allowed, f"error {error:.3f}, allowed {allowed:.3f} of {exact_logits.norm():.1f}"
 
@@ -53,7 +53,7 @@ def test_greedy_tokens_equal_wherever_the_margin_exceeds_rounding(model, prompt)
     ids = model.tokenizer.encode(prompt, parse_special=True)
     expected, margins = greedy(ids, NUM_TOKENS)
     whole = tuple(ids + expected)
-    rounding = (oracle(whole, model.engine.dtype) - oracle(whole, torch.float32)).abs().amax(-1)
+    rounding = (oracle(whole, model.runner.dtype) - oracle(whole, torch.float32)).abs().amax(-1)
     got = model.generate(ids, max_new_tokens=NUM_TOKENS).token_ids
     for step, (token, margin) in enumerate(zip(expected, margins, strict=True)):
         if step == len(got):

@@ -96,7 +96,7 @@ def test_passes_fail_clean_at_every_step(load, work):
 
     with load() as model:
         expected = run(model)
-        held, free = model.device.held_bytes, model.engine.cache.pool.num_free
+        held, free = model.device.held_bytes, model.runner.cache.pool.num_free
         with Failing(0) as counting:
             run(model)
         assert counting.count > 10
@@ -104,7 +104,7 @@ def test_passes_fail_clean_at_every_step(load, work):
             with Failing(step), pytest.raises(DeviceOutOfMemory, match=r"^(logits|generation|capturing a CUDA graph)"):
                 run(model)
             assert model.device.held_bytes == held
-            assert model.engine.cache.pool.num_free == free
+            assert model.runner.cache.pool.num_free == free
         assert run(model) == expected
 
 

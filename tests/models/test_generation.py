@@ -67,15 +67,15 @@ def test_max_new_tokens_ends_with_length(model):
 @pytest.mark.parametrize("temperature", [0.0, 50.0])
 def test_padding_rows_are_never_drawn(model, monkeypatch, temperature):
     """Rows of the output beyond the tokenizer's tokens, as many models have them."""
-    assert model.engine.num_tokens == model.tokenizer.vocab_size
-    monkeypatch.setattr(model.engine, "num_tokens", 40)
+    assert model.runner.num_tokens == model.tokenizer.vocab_size
+    monkeypatch.setattr(model.runner, "num_tokens", 40)
     generated = model.generate([7, 8, 9], max_new_tokens=40, temperature=temperature, seed=3)
     assert max(generated.token_ids) < 40
 
 
 def test_logits_that_are_no_numbers_are_named(model, monkeypatch):
-    free = model.engine.cache.pool.num_free
-    norm = model.engine.decoder.output_norm
+    free = model.runner.cache.pool.num_free
+    norm = model.runner.decoder.output_norm
     kept = norm.clone()
     norm.fill_(float("nan"))
     try:
@@ -83,16 +83,16 @@ def test_logits_that_are_no_numbers_are_named(model, monkeypatch):
             model.generate([7, 8, 9], max_new_tokens=4)
     finally:
         norm.copy_(kept)
-    assert model.engine.cache.pool.num_free == free
+    assert model.runner.cache.pool.num_free == free
 
 
 def test_an_abandoned_stream_gives_its_pages_back(model):
-    free = model.engine.cache.pool.num_free
+    free = model.runner.cache.pool.num_free
     stream = iter(model.stream(PROMPT, max_new_tokens=24))
     next(stream)
-    assert model.engine.cache.pool.num_free < free
+    assert model.runner.cache.pool.num_free < free
     stream.close()
-    assert model.engine.cache.pool.num_free == free
+    assert model.runner.cache.pool.num_free == free
 
 
 @pytest.mark.parametrize(

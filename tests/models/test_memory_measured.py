@@ -55,8 +55,8 @@ def test_prefill_workspace_is_what_the_kernels_allocate(small):
     """Bytes alive at the widest moment of a pass, as torch's profiler counts them."""
     tokens = 128
     with use_backend("triton"), rooflama.load(small, device="cpu", progress=False) as model:
-        sequence = model.engine.cache.add()
-        peak = allocated_peak(lambda: list(model.engine.prefill([sequence], [[5] * tokens], [0])))
+        sequence = model.runner.cache.add()
+        peak = allocated_peak(lambda: list(model.runner.prefill([sequence], [[5] * tokens], [0])))
         planned = sum(model.plan.but(context=tokens)._prefill.values())
     assert planned <= peak <= 1.05 * planned
 

@@ -27,15 +27,15 @@ def tokens_of(name, length):
 
 def check_every_way(checkpoint, name):
     """Prefill in passes of several sizes, then half prefill and half decode, at each of the case's lengths."""
-    with running(checkpoint) as engine:
+    with running(checkpoint) as runner:
         for length in cases()[name].lengths:
             tokens = tokens_of(name, length)
             expected = reference_logits(module(name), tokens)
             for chunk in (1, 7, 64, 1024):
-                (logits,) = prefill_logits(engine, [tokens], chunk)
+                (logits,) = prefill_logits(runner, [tokens], chunk)
                 assert_parity(logits, expected, f"{name}, {length} tokens in passes of {chunk}")
             prompt = length // 2
-            (logits,) = decode_logits(engine, [tokens], [prompt])
+            (logits,) = decode_logits(runner, [tokens], [prompt])
             assert_parity(logits, expected[prompt:], f"{name}, {length} tokens, decoded from {prompt}")
 
 
@@ -57,16 +57,16 @@ def test_a_batch_of_mixed_lengths_equals_one_by_one(name, folder):
     sequences = [tokens_of(name, length) for length in lengths]
     with (
         read_gguf(write_case(name, folder, "gguf")) as checkpoint,
-        running(checkpoint, num_seqs=len(lengths)) as engine,
+        running(checkpoint, num_seqs=len(lengths)) as runner,
     ):
-        together = prefill_logits(engine, sequences, 64)
-        decoded = decode_logits(engine, sequences[:3], prompt_lengths[:3])
+        together = prefill_logits(runner, sequences, 64)
+        decoded = decode_logits(runner, sequences[:3], prompt_lengths[:3])
         for tokens, logits in zip(sequences, together, strict=True):
-            (alone,) = prefill_logits(engine, [tokens], 1024)
+            (alone,) = prefill_logits(runner, [tokens], 1024)
             assert_parity(logits, alone, f"{len(tokens)} tokens, in a batch against alone", 2e-6)
             assert_parity(logits, reference_logits(module(name), tokens), f"{len(tokens)} tokens of a batch")
         for tokens, prompt, logits in zip(sequences, prompt_lengths, decoded, strict=False):
-            (alone,) = decode_logits(engine, [tokens], [prompt])
+            (alone,) = decode_logits(runner, [tokens], [prompt])
             assert_parity(logits, alone, f"{len(tokens)} tokens, decoded in a batch against alone", 2e-6)
 
 
@@ -87,8 +87,8 @@ def test_a_sequence_keeps_the_longrope_set_of_its_planned_length(name, policy, l
     config.rope_parameters |= {"short_factor": factors, "long_factor": factors}
     tokens = tokens_of(name, length)
     reference = reference_logits(make_module(config), tokens)
-    with read_gguf(write_case(name, folder, "gguf")) as checkpoint, running(checkpoint, longrope=policy) as engine:
-        (logits,) = prefill_logits(engine, [tokens], 7, planned=planned)
+    with read_gguf(write_case(name, folder, "gguf")) as checkpoint, running(checkpoint, longrope=policy) as runner:
+        (logits,) = prefill_logits(runner, [tokens], 7, planned=planned)
     assert_parity(logits, reference, f"{length} tokens of {planned} planned, policy {policy}")
 
 
@@ -121,11 +121,11 @@ def test_dynamic_scaling_stretches_as_in_transformers(length, dynamic):
     folder, made = dynamic
     tokens = tokens_of("llama-dynamic", length)
     expected = reference_logits(made(DYNAMIC), tokens)
-    with read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
+    with read_safetensors(folder) as checkpoint, running(checkpoint) as runner:
         for chunk in (7, 1024):
-            (logits,) = prefill_logits(engine, [tokens], chunk)
+            (logits,) = prefill_logits(runner, [tokens], chunk)
             assert_parity(logits, expected, f"{length} tokens in passes of {chunk}")
-        (logits,) = decode_logits(engine, [tokens], [length // 2])
+        (logits,) = decode_logits(runner, [tokens], [length // 2])
         assert_parity(logits, expected[length // 2 :], f"{length} tokens, decoded")
 
 
@@ -138,8 +138,8 @@ def test_a_sequence_keeps_the_base_of_its_planned_length(planned, dynamic):
     base = 1e4 * stretch ** (head_dim / (head_dim - 2))
     tokens = tokens_of("llama-dynamic", 20)
     expected = reference_logits(made({"rope_type": "default", "rope_theta": base}), tokens)
-    with read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
-        (logits,) = prefill_logits(engine, [tokens], 7, planned=planned)
+    with read_safetensors(folder) as checkpoint, running(checkpoint) as runner:
+        (logits,) = prefill_logits(runner, [tokens], 7, planned=planned)
     assert_parity(logits, expected, f"20 tokens of {planned} planned")
 
 
@@ -147,19 +147,19 @@ def test_sequences_of_a_batch_keep_their_own_base(dynamic):
     folder, _ = dynamic
     lengths, prompt_lengths = [5, 72, 33, 2, 90], [2, 40, 32, 1, 9]
     sequences = [tokens_of("llama-dynamic", length) for length in lengths]
-    with read_safetensors(folder) as checkpoint, running(checkpoint, num_seqs=len(lengths)) as engine:
-        together = prefill_logits(engine, sequences, 64)
-        decoded = decode_logits(engine, sequences, prompt_lengths)
+    with read_safetensors(folder) as checkpoint, running(checkpoint, num_seqs=len(lengths)) as runner:
+        together = prefill_logits(runner, sequences, 64)
+        decoded = decode_logits(runner, sequences, prompt_lengths)
         for tokens, prompt, prefilled, stepped in zip(sequences, prompt_lengths, together, decoded, strict=True):
-            (alone,) = prefill_logits(engine, [tokens], 1024)
+            (alone,) = prefill_logits(runner, [tokens], 1024)
             assert_parity(prefilled, alone, f"{len(tokens)} tokens, in a batch against alone", 2e-6)
             assert_parity(stepped, alone[prompt:], f"{len(tokens)} tokens, decoded in a batch", 2e-5)
 
 
 def test_the_cache_is_free_again_after_use(folder):
-    with read_gguf(write_case("llama2", folder, "gguf")) as checkpoint, running(checkpoint) as engine:
-        free = engine.cache.pool.num_free
-        prefill_logits(engine, [tokens_of("llama2", 40)], 7)
-        decode_logits(engine, [tokens_of("llama2", 40)], [20])
-        assert engine.cache.pool.num_free == free
+    with read_gguf(write_case("llama2", folder, "gguf")) as checkpoint, running(checkpoint) as runner:
+        free = runner.cache.pool.num_free
+        prefill_logits(runner, [tokens_of("llama2", 40)], 7)
+        decode_logits(runner, [tokens_of("llama2", 40)], [20])
+        assert runner.cache.pool.num_free == free
     assert torch.get_default_dtype() == torch.float32

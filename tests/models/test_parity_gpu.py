@@ -19,9 +19,9 @@ GGUF_CASES = [name for name, case in cases().items() if case.in_gguf]
 def both_ways(path, tokens, dtype):
     """Logits of the last half of the tokens, prefilled and decoded."""
     half = len(tokens) // 2
-    with read_gguf(path) as checkpoint, running(checkpoint, device="cuda", dtype=dtype) as engine:
-        (prefilled,) = prefill_logits(engine, [tokens], 7)
-        (decoded,) = decode_logits(engine, [tokens], [half])
+    with read_gguf(path) as checkpoint, running(checkpoint, device="cuda", dtype=dtype) as runner:
+        (prefilled,) = prefill_logits(runner, [tokens], 7)
+        (decoded,) = decode_logits(runner, [tokens], [half])
     return {"prefilled": prefilled[half:], "decoded": decoded}
 
 

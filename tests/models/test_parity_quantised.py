@@ -95,9 +95,9 @@ def test_whole_model_equals_the_dequantised_one(family, kinds, tmp_path):
     expected = reference_logits(made, tokens)
     assert 0.1 < float(expected.std()) < 100
     path = write_gguf(tmp_path / "model.gguf", gguf_metadata(made.config), tensors)
-    with read_gguf(path) as checkpoint, running(checkpoint) as engine:
-        (prefilled,) = prefill_logits(engine, [tokens], 7)
-        (decoded,) = decode_logits(engine, [tokens], [12])
+    with read_gguf(path) as checkpoint, running(checkpoint) as runner:
+        (prefilled,) = prefill_logits(runner, [tokens], 7)
+        (decoded,) = decode_logits(runner, [tokens], [12])
     assert_parity(prefilled, expected, f"{family} in {kinds}")
     assert_parity(decoded, expected[12:], f"{family} in {kinds}, decoded")
 
@@ -110,9 +110,9 @@ def test_the_kernels_themselves_run_a_quantised_model(tmp_path):
     made, tensors = quantised(LlamaConfig(**SIZES | small | heads), ("Q4_1", "Q8_0", "Q5_0"))
     tokens = random_tokens(4, 32)
     path = write_gguf(tmp_path / "model.gguf", gguf_metadata(made.config), tensors)
-    with use_backend("triton"), read_gguf(path) as checkpoint, running(checkpoint, device=device) as engine:
-        (prefilled,) = prefill_logits(engine, [tokens[:3]], 1024)
-        (decoded,) = decode_logits(engine, [tokens], [3])
+    with use_backend("triton"), read_gguf(path) as checkpoint, running(checkpoint, device=device) as runner:
+        (prefilled,) = prefill_logits(runner, [tokens[:3]], 1024)
+        (decoded,) = decode_logits(runner, [tokens], [3])
     expected = reference_logits(made, tokens)
     assert_parity(prefilled, expected[:3], "prefill")
     assert_parity(decoded, expected[3:], "decode")

@@ -18,10 +18,10 @@ def both_ways(path, tokens, backend, kv_dtype):
     with (
         use_backend(backend),
         read_gguf(path) as checkpoint,
-        running(checkpoint, device=device, kv_dtype=kv_dtype) as engine,
+        running(checkpoint, device=device, kv_dtype=kv_dtype) as runner,
     ):
-        (prefilled,) = prefill_logits(engine, [tokens], NUM_TOKENS // 2 + 1)
-        (decoded,) = decode_logits(engine, [tokens], [NUM_TOKENS - DECODED])
+        (prefilled,) = prefill_logits(runner, [tokens], NUM_TOKENS // 2 + 1)
+        (decoded,) = decode_logits(runner, [tokens], [NUM_TOKENS - DECODED])
     return {"prefilled": prefilled[-DECODED:], "decoded": decoded}
 
 

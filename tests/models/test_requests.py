@@ -112,8 +112,8 @@ def test_a_text_goes_on_until_the_context_is_full(tmp_path, numpy_backend, optio
 def test_rows_without_a_length_share_the_pages_and_go_on_when_they_run_out(tmp_path, numpy_backend, monkeypatch):
     """Two pages, one for each row: both rows want a second at once, so one leaves and reads its text again."""
     started = []
-    start = generate.Generation._start
-    monkeypatch.setattr(generate.Generation, "_start", lambda run, group: (started.append(group), start(run, group)))
+    start = generate.TokenRun._start
+    monkeypatch.setattr(generate.TokenRun, "_start", lambda run, group: (started.append(group), start(run, group)))
     monkeypatch.setattr(generate, "GROWTH_TOKENS", 20)
     with rooflama.load(write_small(tmp_path / "m.gguf"), device="cpu", max_context=96, progress=False) as model:
         assert model.plan.num_pages == 2
@@ -124,7 +124,7 @@ def test_rows_without_a_length_share_the_pages_and_go_on_when_they_run_out(tmp_p
         assert [row.token_ids for row in rows] == [row.token_ids for row in whole]
         assert [row.finish_reason for row in rows] == ["length"] * 2
         assert sorted(started) == [[0], [0, 1]]
-        assert model.engine.cache.pool.num_free == 2
+        assert model.runner.cache.pool.num_free == 2
 
 
 # ---- penalties, biases, log probabilities

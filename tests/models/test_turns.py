@@ -46,7 +46,7 @@ def in_threads(*actions):
 
 
 def all_free(model):
-    pool = model.engine.cache.pool
+    pool = model.runner.cache.pool
     return pool.num_free == len(pool.references)
 
 

@@ -215,8 +215,8 @@ def test_windows_of_odd_configs_are_those_of_transformers(name, changes, unread,
     tokens = random_tokens(20)
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     said = pytest.warns(UserWarning, match=f"not read: {unread}") if unread else contextlib.nullcontext()
-    with said, read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
-        (logits,) = prefill_logits(engine, [tokens], 1024)
+    with said, read_safetensors(folder) as checkpoint, running(checkpoint) as runner:
+        (logits,) = prefill_logits(runner, [tokens], 1024)
     assert_parity(logits, reference_logits(oracle.eval(), tokens), f"{name} with {changes}")
 
 

@@ -66,8 +66,8 @@ def test_odd_rotary_parameters_are_read_as_transformers_reads_them(name, changes
     tokens = random_tokens(20)
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     warned = pytest.warns(UserWarning, match=re.escape(said))
-    with warned, read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
-        (logits,) = prefill_logits(engine, [tokens], 1024)
+    with warned, read_safetensors(folder) as checkpoint, running(checkpoint) as runner:
+        (logits,) = prefill_logits(runner, [tokens], 1024)
     assert_parity(logits, reference_logits(oracle.eval(), tokens), f"{name} with {changes}")
 
 
@@ -82,8 +82,8 @@ def test_part_of_a_head_counts_only_where_the_type_rotates_parts(inside, tmp_pat
     tokens = random_tokens(20)
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     warned = pytest.warns(UserWarning, match=r"partial_rotary_factor is 0\.5")
-    with warned, read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
-        (logits,) = prefill_logits(engine, [tokens], 1024)
+    with warned, read_safetensors(folder) as checkpoint, running(checkpoint) as runner:
+        (logits,) = prefill_logits(runner, [tokens], 1024)
     assert_parity(logits, reference_logits(oracle.eval(), tokens), "with a factor that does not count")
     with pytest.raises(HuggingFaceError, match=r"partial_rotary_factor 0\.5 with rope_type 'linear'"):
         metadata_of("qwen3", rope_parameters={"rope_type": "linear", "factor": 2.0, **part})

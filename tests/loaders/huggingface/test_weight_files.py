@@ -60,8 +60,8 @@ def set_config(folder, **changes):
 
 
 def logits_of(folder):
-    with read_safetensors(folder) as checkpoint, running(checkpoint) as engine:
-        return prefill_logits(engine, [TOKENS], 1024)[0]
+    with read_safetensors(folder) as checkpoint, running(checkpoint) as runner:
+        return prefill_logits(runner, [TOKENS], 1024)[0]
 
 
 def agree(folder, said=""):

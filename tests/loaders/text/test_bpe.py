@@ -1,4 +1,4 @@
-"""Byte-level BPE against a plain spelling of the algorithm, cut into words by another regex engine."""
+"""Byte-level BPE against a plain spelling of the algorithm, cut into words by another regex runner."""
 
 import functools
 import itertools

@@ -52,7 +52,7 @@ def chunks(lengths: list[int], limit: int) -> Iterator[list[Span]]:
         yield chunk
 
 
-class Engine:
+class ModelRunner:
     """A decoder with its cache and rotation.
 
     Args:
@@ -141,16 +141,16 @@ class DecodeBatch:
     """Sequences that advance together, one token a step, entirely on the device.
 
     Args:
-        engine: the model.
+        runner: the model.
         sequence_ids: in the cache; each has pages for all the tokens up to its limit.
         limits: tokens a sequence may hold in the cache; a row at its limit rests: it writes nothing and stays put.
-        planned: as given to ``Engine.prefill``.
+        planned: as given to ``ModelRunner.prefill``.
         params, prompts, drawn: each sequence's parameters, its prompt, and the tokens drawn after that before.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        runner: ModelRunner,
         sequence_ids: list[int],
         limits: list[int],
         planned: list[int],
@@ -158,24 +158,24 @@ class DecodeBatch:
         prompts: list[list[int]],
         drawn: list[list[int]],
     ):
-        device = engine.device
-        self.engine = engine
+        device = runner.device
+        self.runner = runner
 
         def column(values: list, dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
-        lengths = [engine.cache.length(sequence_id) for sequence_id in sequence_ids]
-        self.block_table = engine.block_table(sequence_ids)
+        lengths = [runner.cache.length(sequence_id) for sequence_id in sequence_ids]
+        self.block_table = runner.block_table(sequence_ids)
         self.token_ids = column([0] * len(sequence_ids), torch.int32)
         self.lengths = column(lengths, torch.int32)  # tokens in the cache
         self.limits = column(limits, torch.int32)
-        self.pins = engine.rotation.pin(planned)
+        self.pins = runner.rotation.pin(planned)
         self.sampler = Sampler(
             params,
             prompts,
             drawn,
-            num_rows=engine.decoder.config.vocab_size,
-            num_tokens=engine.num_tokens,
+            num_rows=runner.decoder.config.vocab_size,
+            num_tokens=runner.num_tokens,
             device=device,
         )
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -195,32 +195,32 @@ class DecodeBatch:
 
     def extend(self, row: int, sequence_id: int, limit: int) -> None:
         """Let a sequence that has not reached its limit go on to another, for which it has pages."""
-        self.block_table[row].copy_(self.engine.block_table([sequence_id])[0])
+        self.block_table[row].copy_(self.runner.block_table([sequence_id])[0])
         self.limits[row] = limit
 
     def step(self) -> Tensor:
         """Feed every sequence its last token and draw the next, int32 [num_seqs]; overwritten by the next step."""
-        if self.engine.device.type == "cpu" or not self._stepped_eagerly:
+        if self.runner.device.type == "cpu" or not self._stepped_eagerly:
             self._stepped_eagerly = True  # a first eager step compiles every kernel, which a capture cannot
             return self._step()
         if self._graph is None:
-            self._graph = self.engine.cache.device.capture(self._step)
+            self._graph = self.runner.cache.device.capture(self._step)
         self._graph.replay()
         return self.token_ids
 
     def _step(self) -> Tensor:
-        engine, page_size = self.engine, self.engine.cache.page_size
+        runner, page_size = self.runner, self.runner.cache.page_size
         active = self.lengths < self.limits
-        position = self.lengths.clamp(max=engine.max_context - 1)
+        position = self.lengths.clamp(max=runner.max_context - 1)
         page = self.block_table.gather(1, (position // page_size).long().unsqueeze(1)).squeeze(1)
         slot = page.long() * page_size + position % page_size
         self.lengths += active
-        hidden = engine.hidden_states(
+        hidden = runner.hidden_states(
             None,
             token_ids=self.token_ids,
-            **engine.rotation.rows(self.pins, position),
+            **runner.rotation.rows(self.pins, position),
             slot_mapping=torch.where(active, slot, -1),
             block_table=self.block_table,
             seq_lens=self.lengths,
         )
-        return self.draw(engine.decoder.logits(hidden))
+        return self.draw(runner.decoder.logits(hidden))
