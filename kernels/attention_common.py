@@ -38,7 +38,7 @@ from .checks import (
     check_shape,
 )
 from .paged_checks import check_block_table, check_kv_pages
-from .paged_common import LIMITS
+from .paged_common import LIMITS, PagedKV, paged_kv
 
 LOG2_E = 1.4426950408889634
 
@@ -62,6 +62,12 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
 
 
+@triton.constexpr_function
+def block_dim(head_dim):
+    """BLOCK_D, the columns of a tile: the power of two, 16 at least, that holds a head; the rest is padding."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
 @triton.jit
 def widen(tile, dtype: tl.constexpr):
     """Values or codes of a page as ``dtype``, exactly. uint8 stands for e4m3 where the device cannot convert that."""
@@ -78,14 +84,13 @@ def load_columns(
     rows,  # [N] element offset of each row, int64
     mask_rows,  # [N], used if MASKED
     dtype: tl.constexpr,
-    BLOCK: tl.constexpr,  # columns, a power of two
-    HEAD_DIM: tl.constexpr,  # columns that exist
+    HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """[N, BLOCK] columns of the rows, 0 where masked or past HEAD_DIM."""
-    offs = tl.arange(0, BLOCK)
+    """[N, BLOCK_D] the rows' HEAD_DIM columns; 0 in masked rows and in the columns of padding."""
+    offs = tl.arange(0, block_dim(HEAD_DIM))
     ptrs = ptr + rows[:, None] + offs[None, :]
-    if BLOCK > HEAD_DIM:
+    if block_dim(HEAD_DIM) > HEAD_DIM:
         mask = (offs < HEAD_DIM)[None, :]
         if MASKED:
             mask = mask & mask_rows[:, None]
@@ -102,78 +107,101 @@ def store_columns(
     ptr,
     rows,  # [N] element offset of each row, int64
     mask_rows,  # [N]
-    tile,  # [N, BLOCK]
-    BLOCK: tl.constexpr,
+    tile,  # [N, BLOCK_D]
     HEAD_DIM: tl.constexpr,
 ):
-    offs = tl.arange(0, BLOCK)
+    offs = tl.arange(0, block_dim(HEAD_DIM))
     mask = mask_rows[:, None] & (offs < HEAD_DIM)[None, :]
     tl.store(ptr + rows[:, None] + offs[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+class ScoreRule(NamedTuple):
+    """How q.k becomes a score in base 2, and which keys a query sees."""
+
+    scale: float  # softmax_scale * log2(e), or softmax_scale / softcap if there is a softcap
+    softcap: float | None
+    window: int | None  # keys that a query sees, its own included; None for all
+
+
+class Softmax(NamedTuple):
+    """The running softmax of a tile's rows, float32. Scores are in base 2."""
+
+    row_max: tl.tensor  # [M] largest score
+    row_sum: tl.tensor  # [M] sum of the weights 2^(score - row_max)
+    acc: tl.tensor  # [M, BLOCK_D] sum of the values times their weights
+
+
+class Attended(NamedTuple):
+    """Where results go: attention over all keys of a sequence, or over those of one split."""
+
+    out: Tensor  # [num_tokens, num_heads, head_dim], contiguous; of splits [num_seqs, num_heads, splits, head_dim]
+    lse: Tensor  # [num_tokens, num_heads] float32, natural log; of splits [num_seqs, num_heads, splits], log2
+
+
+def score_rule(softmax_scale: float, sliding_window: int, softcap: float) -> ScoreRule:
+    scale = softmax_scale / softcap if softcap else softmax_scale * LOG2_E
+    return ScoreRule(scale, softcap or None, sliding_window or None)
+
+
+@triton.jit
+def no_keys(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The softmax before the first key."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    return Softmax(row_max, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32))
 
 
 @triton.jit
 def attend(
     q,  # [M, BLOCK_D]
-    row_max,  # [M] running maximum of the scores, base 2
-    row_sum,  # [M] running sum of the weights
-    acc,  # [M, BLOCK_D] running weighted values
+    state,  # Softmax
     positions,  # [M] position of each row's query
-    k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim], at this program's K/V head
-    v_pages_ptr,  # the same
-    k_scale_ptr,  # [num_pages, page_size, num_kv_heads], at this program's K/V head, read if SCALED
-    v_scale_ptr,  # the same
+    kv,  # PagedKV
+    kv_head,  # int64
     block_table_ptr,  # [max_pages_per_seq], at this sequence
     start,  # first key of the first tile, a multiple of BLOCK_N
     end,  # past the last key of the last tile
     first_key,  # keys before it are not read
     end_key,  # nor are keys from here on
-    page_stride,
-    slot_stride,
-    num_kv_heads,
-    page_shift,  # log2(page_size)
-    score_scale,  # softmax_scale * log2(e), or softmax_scale / softcap if CAPPED
-    softcap,
-    window,
+    rule,  # ScoreRule
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # power of two >= HEAD_DIM
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,  # False promises that every row sees every key of every tile
-    SLIDING: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
     ONE_PAGE: tl.constexpr,  # a tile lies within one page
 ):
-    """The running softmax, (row_max, row_sum, acc), after the keys of the tiles in [start, end)."""
+    """``state`` after the keys of the tiles in [start, end)."""
     dtype: tl.constexpr = q.dtype
+    row_max, row_sum, acc = state
+    k_pages_ptr = kv.k_pages + kv_head * kv.head_stride
+    v_pages_ptr = kv.v_pages + kv_head * kv.head_stride
     offs_n = tl.arange(0, BLOCK_N)
-    page_mask = (1 << page_shift) - 1
+    page_mask = (1 << kv.page_shift) - 1
     for tile_start in tl.range(start, end, BLOCK_N):
         keys = tile_start + offs_n
         mask_keys = (keys >= first_key) & (keys < end_key)
         if ONE_PAGE:
-            page = tl.load(block_table_ptr + (tile_start >> page_shift)).to(tl.int64)
+            page = tl.load(block_table_ptr + (tile_start >> kv.page_shift)).to(tl.int64)
             slots = (tile_start & page_mask) + offs_n
         else:
             if MASKED:
-                page = tl.load(block_table_ptr + (keys >> page_shift), mask=mask_keys, other=0).to(tl.int64)
+                page = tl.load(block_table_ptr + (keys >> kv.page_shift), mask=mask_keys, other=0).to(tl.int64)
             else:
-                page = tl.load(block_table_ptr + (keys >> page_shift)).to(tl.int64)
+                page = tl.load(block_table_ptr + (keys >> kv.page_shift)).to(tl.int64)
             slots = offs_n & page_mask
-        rows = page * page_stride + slots.to(tl.int64) * slot_stride
+        rows = page * kv.page_stride + slots.to(tl.int64) * kv.slot_stride
 
-        k = load_columns(k_pages_ptr, rows, mask_keys, dtype, BLOCK_D, HEAD_DIM, MASKED)
+        k = load_columns(k_pages_ptr, rows, mask_keys, dtype, HEAD_DIM, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SCALED:
-            scale_rows = ((page << page_shift) + slots) * num_kv_heads
-            scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]
-        scale = score_scale
-        if CAPPED:
-            scores = tanh(scores * score_scale)
-            scale = softcap * _LOG2_E
+        if kv.k_scale is not None:
+            scale_rows = ((page << kv.page_shift) + slots) * kv.num_kv_heads + kv_head
+            scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)[None, :]
+        scale = rule.scale
+        if rule.softcap is not None:
+            scores = tanh(scores * rule.scale)
+            scale = rule.softcap * _LOG2_E
         if MASKED:
             visible = keys[None, :] <= positions[:, None]
-            if SLIDING:
-                visible = visible & (positions[:, None] - keys[None, :] < window)
+            if rule.window is not None:
+                visible = visible & (positions[:, None] - keys[None, :] < rule.window)
             scores = tl.where(visible, scores, float("-inf"))
 
         # fma by name: masked and unmasked tiles must round alike
@@ -183,29 +211,29 @@ def attend(
         decay = tl.exp2(row_max - shift)
         row_sum = tl.fma(row_sum, decay, tl.sum(weights, axis=1))
         row_max = new_max
-        if SCALED:
-            v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=0.0)
+        if kv.v_scale is not None:
+            v_scale = tl.load(kv.v_scale + scale_rows, mask=mask_keys, other=0.0)
             if dtype == tl.float16:
                 v_scale *= _HALF_LIFT
             weights *= v_scale[None, :]
         weights = weights.to(dtype)
 
-        v = load_columns(v_pages_ptr, rows, mask_keys, dtype, BLOCK_D, HEAD_DIM, MASKED)
+        v = load_columns(v_pages_ptr, rows, mask_keys, dtype, HEAD_DIM, MASKED)
         acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
-    return row_max, row_sum, acc
+    return Softmax(row_max, row_sum, acc)
 
 
 @triton.jit
-def normalized(acc, row_sum, dtype: tl.constexpr, SCALED: tl.constexpr):
-    """[M, BLOCK_D] the running values at the end over the sum of their weights; 0 for a row that saw no key.
+def normalized(state, dtype: tl.constexpr, SCALED: tl.constexpr):
+    """[M, BLOCK_D] the weighted mean of the values at the end; 0 for a row that saw no key.
 
-    Its values may be NaN: 0 times what another row of the block sees.
+    Such a row's acc may be NaN: 0 times what another row of the block sees.
     """
-    total = row_sum
+    total = state.row_sum
     if SCALED and dtype == tl.float16:
         total *= _HALF_LIFT
-    unseen = row_sum == 0.0
-    return tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 1.0, total)[:, None])
+    unseen = state.row_sum == 0.0
+    return tl.where(unseen[:, None], 0.0, state.acc / tl.where(unseen, 1.0, total)[:, None])
 
 
 @triton.jit
@@ -236,32 +264,11 @@ def converts_float8(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def block_dim(head_dim: int) -> int:
-    """Columns of a tile: the power of two, 16 at least, that holds a head; the rest is padding in registers."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-class PagedKV(NamedTuple):
-    """K/V as a kernel takes them: pointers, strides, and what of them is fixed when it is compiled."""
-
-    k_pages: Tensor
-    v_pages: Tensor
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    page_stride: int
-    slot_stride: int
-    head_stride: int
-    num_kv_heads: int
-    page_shift: int
-
-
-def paged_kv(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> PagedKV:
+def attention_kv(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> PagedKV:
+    """The pages, e4m3 codes as their bits where Triton cannot convert them."""
     if k_pages.dtype == torch.float8_e4m3fn and not converts_float8(k_pages.device):
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
-    _, page_size, num_kv_heads, _ = k_pages.shape
-    page_shift = page_size.bit_length() - 1
-    page_stride, slot_stride, head_stride, _ = k_pages.stride()
-    return PagedKV(k_pages, v_pages, k_scale, v_scale, page_stride, slot_stride, head_stride, num_kv_heads, page_shift)
+    return paged_kv(k_pages, v_pages, k_scale, v_scale)
 
 
 def check_attention(

@@ -26,15 +26,17 @@ from torch import Tensor
 
 from . import reference
 from .attention_common import (
-    LOG2_E,
+    Attended,
     attend,
+    attention_kv,
     block_dim,
     check_attention,
     load_columns,
     log2_sum,
     natural,
+    no_keys,
     normalized,
-    paged_kv,
+    score_rule,
     store_columns,
     target,
 )
@@ -42,7 +44,7 @@ from .backend import as_array, as_tensor, runs_numpy
 from .checks import check, check_sequences
 from .operators import operator
 from .paged_checks import check_keys_in_pages
-from .paged_common import compact_pages
+from .paged_common import compact_pages, heads_of
 
 
 class Tile(NamedTuple):
@@ -76,9 +78,9 @@ def decode_tile(target_name: str, itemsize: int, head_dim: int) -> Tile:
 
 @triton.jit
 def _split_sequence(seq_len, window, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """(first key in reach, where the first split starts, tokens a split, number of splits, 1 at least)."""
+    """(first key in reach, where the first split starts, tokens per split, number of splits, at least 1)."""
     first_key = 0
-    if window > 0:
+    if window is not None:
         first_key = tl.maximum(seq_len - window, 0)
     start = first_key // BLOCK_N * BLOCK_N
     split_tokens = MIN_SPLIT
@@ -89,99 +91,68 @@ def _split_sequence(seq_len, window, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.conste
 
 @triton.jit(do_not_specialize=["grid_splits", "block_table_stride"])  # one code for every width of the table
 def _attention_decode_kernel(
-    q_ptr,  # [num_seqs, num_heads, head_dim]
-    k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim]
-    v_pages_ptr,  # the same
-    k_scale_ptr,  # [num_pages, page_size, num_kv_heads], read if SCALED
-    v_scale_ptr,  # the same
+    q,  # Heads, one token per sequence
+    kv,  # PagedKV
     block_table_ptr,  # [num_seqs, max_pages_per_seq]
-    seq_lens_ptr,  # [num_seqs]
-    out_ptr,  # [num_seqs, num_heads, head_dim], contiguous, written for sequences of one split
-    lse_ptr,  # [num_seqs, num_heads], contiguous, the same
-    partial_ptr,  # [num_seqs, num_heads, grid_splits, head_dim] float32, written for the others
-    partial_lse_ptr,  # [num_seqs, num_heads, grid_splits] float32, base 2, the same
-    group,  # query heads a K/V head
-    num_kv_heads,
-    grid_splits,
-    q_seq_stride,
-    q_head_stride,
-    page_stride,
-    slot_stride,
-    head_stride,
     block_table_stride,
-    page_shift,  # log2(page_size)
-    score_scale,
-    softcap,
-    window,
+    seq_lens_ptr,  # [num_seqs]
+    result,  # Attended, written for sequences of one split
+    partial,  # Attended with room for grid_splits splits, written for the other sequences
+    group,  # query heads per K/V head
+    grid_splits,
+    rule,  # ScoreRule
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # power of two >= HEAD_DIM
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    SLIDING: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
     ONE_PAGE: tl.constexpr,
 ):
-    kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) % kv.num_kv_heads).to(tl.int64)
     split = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + sequence)
-    first_key, start, split_tokens, num_splits = _split_sequence(seq_len, window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
+    first_key, start, split_tokens, num_splits = _split_sequence(seq_len, rule.window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
     if split >= num_splits:
         return
 
-    row_in_group = tl.program_id(0) // num_kv_heads * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_in_group = tl.program_id(0) // kv.num_kv_heads * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_rows = row_in_group < group
     heads = kv_head * group + row_in_group
-    q_rows = sequence * q_seq_stride + heads * q_head_stride
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    q = load_columns(q_ptr, q_rows, mask_rows, dtype, BLOCK_D, HEAD_DIM, True)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    q_rows = sequence * q.token_stride + heads * q.head_stride
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    q_tile = load_columns(q.ptr, q_rows, mask_rows, dtype, HEAD_DIM, True)
     positions = tl.zeros([BLOCK_M], tl.int32) + (seq_len - 1)
 
-    k_pages_ptr += kv_head * head_stride
-    v_pages_ptr += kv_head * head_stride
-    if SCALED:
-        k_scale_ptr += kv_head
-        v_scale_ptr += kv_head
     block_table_ptr += sequence * block_table_stride
     start += split * split_tokens
     end = tl.minimum(start + split_tokens, seq_len)
-    row_max, row_sum, acc = attend(
-        q, row_max, row_sum, acc, positions,
-        k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, start, end, first_key, seq_len,
-        page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
-        HEAD_DIM, BLOCK_D, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,
+    state = attend(
+        q_tile, no_keys(BLOCK_M, block_dim(HEAD_DIM)), positions, kv, kv_head, block_table_ptr,
+        start, end, first_key, seq_len, rule, HEAD_DIM, BLOCK_N, True, ONE_PAGE,
     )  # fmt: skip
 
-    out_rows = sequence * (num_kv_heads * group) + heads
-    acc = normalized(acc, row_sum, dtype, SCALED)
-    lse = log2_sum(row_max, row_sum)
+    out_rows = sequence * (kv.num_kv_heads * group) + heads
+    values = normalized(state, dtype, kv.v_scale is not None)
+    lse = log2_sum(state.row_max, state.row_sum)
     if num_splits == 1:
-        store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc, BLOCK_D, HEAD_DIM)
-        tl.store(lse_ptr + out_rows, natural(lse), mask=mask_rows)
+        store_columns(result.out, out_rows * HEAD_DIM, mask_rows, values, HEAD_DIM)
+        tl.store(result.lse + out_rows, natural(lse), mask=mask_rows)
     else:
         partial_rows = out_rows * grid_splits + split
-        store_columns(partial_ptr, partial_rows * HEAD_DIM, mask_rows, acc, BLOCK_D, HEAD_DIM)
-        tl.store(partial_lse_ptr + partial_rows, lse, mask=mask_rows)
+        store_columns(partial.out, partial_rows * HEAD_DIM, mask_rows, values, HEAD_DIM)
+        tl.store(partial.lse + partial_rows, lse, mask=mask_rows)
 
 
 @triton.jit(do_not_specialize=["grid_splits"])
 def _merge_splits_kernel(
-    partial_ptr,  # [num_seqs, num_heads, grid_splits, head_dim] float32
-    partial_lse_ptr,  # [num_seqs, num_heads, grid_splits] float32, base 2
+    partial,  # Attended with room for grid_splits splits
     seq_lens_ptr,  # [num_seqs]
-    out_ptr,  # [num_seqs, num_heads, head_dim], contiguous
-    lse_ptr,  # [num_seqs, num_heads], contiguous
+    result,  # Attended
     num_heads,
     grid_splits,
-    window,
+    window,  # None for all keys
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # power of two >= HEAD_DIM
     BLOCK_N: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
@@ -193,26 +164,25 @@ def _merge_splits_kernel(
     if num_splits == 1:
         return
     row = sequence * num_heads + tl.program_id(0)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     mask_d = offs_d < HEAD_DIM
     offs_s = tl.arange(0, MAX_SPLITS)
-    every_lse = tl.load(partial_lse_ptr + row * grid_splits + offs_s, mask=offs_s < num_splits, other=float("-inf"))
+    every_lse = tl.load(partial.lse + row * grid_splits + offs_s, mask=offs_s < num_splits, other=float("-inf"))
     top = tl.max(every_lse, axis=0)
     shift = tl.where(top == float("-inf"), 0.0, top)  # every score was -inf
     total = tl.sum(tl.exp2(every_lse - shift), axis=0)
-    acc = tl.zeros([BLOCK_D], tl.float32)
+    acc = tl.zeros([triton.next_power_of_2(HEAD_DIM)], tl.float32)
     for first in tl.range(0, num_splits, BLOCK_S):
         splits = first + tl.arange(0, BLOCK_S)
         mask_s = splits < num_splits
         rows = row * grid_splits + splits
-        weights = tl.exp2(tl.load(partial_lse_ptr + rows, mask=mask_s, other=float("-inf")) - shift)
-        values = tl.load(
-            partial_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0
-        )
+        weights = tl.exp2(tl.load(partial.lse + rows, mask=mask_s, other=float("-inf")) - shift)
+        ptrs = partial.out + rows[:, None] * HEAD_DIM + offs_d[None, :]
+        values = tl.load(ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
         acc += tl.sum(weights[:, None] * values, axis=0)
     acc = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + row * HEAD_DIM + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
-    tl.store(lse_ptr + row, natural(log2_sum(top, total)))
+    tl.store(result.out + row * HEAD_DIM + offs_d, acc.to(result.out.dtype.element_ty), mask=mask_d)
+    tl.store(result.lse + row, natural(log2_sum(top, total)))
 
 
 def _attention_decode_fake(
@@ -318,57 +288,36 @@ def attention_decode(
     partial_lse = torch.empty((num_seqs, num_heads, grid_splits), dtype=torch.float32, device=q.device)
     group = num_heads // num_kv_heads
     block_m = min(64, max(16, triton.next_power_of_2(group)))
-    pages = paged_kv(k_pages, v_pages, k_scale, v_scale)
+    rule = score_rule(softmax_scale, sliding_window, softcap)
     _attention_decode_kernel[(num_kv_heads * triton.cdiv(group, block_m), grid_splits, num_seqs)](
-        q,
-        pages.k_pages,
-        pages.v_pages,
-        k_scale,
-        v_scale,
+        heads_of(q),
+        attention_kv(k_pages, v_pages, k_scale, v_scale),
         block_table,
-        seq_lens,
-        out,
-        lse,
-        partial,
-        partial_lse,
-        group,
-        num_kv_heads,
-        grid_splits,
-        q.stride(0),
-        q.stride(1),
-        pages.page_stride,
-        pages.slot_stride,
-        pages.head_stride,
         block_table.stride(0),
-        pages.page_shift,
-        softmax_scale / softcap if softcap else softmax_scale * LOG2_E,
-        softcap,
-        sliding_window,
+        seq_lens,
+        Attended(out, lse),
+        Attended(partial, partial_lse),
+        group,
+        grid_splits,
+        rule,
         HEAD_DIM=head_dim,
-        BLOCK_D=block_dim(head_dim),
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         MIN_SPLIT=min_split,
         MAX_SPLITS=max_splits,
-        SLIDING=sliding_window > 0,
-        CAPPED=softcap > 0,
-        SCALED=k_scale is not None,
         ONE_PAGE=page_size >= tile.block_n,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     if grid_splits > 1:
         _merge_splits_kernel[(num_heads, num_seqs)](
-            partial,
-            partial_lse,
+            Attended(partial, partial_lse),
             seq_lens,
-            out,
-            lse,
+            Attended(out, lse),
             num_heads,
             grid_splits,
-            sliding_window,
+            rule.window,
             HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_N=tile.block_n,
             MIN_SPLIT=min_split,
             MAX_SPLITS=max_splits,

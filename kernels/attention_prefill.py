@@ -30,15 +30,17 @@ from torch import Tensor
 
 from . import reference
 from .attention_common import (
-    LOG2_E,
+    Attended,
     attend,
+    attention_kv,
     block_dim,
     check_attention,
     load_columns,
     log2_sum,
     natural,
+    no_keys,
     normalized,
-    paged_kv,
+    score_rule,
     store_columns,
     target,
 )
@@ -46,7 +48,7 @@ from .backend import as_array, as_tensor, runs_numpy
 from .checks import check, check_dtype, check_last_dim_contiguous, check_shape
 from .operators import operator
 from .paged_checks import check_keys_in_pages
-from .paged_common import compact_pages
+from .paged_common import compact_pages, heads_of
 
 
 class Tile(NamedTuple):
@@ -98,42 +100,25 @@ def _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M: tl.cons
     do_not_specialize=["num_tokens", "num_seqs", "num_blocks", "block_table_stride"]
 )  # one code for every batch
 def _attention_prefill_kernel(
-    q_ptr,  # [num_tokens, num_heads, head_dim]
-    k_pages_ptr,  # [num_pages, page_size, num_kv_heads, head_dim]
-    v_pages_ptr,  # the same
-    k_scale_ptr,  # [num_pages, page_size, num_kv_heads], read if SCALED
-    v_scale_ptr,  # the same
+    q,  # Heads
+    kv,  # PagedKV
     block_table_ptr,  # [num_seqs, max_pages_per_seq]
+    block_table_stride,
     seq_lens_ptr,  # [num_seqs]
     query_start_loc_ptr,  # [num_seqs + 1]
-    out_ptr,  # [num_tokens, num_heads, head_dim], contiguous
-    lse_ptr,  # [num_tokens, num_heads], contiguous
+    result,  # Attended
     num_tokens,
     num_seqs,
     num_blocks,
-    group,  # query heads a K/V head
-    num_kv_heads,
-    q_token_stride,
-    q_head_stride,
-    page_stride,
-    slot_stride,
-    head_stride,
-    block_table_stride,
-    page_shift,  # log2(page_size)
-    score_scale,
-    softcap,
-    window,
+    group,  # query heads per K/V head
+    rule,  # ScoreRule
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # power of two >= HEAD_DIM
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SLIDING: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
     ONE_PAGE: tl.constexpr,
 ):
-    kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
-    block = num_blocks - 1 - tl.program_id(0) // num_kv_heads
+    kv_head = (tl.program_id(0) % kv.num_kv_heads).to(tl.int64)
+    block = num_blocks - 1 - tl.program_id(0) // kv.num_kv_heads
     sequence = _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M)
     query_start = tl.load(query_start_loc_ptr + sequence)
     query_end = num_tokens
@@ -155,51 +140,39 @@ def _attention_prefill_kernel(
     nearest = query_position + first_row // group  # least position of the block
     farthest = query_position + (tl.minimum(first_row + BLOCK_M, num_rows) - 1) // group
 
-    q_rows = tokens * q_token_stride + heads * q_head_stride
-    dtype: tl.constexpr = q_ptr.dtype.element_ty
-    q = load_columns(q_ptr, q_rows, mask_rows, dtype, BLOCK_D, HEAD_DIM, True)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    q_rows = tokens * q.token_stride + heads * q.head_stride
+    dtype: tl.constexpr = q.ptr.dtype.element_ty
+    q_tile = load_columns(q.ptr, q_rows, mask_rows, dtype, HEAD_DIM, True)
+    state = no_keys(BLOCK_M, block_dim(HEAD_DIM))
 
-    k_pages_ptr += kv_head * head_stride
-    v_pages_ptr += kv_head * head_stride
-    if SCALED:
-        k_scale_ptr += kv_head
-        v_scale_ptr += kv_head
     block_table_ptr += sequence.to(tl.int64) * block_table_stride
     first_key = 0
     end_key = tl.maximum(farthest + 1, 0)
     start = 0
     whole = 0
     diagonal = tl.maximum(nearest + 1, 0) // BLOCK_N * BLOCK_N
-    if SLIDING:
-        first_key = tl.maximum(nearest + 1, window) - window
+    if rule.window is not None:
+        first_key = tl.maximum(nearest + 1, rule.window) - rule.window
         start = first_key // BLOCK_N * BLOCK_N
-        whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 1, window) - window, BLOCK_N) * BLOCK_N, diagonal)
-        row_max, row_sum, acc = attend(
-            q, row_max, row_sum, acc, positions,
-            k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, start, whole, first_key, end_key,
-            page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True, True, CAPPED, SCALED, ONE_PAGE,
+        whole = tl.cdiv(tl.maximum(farthest + 1, rule.window) - rule.window, BLOCK_N) * BLOCK_N
+        whole = tl.minimum(whole, diagonal)
+        state = attend(
+            q_tile, state, positions, kv, kv_head, block_table_ptr, start, whole, first_key, end_key,
+            rule, HEAD_DIM, BLOCK_N, True, ONE_PAGE,
         )  # fmt: skip
-    row_max, row_sum, acc = attend(
-        q, row_max, row_sum, acc, positions,
-        k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, whole, diagonal, first_key, end_key,
-        page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
-        HEAD_DIM, BLOCK_D, BLOCK_N, False, SLIDING, CAPPED, SCALED, ONE_PAGE,
+    state = attend(
+        q_tile, state, positions, kv, kv_head, block_table_ptr, whole, diagonal, first_key, end_key,
+        rule, HEAD_DIM, BLOCK_N, False, ONE_PAGE,
     )  # fmt: skip
-    row_max, row_sum, acc = attend(
-        q, row_max, row_sum, acc, positions,
-        k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, block_table_ptr, diagonal, end_key, first_key, end_key,
-        page_stride, slot_stride, num_kv_heads, page_shift, score_scale, softcap, window,
-        HEAD_DIM, BLOCK_D, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,
+    state = attend(
+        q_tile, state, positions, kv, kv_head, block_table_ptr, diagonal, end_key, first_key, end_key,
+        rule, HEAD_DIM, BLOCK_N, True, ONE_PAGE,
     )  # fmt: skip
 
-    out_rows = tokens * (num_kv_heads * group) + heads
-    acc = normalized(acc, row_sum, dtype, SCALED)
-    store_columns(out_ptr, out_rows * HEAD_DIM, mask_rows, acc, BLOCK_D, HEAD_DIM)
-    tl.store(lse_ptr + out_rows, natural(log2_sum(row_max, row_sum)), mask=mask_rows)
+    out_rows = tokens * (kv.num_kv_heads * group) + heads
+    values = normalized(state, dtype, kv.v_scale is not None)
+    store_columns(result.out, out_rows * HEAD_DIM, mask_rows, values, HEAD_DIM)
+    tl.store(result.lse + out_rows, natural(log2_sum(state.row_max, state.row_sum)), mask=mask_rows)
 
 
 def _check_query_start_loc(query_start_loc: Tensor, block_table: Tensor, num_tokens: int) -> None:
@@ -318,40 +291,22 @@ def attention_prefill(
     num_seqs = block_table.shape[0]
     # a sequence of R rows spans at most R // BLOCK_M + 1 blocks, and so do the tokens that belong to none
     num_blocks = num_tokens * group // tile.block_m + num_seqs + 1
-    pages = paged_kv(k_pages, v_pages, k_scale, v_scale)
     _attention_prefill_kernel[(num_blocks * num_kv_heads,)](
-        q,
-        pages.k_pages,
-        pages.v_pages,
-        k_scale,
-        v_scale,
+        heads_of(q),
+        attention_kv(k_pages, v_pages, k_scale, v_scale),
         block_table,
+        block_table.stride(0),
         seq_lens,
         query_start_loc,
-        out,
-        lse,
+        Attended(out, lse),
         num_tokens,
         num_seqs,
         num_blocks,
         group,
-        num_kv_heads,
-        q.stride(0),
-        q.stride(1),
-        pages.page_stride,
-        pages.slot_stride,
-        pages.head_stride,
-        block_table.stride(0),
-        pages.page_shift,
-        softmax_scale / softcap if softcap else softmax_scale * LOG2_E,
-        softcap,
-        sliding_window,
+        score_rule(softmax_scale, sliding_window, softcap),
         HEAD_DIM=head_dim,
-        BLOCK_D=block_dim(head_dim),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        SLIDING=sliding_window > 0,
-        CAPPED=softcap > 0,
-        SCALED=k_scale is not None,
         ONE_PAGE=page_size >= tile.block_n,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -33,7 +33,16 @@ from .checks import (
 )
 from .operators import operator
 from .paged_checks import check_block_table, check_keys_in_pages, check_pages, check_write
-from .paged_common import LIMITS, as_codes, compact_pages, write_blocks, write_by_definition, write_heads
+from .paged_common import (
+    LIMITS,
+    as_codes,
+    compact_pages,
+    heads_of,
+    paged_kv,
+    write_blocks,
+    write_by_definition,
+    write_heads,
+)
 
 COPY_BLOCK = 4096
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -41,86 +50,60 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 @triton.jit
 def _write_kv_kernel(
-    k_ptr,  # [num_tokens, num_kv_heads, HEAD_DIM]
-    v_ptr,  # [num_tokens, num_kv_heads, HEAD_DIM]
-    k_pages_ptr,  # [num_pages, page_size, num_kv_heads, HEAD_DIM]
-    v_pages_ptr,  # the same
-    k_scale_ptr,  # [num_pages, page_size, num_kv_heads], written if LIMIT
-    v_scale_ptr,  # the same
+    k,  # Heads
+    v,  # Heads
+    kv,  # PagedKV
     slot_mapping_ptr,  # [num_tokens]
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
-    page_stride,
-    slot_stride,
-    head_stride,
-    num_kv_heads,
-    page_shift,  # log2(page_size)
     LIMIT: tl.constexpr,  # largest code, 0 for float pages
     HEAD_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,  # power of two >= HEAD_DIM
 ):
     token = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
     if slot >= 0:
-        slot_in_page = slot & ((1 << page_shift) - 1)
-        page_row = (slot >> page_shift) * page_stride + slot_in_page * slot_stride
-        scale_row = slot * num_kv_heads
-        write_heads(
-            k_ptr + token * k_token_stride, k_head_stride, k_pages_ptr + page_row, head_stride,
-            k_scale_ptr, scale_row, heads, num_kv_heads, LIMIT, HEAD_DIM, BLOCK_DIM,
-        )  # fmt: skip
-        write_heads(
-            v_ptr + token * v_token_stride, v_head_stride, v_pages_ptr + page_row, head_stride,
-            v_scale_ptr, scale_row, heads, num_kv_heads, LIMIT, HEAD_DIM, BLOCK_DIM,
-        )  # fmt: skip
+        write_heads(k, token, kv.k_pages, kv.k_scale, kv, slot, heads, LIMIT, HEAD_DIM)
+        write_heads(v, token, kv.v_pages, kv.v_scale, kv, slot, heads, LIMIT, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["num_keys"])  # one code for every batch
 def _gather_kv_kernel(
-    pages_ptr,  # [num_pages, page_size, num_kv_heads, HEAD_DIM]
-    scale_ptr,  # [num_pages, page_size, num_kv_heads], read if SCALED
+    kv,  # PagedKV, of one pool: k_pages and k_scale
     block_table_ptr,  # [num_seqs, max_pages_per_seq]
-    seq_lens_ptr,  # [num_seqs]
-    ends_ptr,  # [num_seqs] running sum of seq_lens
-    out_ptr,  # [num_keys, num_kv_heads, HEAD_DIM]
     block_table_stride,
-    page_stride,
-    slot_stride,
-    head_stride,
-    num_kv_heads,
-    page_size,
+    seq_lens_ptr,  # [num_seqs]
+    out_ptr,  # [num_keys, num_kv_heads, HEAD_DIM]
     num_keys,
-    SCALED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,  # rows are (slot, head) pairs
-    BLOCK_DIM: tl.constexpr,  # power of two >= HEAD_DIM
+    BLOCK_SEQS: tl.constexpr,
 ):
     index = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + seq)
+    page_size = 1 << kv.page_shift
     first_key = index * page_size
     if first_key < seq_len:
         page = tl.load(block_table_ptr + seq * block_table_stride + index).to(tl.int64)
-        out_key = tl.load(ends_ptr + seq).to(tl.int64) - seq_len + first_key
-        out_row = out_key * num_kv_heads
+        out_key = first_key.to(tl.int64)
+        for start in range(0, seq, BLOCK_SEQS):  # after the keys of the sequences in front of this one
+            seqs = start + tl.arange(0, BLOCK_SEQS)
+            out_key += tl.sum(tl.load(seq_lens_ptr + seqs, mask=seqs < seq, other=0).to(tl.int64), axis=0)
+        out_row = out_key * kv.num_kv_heads
         # none past the end of ``out``, which the host sized without seeing the lengths
         keys = tl.minimum(tl.minimum(page_size, seq_len - first_key), num_keys - out_key)
-        num_rows = tl.maximum(keys, 0).to(tl.int32) * num_kv_heads
-        offs = tl.arange(0, BLOCK_DIM)
+        num_rows = tl.maximum(keys, 0).to(tl.int32) * kv.num_kv_heads
+        offs = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
         for start in range(0, num_rows, BLOCK_ROWS):
             rows = start + tl.arange(0, BLOCK_ROWS)
             mask_rows = rows < num_rows
             mask = mask_rows[:, None] & (offs < HEAD_DIM)[None, :]
-            slots_in_page, heads = (rows // num_kv_heads).to(tl.int64), (rows % num_kv_heads).to(tl.int64)
-            offs_rows = page * page_stride + slots_in_page * slot_stride + heads * head_stride
-            x = tl.load(pages_ptr + offs_rows[:, None] + offs[None, :], mask=mask, other=0)
-            if SCALED:
-                scale_row = page * page_size * num_kv_heads
-                scale = tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=0.0)
+            slots_in_page, heads = (rows // kv.num_kv_heads).to(tl.int64), (rows % kv.num_kv_heads).to(tl.int64)
+            offs_rows = page * kv.page_stride + slots_in_page * kv.slot_stride + heads * kv.head_stride
+            x = tl.load(kv.k_pages + offs_rows[:, None] + offs[None, :], mask=mask, other=0)
+            if kv.k_scale is not None:
+                scale_row = page * page_size * kv.num_kv_heads
+                scale = tl.load(kv.k_scale + scale_row + rows, mask=mask_rows, other=0.0)
                 x = widen(x, tl.float32) * scale[:, None]
             out_rows = (out_row + rows) * HEAD_DIM
             tl.store(out_ptr + out_rows[:, None] + offs[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -196,24 +179,13 @@ def write_kv(
         return
     block_heads, block_dim = write_blocks(num_kv_heads, head_dim)
     _write_kv_kernel[(num_tokens, triton.cdiv(num_kv_heads, block_heads))](
-        k,
-        v,
-        as_codes(k_pages),
-        as_codes(v_pages),
-        k_scale,
-        v_scale,
+        heads_of(k),
+        heads_of(v),
+        paged_kv(as_codes(k_pages), as_codes(v_pages), k_scale, v_scale),
         slot_mapping,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        *k_pages.stride()[:3],
-        num_kv_heads,
-        k_pages.shape[1].bit_length() - 1,
         LIMIT=LIMITS.get(k_pages.dtype, 0),
         HEAD_DIM=head_dim,
         BLOCK_HEADS=block_heads,
-        BLOCK_DIM=block_dim,
         num_warps=max(1, block_heads * block_dim // 256),
     )
 
@@ -282,23 +254,17 @@ def gather_kv(
         return as_tensor(rows, like=pages, dtype=out_dtype)
     if out.numel() == 0:
         return out
-    block_rows, block_dim = write_blocks(page_size * num_kv_heads, head_dim)
+    block_rows, _ = write_blocks(page_size * num_kv_heads, head_dim)
     _gather_kv_kernel[(block_table.shape[1], block_table.shape[0])](
-        as_codes(pages),
-        scale,
+        paged_kv(as_codes(pages), None, scale, None),
         block_table,
-        seq_lens,
-        seq_lens.cumsum(0),
-        out,
         block_table.stride(0),
-        *pages.stride()[:3],
-        num_kv_heads,
-        page_size,
+        seq_lens,
+        out,
         num_keys,
-        SCALED=scale is not None,
         HEAD_DIM=head_dim,
         BLOCK_ROWS=block_rows,
-        BLOCK_DIM=block_dim,
+        BLOCK_SEQS=1024,
     )
     return out
 

@@ -10,7 +10,7 @@ because not every target converts it and Triton's interpreter rounds it wrongly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,37 @@ LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}  # the largest code
 WRITE_ELEMENTS = 1024  # elements of heads x head_dim that one program writes
 _INT8_LIMIT = tl.constexpr(127)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)  # float32's step there is 1, so adding it rounds to an integer
+
+
+class Heads(NamedTuple):
+    """q, k or v, as a kernel takes them."""
+
+    ptr: Tensor  # [num_tokens, num_heads, head_dim], the last dimension contiguous
+    token_stride: int
+    head_stride: int
+
+
+class PagedKV(NamedTuple):
+    """K and V in pages, as a kernel takes them. The strides are those of both pools."""
+
+    k_pages: Tensor  # [num_pages, page_size, num_kv_heads, head_dim], the last dimension contiguous
+    v_pages: Tensor | None  # the same
+    k_scale: Tensor | None  # [num_pages, page_size, num_kv_heads] float32, contiguous; None for float pages
+    v_scale: Tensor | None  # the same
+    page_stride: int
+    slot_stride: int
+    head_stride: int
+    num_kv_heads: int
+    page_shift: int  # log2(page_size)
+
+
+def heads_of(x: Tensor) -> Heads:
+    return Heads(x, x.stride(0), x.stride(1))
+
+
+def paged_kv(k_pages: Tensor, v_pages: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> PagedKV:
+    page_shift = k_pages.shape[1].bit_length() - 1
+    return PagedKV(k_pages, v_pages, k_scale, v_scale, *k_pages.stride()[:3], k_pages.shape[2], page_shift)
 
 
 @triton.jit
@@ -57,31 +88,39 @@ def encode(x, scale, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def slot_offset(slot, kv):
+    """Elements from the start of a pool to a slot, int64."""
+    slot_in_page = slot & ((1 << kv.page_shift) - 1)
+    return (slot >> kv.page_shift) * kv.page_stride + slot_in_page * kv.slot_stride
+
+
+@triton.jit
 def write_heads(
-    x_ptr,  # at one token
-    x_head_stride,
-    page_ptr,  # at one slot
-    head_stride,
-    scale_ptr,  # [slots, num_kv_heads], written if LIMIT
-    scale_row,  # slot * num_kv_heads, int64
+    x,  # Heads: k or v
+    token,
+    pages_ptr,  # kv.k_pages or kv.v_pages
+    scale_ptr,  # kv.k_scale or kv.v_scale, written if LIMIT
+    kv,  # PagedKV
+    slot,  # int64
     heads,  # [BLOCK_HEADS] int64
-    num_kv_heads,
     LIMIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
 ):
-    """One token's heads, as they are or quantised, into its slot."""
-    offs = tl.arange(0, BLOCK_DIM)
-    mask_heads = heads < num_kv_heads
+    """Write one token's heads to its slot, as they are or quantised."""
+    offs = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
+    mask_heads = heads < kv.num_kv_heads
     mask = mask_heads[:, None] & (offs < HEAD_DIM)[None, :]
-    x = tl.load(x_ptr + heads[:, None] * x_head_stride + offs[None, :], mask=mask, other=0.0).to(tl.float32)
-    ptrs = page_ptr + heads[:, None] * head_stride + offs[None, :]
+    x_ptr = x.ptr + token * x.token_stride
+    ptrs = x_ptr + heads[:, None] * x.head_stride + offs[None, :]
+    values = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    slot_ptr = pages_ptr + slot_offset(slot, kv)
+    ptrs = slot_ptr + heads[:, None] * kv.head_stride + offs[None, :]
     if LIMIT:
-        scale = row_scale(largest_magnitude(x), LIMIT)
-        tl.store(scale_ptr + scale_row + heads, scale, mask=mask_heads)
-        tl.store(ptrs, encode(x, scale, LIMIT), mask=mask)
+        scale = row_scale(largest_magnitude(values), LIMIT)
+        tl.store(scale_ptr + slot * kv.num_kv_heads + heads, scale, mask=mask_heads)
+        tl.store(ptrs, encode(values, scale, LIMIT), mask=mask)
     else:
-        tl.store(ptrs, x.to(page_ptr.dtype.element_ty), mask=mask)
+        tl.store(ptrs, values.to(pages_ptr.dtype.element_ty), mask=mask)
 
 
 def write_by_definition(

@@ -13,6 +13,8 @@ Moves: 2 x head_dim x itemsize bytes a head for about 3 flops an element: bandwi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,111 +24,104 @@ from . import reference
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
-from .paged_common import write_blocks
+from .paged_common import heads_of, write_blocks
+
+
+class Angles(NamedTuple):
+    """Where a kernel finds the angles of a token."""
+
+    cos: Tensor  # [max_positions, HALF]
+    sin: Tensor  # the same
+    positions: Tensor  # [num_tokens]
+
+
+class Parts(NamedTuple):
+    """The dimensions of a block of heads, float32, each part padded to a power of two."""
+
+    first: tl.tensor  # [BLOCK_HEADS, HALF] of each pair
+    second: tl.tensor  # the same
+    tail: tl.tensor  # [BLOCK_HEADS, HEAD_DIM - 2 * HALF], which do not turn; ``first`` again if there are none
 
 
 @triton.jit
-def _load_angles(
-    cos_ptr,  # [max_positions, HALF]
-    sin_ptr,  # [max_positions, HALF]
-    positions_ptr,  # [num_tokens]
-    token,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    offs = tl.arange(0, BLOCK_HALF)
-    row = tl.load(positions_ptr + token).to(tl.int64) * HALF
-    cos = tl.load(cos_ptr + row + offs, mask=offs < HALF, other=0.0)
-    sin = tl.load(sin_ptr + row + offs, mask=offs < HALF, other=0.0)
+def load_angles(angles, token, HALF: tl.constexpr):
+    """(cos, sin) of one token, [1, HALF] each."""
+    offs = tl.arange(0, triton.next_power_of_2(HALF))
+    row = tl.load(angles.positions + token).to(tl.int64) * HALF
+    cos = tl.load(angles.cos + row + offs, mask=offs < HALF, other=0.0)
+    sin = tl.load(angles.sin + row + offs, mask=offs < HALF, other=0.0)
     return cos[None, :], sin[None, :]
 
 
 @triton.jit
-def _load_parts(
-    ptr,  # at one token
+def load_parts(
+    ptr,
     rows,  # [BLOCK_HEADS] offset of each head, int64
     mask_rows,  # [BLOCK_HEADS]
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
 ):
-    """Each head's first and second dimensions of pairs, and those past rotary_dim (the first again if none are)."""
-    offs = tl.arange(0, BLOCK_HALF)
+    offs = tl.arange(0, triton.next_power_of_2(HALF))
     mask = mask_rows[:, None] & (offs < HALF)[None, :]
     ptrs = ptr + rows[:, None] + (offs * 2 if INTERLEAVED else offs)[None, :]
     first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(ptrs + (1 if INTERLEAVED else HALF), mask=mask, other=0.0).to(tl.float32)
     tail = first
-    if BLOCK_TAIL:
-        offs_tail = 2 * HALF + tl.arange(0, BLOCK_TAIL)
+    if HEAD_DIM > 2 * HALF:
+        offs_tail = 2 * HALF + tl.arange(0, triton.next_power_of_2(HEAD_DIM - 2 * HALF))
         mask = mask_rows[:, None] & (offs_tail < HEAD_DIM)[None, :]
         tail = tl.load(ptr + rows[:, None] + offs_tail[None, :], mask=mask, other=0.0).to(tl.float32)
-    return first, second, tail
+    return Parts(first, second, tail)
 
 
 @triton.jit
-def _store_parts(
+def store_parts(
     ptr,
-    rows,
-    mask_rows,
-    first,
-    second,
-    tail,
+    rows,  # [BLOCK_HEADS] offset of each head, int64
+    mask_rows,  # [BLOCK_HEADS]
+    parts,  # Parts
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
 ):
-    offs = tl.arange(0, BLOCK_HALF)
+    offs = tl.arange(0, triton.next_power_of_2(HALF))
     mask = mask_rows[:, None] & (offs < HALF)[None, :]
     ptrs = ptr + rows[:, None] + (offs * 2 if INTERLEAVED else offs)[None, :]
-    tl.store(ptrs, first.to(ptr.dtype.element_ty), mask=mask)
-    tl.store(ptrs + (1 if INTERLEAVED else HALF), second.to(ptr.dtype.element_ty), mask=mask)
-    if BLOCK_TAIL:
-        offs_tail = 2 * HALF + tl.arange(0, BLOCK_TAIL)
+    tl.store(ptrs, parts.first.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs + (1 if INTERLEAVED else HALF), parts.second.to(ptr.dtype.element_ty), mask=mask)
+    if HEAD_DIM > 2 * HALF:
+        offs_tail = 2 * HALF + tl.arange(0, triton.next_power_of_2(HEAD_DIM - 2 * HALF))
         mask = mask_rows[:, None] & (offs_tail < HEAD_DIM)[None, :]
-        tl.store(ptr + rows[:, None] + offs_tail[None, :], tail.to(ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr + rows[:, None] + offs_tail[None, :], parts.tail.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _rotate(first, second, cos, sin):
+def rotate(parts, cos, sin):
     """fma by name, so that every kernel rounds alike."""
-    return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
+    first, second, tail = parts
+    return Parts(tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin), tail)
 
 
 @triton.jit
 def _rope_kernel(
-    x_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    cos_ptr,  # [max_positions, HALF]
-    sin_ptr,  # [max_positions, HALF]
-    positions_ptr,  # [num_tokens]
+    x,  # Heads
+    angles,  # Angles
     out_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    x_token_stride,
-    x_head_stride,
     num_heads,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,  # rotary_dim / 2
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,  # power of two >= HALF
-    BLOCK_TAIL: tl.constexpr,  # power of two >= HEAD_DIM - rotary_dim, 0 for none
 ):
     token = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)).to(tl.int64)
     mask_heads = heads < num_heads
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, token, HALF, BLOCK_HALF)
-    first, second, tail = _load_parts(
-        x_ptr + token * x_token_stride, heads * x_head_stride, mask_heads,
-        HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-    )  # fmt: skip
-    first, second = _rotate(first, second, cos, sin)
-    _store_parts(
-        out_ptr, (token * num_heads + heads) * HEAD_DIM, mask_heads, first, second, tail,
-        HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-    )  # fmt: skip
+    cos, sin = load_angles(angles, token, HALF)
+    x_ptr = x.ptr + token * x.token_stride
+    parts = load_parts(x_ptr, heads * x.head_stride, mask_heads, HEAD_DIM, HALF, INTERLEAVED)
+    out_rows = (token * num_heads + heads) * HEAD_DIM
+    store_parts(out_ptr, out_rows, mask_heads, rotate(parts, cos, sin), HEAD_DIM, HALF, INTERLEAVED)
 
 
 def check_rope(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
@@ -164,17 +159,6 @@ def check_rope(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
         )
 
 
-def head_parts(head_dim: int, half: int) -> dict[str, int]:
-    """The constants that tell a kernel how a head is cut: 2 x ``half`` dimensions that turn, and the others."""
-    tail = head_dim - 2 * half
-    return {
-        "HEAD_DIM": head_dim,
-        "HALF": half,
-        "BLOCK_HALF": triton.next_power_of_2(half),
-        "BLOCK_TAIL": triton.next_power_of_2(tail) if tail else 0,
-    }
-
-
 def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool = False) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -206,17 +190,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved:
         return out
     block_heads, block_dim = write_blocks(num_heads, head_dim)
     _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
-        x,
-        cos,
-        sin,
-        positions,
+        heads_of(x),
+        Angles(cos, sin, positions),
         out,
-        x.stride(0),
-        x.stride(1),
         num_heads,
+        HEAD_DIM=head_dim,
+        HALF=cos.shape[1],
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
         num_warps=max(1, block_heads * block_dim // 256),
-        **head_parts(head_dim, cos.shape[1]),
     )
     return out

@@ -11,6 +11,8 @@ Moves: 2 x head_dim x itemsize bytes a head for about 3 flops an element (8 with
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,64 +27,46 @@ from .paged_common import (
     LIMITS,
     as_codes,
     encode,
+    heads_of,
     largest_magnitude,
+    paged_kv,
     row_scale,
+    slot_offset,
     write_blocks,
     write_by_definition,
     write_heads,
 )
-from .rope import _load_angles, _load_parts, _rotate, _store_parts, check_rope, head_parts
+from .rope import Angles, Parts, check_rope, load_angles, load_parts, rotate, store_parts
+
+
+class HeadNorms(NamedTuple):
+    """The RMSNorms of the heads of q and of k."""
+
+    q_weight: Tensor | None  # [HEAD_DIM], None for no norm
+    k_weight: Tensor | None  # the same
+    eps: float
 
 
 @triton.jit
-def _norm_parts(
-    first,
-    second,
-    tail,
-    weight_ptr,  # [HEAD_DIM]
-    eps,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
-):
+def _norm(parts, weight_ptr, eps, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """RMSNorm of each head."""
+    first, second, tail = parts
     square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-    if BLOCK_TAIL:
+    if HEAD_DIM > 2 * HALF:
         square += tl.sum(tail * tail, axis=1)
     scale = (1.0 / tl.sqrt(square / HEAD_DIM + eps))[:, None]
     row, one = tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)
-    first_weight, second_weight, tail_weight = _load_parts(
-        weight_ptr, row, one, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL
-    )
-    return first * scale * first_weight, second * scale * second_weight, tail * scale * tail_weight
+    weight = load_parts(weight_ptr, row, one, HEAD_DIM, HALF, INTERLEAVED)
+    return Parts(first * scale * weight.first, second * scale * weight.second, tail * scale * weight.tail)
 
 
 @triton.jit
-def _load_rotated(
-    ptr,  # at one token
-    rows,  # [BLOCK_HEADS] offset of each head, int64
-    mask_rows,  # [BLOCK_HEADS]
-    cos,
-    sin,
-    norm_ptr,  # [HEAD_DIM], read if NORM
-    eps,
-    NORM: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
-):
-    """The parts of each head, as ``_load_parts`` has them, normed if NORM, then rotated."""
-    first, second, tail = _load_parts(ptr, rows, mask_rows, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL)
-    if NORM:
-        first, second, tail = _norm_parts(
-            first, second, tail, norm_ptr, eps, HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL
-        )
-    first, second = _rotate(first, second, cos, sin)
-    return first, second, tail
+def _largest(parts, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
+    """[BLOCK_HEADS] the largest magnitude of each head, NaN if it holds an infinity or a NaN."""
+    largest = _larger(largest_magnitude(parts.first), largest_magnitude(parts.second))
+    if HEAD_DIM > 2 * HALF:
+        largest = _larger(largest, largest_magnitude(parts.tail))
+    return largest
 
 
 @triton.jit
@@ -93,91 +77,54 @@ def _larger(a, b):
 
 @triton.jit
 def _rope_and_cache_write_kernel(
-    q_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    k_ptr,  # [num_tokens, num_kv_heads, HEAD_DIM]
-    v_ptr,  # [num_tokens, num_kv_heads, HEAD_DIM]
-    cos_ptr,  # [max_positions, HALF]
-    sin_ptr,  # [max_positions, HALF]
-    positions_ptr,  # [num_tokens]
-    slot_mapping_ptr,  # [num_tokens]
-    q_norm_ptr,  # [HEAD_DIM], read if Q_NORM
-    k_norm_ptr,  # [HEAD_DIM], read if K_NORM
+    q,  # Heads
+    k,  # Heads
+    v,  # Heads
+    angles,  # Angles
+    norms,  # HeadNorms
     out_ptr,  # [num_tokens, num_heads, HEAD_DIM]
-    k_pages_ptr,  # [num_pages, page_size, num_kv_heads, HEAD_DIM]
-    v_pages_ptr,  # the same
-    k_scale_ptr,  # [num_pages, page_size, num_kv_heads], written if LIMIT
-    v_scale_ptr,  # the same
-    q_token_stride,
-    q_head_stride,
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
-    page_stride,
-    slot_stride,
-    head_stride,
+    kv,  # PagedKV
+    slot_mapping_ptr,  # [num_tokens]
     num_heads,
-    num_kv_heads,
-    page_shift,  # log2(page_size)
-    eps,
-    Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr,
     LIMIT: tl.constexpr,  # largest code, 0 for float pages
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,  # rotary_dim / 2
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,  # power of two >= HALF
-    BLOCK_TAIL: tl.constexpr,  # power of two >= HEAD_DIM - rotary_dim, 0 for none
-    BLOCK_DIM: tl.constexpr,  # power of two >= HEAD_DIM
 ):
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     num_q_blocks = tl.cdiv(num_heads, BLOCK_HEADS)
     offs_heads = tl.arange(0, BLOCK_HEADS)
-    cos, sin = _load_angles(cos_ptr, sin_ptr, positions_ptr, token, HALF, BLOCK_HALF)
+    cos, sin = load_angles(angles, token, HALF)
     if block < num_q_blocks:
         heads = (block * BLOCK_HEADS + offs_heads).to(tl.int64)
         mask_heads = heads < num_heads
-        first, second, tail = _load_rotated(
-            q_ptr + token * q_token_stride, heads * q_head_stride, mask_heads, cos, sin, q_norm_ptr, eps, Q_NORM,
-            HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-        )  # fmt: skip
-        _store_parts(
-            out_ptr, (token * num_heads + heads) * HEAD_DIM, mask_heads, first, second, tail,
-            HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-        )  # fmt: skip
+        q_ptr = q.ptr + token * q.token_stride
+        parts = load_parts(q_ptr, heads * q.head_stride, mask_heads, HEAD_DIM, HALF, INTERLEAVED)
+        if norms.q_weight is not None:
+            parts = _norm(parts, norms.q_weight, norms.eps, HEAD_DIM, HALF, INTERLEAVED)
+        out_rows = (token * num_heads + heads) * HEAD_DIM
+        store_parts(out_ptr, out_rows, mask_heads, rotate(parts, cos, sin), HEAD_DIM, HALF, INTERLEAVED)
     else:
         heads = ((block - num_q_blocks) * BLOCK_HEADS + offs_heads).to(tl.int64)
-        mask_heads = heads < num_kv_heads
+        mask_heads = heads < kv.num_kv_heads
         slot = tl.load(slot_mapping_ptr + token)
         if slot >= 0:
-            slot_in_page = slot & ((1 << page_shift) - 1)
-            page_row = (slot >> page_shift) * page_stride + slot_in_page * slot_stride
-            scale_row = slot * num_kv_heads
-            write_heads(
-                v_ptr + token * v_token_stride, v_head_stride, v_pages_ptr + page_row, head_stride,
-                v_scale_ptr, scale_row, heads, num_kv_heads, LIMIT, HEAD_DIM, BLOCK_DIM,
-            )  # fmt: skip
-            first, second, tail = _load_rotated(
-                k_ptr + token * k_token_stride, heads * k_head_stride, mask_heads, cos, sin, k_norm_ptr, eps, K_NORM,
-                HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-            )  # fmt: skip
+            write_heads(v, token, kv.v_pages, kv.v_scale, kv, slot, heads, LIMIT, HEAD_DIM)
+            k_ptr = k.ptr + token * k.token_stride
+            parts = load_parts(k_ptr, heads * k.head_stride, mask_heads, HEAD_DIM, HALF, INTERLEAVED)
+            if norms.k_weight is not None:
+                parts = _norm(parts, norms.k_weight, norms.eps, HEAD_DIM, HALF, INTERLEAVED)
+            parts = rotate(parts, cos, sin)
             if LIMIT:
-                largest = _larger(largest_magnitude(first), largest_magnitude(second))
-                if BLOCK_TAIL:
-                    largest = _larger(largest, largest_magnitude(tail))
-                scale = row_scale(largest, LIMIT)
-                tl.store(k_scale_ptr + scale_row + heads, scale, mask=mask_heads)
-                first, second, tail = (
-                    encode(first, scale, LIMIT),
-                    encode(second, scale, LIMIT),
-                    encode(tail, scale, LIMIT),
-                )
-            _store_parts(
-                k_pages_ptr + page_row, heads * head_stride, mask_heads, first, second, tail,
-                HEAD_DIM, HALF, INTERLEAVED, BLOCK_HALF, BLOCK_TAIL,
-            )  # fmt: skip
+                scale = row_scale(_largest(parts, HEAD_DIM, HALF), LIMIT)
+                tl.store(kv.k_scale + slot * kv.num_kv_heads + heads, scale, mask=mask_heads)
+                first, second, tail = parts
+                first, second = encode(first, scale, LIMIT), encode(second, scale, LIMIT)
+                parts = Parts(first, second, encode(tail, scale, LIMIT))
+            slot_ptr = kv.k_pages + slot_offset(slot, kv)
+            store_parts(slot_ptr, heads * kv.head_stride, mask_heads, parts, HEAD_DIM, HALF, INTERLEAVED)
 
 
 def _rope_and_cache_write_fake(
@@ -274,38 +221,20 @@ def rope_and_cache_write(
     block_heads, block_dim = write_blocks(num_heads, head_dim)
     grid = (num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))
     _rope_and_cache_write_kernel[grid](
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        positions,
-        slot_mapping,
-        q_norm,
-        k_norm,
+        heads_of(q),
+        heads_of(k),
+        heads_of(v),
+        Angles(cos, sin, positions),
+        HeadNorms(q_norm, k_norm, eps),
         out,
-        as_codes(k_pages),
-        as_codes(v_pages),
-        k_scale,
-        v_scale,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        *k_pages.stride()[:3],
+        paged_kv(as_codes(k_pages), as_codes(v_pages), k_scale, v_scale),
+        slot_mapping,
         num_heads,
-        num_kv_heads,
-        k_pages.shape[1].bit_length() - 1,
-        eps,
-        Q_NORM=q_norm is not None,
-        K_NORM=k_norm is not None,
         LIMIT=LIMITS.get(k_pages.dtype, 0),
+        HEAD_DIM=head_dim,
+        HALF=cos.shape[1],
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
-        BLOCK_DIM=block_dim,
         num_warps=max(1, block_heads * block_dim // 256),
-        **head_parts(head_dim, cos.shape[1]),
     )
     return out

@@ -24,7 +24,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))",
         "return tl.where(tl.abs(x) < 0.625, small, tl.where(x <= 0, -large, large))",
     ): "0 takes the other branch.",
-    ("load_columns", "if BLOCK > HEAD_DIM:", "if BLOCK >= HEAD_DIM:"): "A mask of columns that all exist.",
+    (
+        "load_columns",
+        "if block_dim(HEAD_DIM) > HEAD_DIM:",
+        "if block_dim(HEAD_DIM) >= HEAD_DIM:",
+    ): "A mask of columns that all exist.",
     (
         "load_columns",
         "tile = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)",
@@ -32,23 +36,23 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "Masked keys are invisible and have weight 0; masked queries are not stored.",
     (
         "attend",
-        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]",
-        "scores *= tl.load(k_scale_ptr + scale_rows)[None, :]",
+        "scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)[None, :]",
+        "scores *= tl.load(kv.k_scale + scale_rows)[None, :]",
     ): "A masked key is invisible whatever its score; its place lies in a page that is there.",
     (
         "attend",
-        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]",
-        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=1.0)[None, :]",
+        "scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)[None, :]",
+        "scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=1.0)[None, :]",
     ): "A masked key is invisible whatever its score.",
     (
         "attend",
-        "v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=0.0)",
-        "v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=1.0)",
+        "v_scale = tl.load(kv.v_scale + scale_rows, mask=mask_keys, other=0.0)",
+        "v_scale = tl.load(kv.v_scale + scale_rows, mask=mask_keys, other=1.0)",
     ): "A masked key has weight 0.",
     (
         "attend",
-        "page = tl.load(block_table_ptr + (keys >> page_shift), mask=mask_keys, other=0).to(tl.int64)",
-        "page = tl.load(block_table_ptr + (keys >> page_shift), mask=mask_keys, other=1).to(tl.int64)",
+        "page = tl.load(block_table_ptr + (keys >> kv.page_shift), mask=mask_keys, other=0).to(tl.int64)",
+        "page = tl.load(block_table_ptr + (keys >> kv.page_shift), mask=mask_keys, other=1).to(tl.int64)",
     ): "The rows of masked keys are not read.",
     (
         "attend",
@@ -57,8 +61,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "exp2(-inf) is 0 whatever is subtracted.",
     (
         "normalized",
-        "return tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 1.0, total)[:, None])",
-        "return tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 2.0, total)[:, None])",
+        "return tl.where(unseen[:, None], 0.0, state.acc / tl.where(unseen, 1.0, total)[:, None])",
+        "return tl.where(unseen[:, None], 0.0, state.acc / tl.where(unseen, 2.0, total)[:, None])",
     ): CHOSEN_AWAY,
     (
         "log2_sum",
@@ -87,8 +91,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "What is divided is 0 then.",
     (
         "_merge_splits_kernel",
-        "partial_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0",
-        "partial_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=1.0",
+        "values = tl.load(ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)",
+        "values = tl.load(ptrs, mask=mask_s[:, None] & mask_d[None, :], other=1.0)",
     ): "Masked splits have weight 0, masked columns are not stored.",
     (
         "_attention_prefill_kernel",
@@ -107,18 +111,18 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "1 // BLOCK_N is 0, as 0 // BLOCK_N is.",
     (
         "_attention_prefill_kernel",
-        "whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 1, window) - window, BLOCK_N) * BLOCK_N, diagonal)",
-        "whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 2, window) - window, BLOCK_N) * BLOCK_N, diagonal)",
+        "whole = tl.cdiv(tl.maximum(farthest + 1, rule.window) - rule.window, BLOCK_N) * BLOCK_N",
+        "whole = tl.cdiv(tl.maximum(farthest + 2, rule.window) - rule.window, BLOCK_N) * BLOCK_N",
     ): MASKED_ALIKE,
     (
         "_attention_prefill_kernel",
-        "whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 1, window) - window, BLOCK_N) * BLOCK_N, diagonal)",
-        "whole = tl.minimum(tl.cdiv(tl.maximum(farthest + 1, window) + window, BLOCK_N) * BLOCK_N, diagonal)",
+        "whole = tl.cdiv(tl.maximum(farthest + 1, rule.window) - rule.window, BLOCK_N) * BLOCK_N",
+        "whole = tl.cdiv(tl.maximum(farthest + 1, rule.window) + rule.window, BLOCK_N) * BLOCK_N",
     ): MASKED_ALIKE,
     (
         "_attention_prefill_kernel",
-        "HEAD_DIM, BLOCK_D, BLOCK_N, False, SLIDING, CAPPED, SCALED, ONE_PAGE,",
-        "HEAD_DIM, BLOCK_D, BLOCK_N, True, SLIDING, CAPPED, SCALED, ONE_PAGE,",
+        "rule, HEAD_DIM, BLOCK_N, False, ONE_PAGE,",
+        "rule, HEAD_DIM, BLOCK_N, True, ONE_PAGE,",
     ): MASKED_ALIKE,
     (
         "_embedding_kernel",
@@ -153,18 +157,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("_gather_kv_kernel", "if first_key < seq_len:", "if first_key <= seq_len:"): "No key is left for that page.",
     (
         "_gather_kv_kernel",
-        "out_key = tl.load(ends_ptr + seq).to(tl.int64) - seq_len + first_key",
-        "out_key = tl.load(ends_ptr + seq) - seq_len + first_key",
-    ): "The running sum of the lengths is int64 already.",
-    (
-        "_gather_kv_kernel",
-        "x = tl.load(pages_ptr + offs_rows[:, None] + offs[None, :], mask=mask, other=0)",
-        "x = tl.load(pages_ptr + offs_rows[:, None] + offs[None, :], mask=mask, other=1)",
+        "x = tl.load(kv.k_pages + offs_rows[:, None] + offs[None, :], mask=mask, other=0)",
+        "x = tl.load(kv.k_pages + offs_rows[:, None] + offs[None, :], mask=mask, other=1)",
     ): NOT_STORED,
     (
         "_gather_kv_kernel",
-        "scale = tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=0.0)",
-        "scale = tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=1.0)",
+        "scale = tl.load(kv.k_scale + scale_row + rows, mask=mask_rows, other=0.0)",
+        "scale = tl.load(kv.k_scale + scale_row + rows, mask=mask_rows, other=1.0)",
     ): NOT_STORED,
     (
         "encode",
@@ -234,17 +233,17 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "total += tl.load(residual_ptr + offs, mask=mask, other=1.0).to(tl.float32)",
     ): NOT_STORED,
     (
-        "_load_angles",
-        "cos = tl.load(cos_ptr + row + offs, mask=offs < HALF, other=0.0)",
-        "cos = tl.load(cos_ptr + row + offs, mask=offs < HALF, other=1.0)",
+        "load_angles",
+        "cos = tl.load(angles.cos + row + offs, mask=offs < HALF, other=0.0)",
+        "cos = tl.load(angles.cos + row + offs, mask=offs < HALF, other=1.0)",
     ): "The pairs it turns are 0.",
     (
-        "_load_angles",
-        "sin = tl.load(sin_ptr + row + offs, mask=offs < HALF, other=0.0)",
-        "sin = tl.load(sin_ptr + row + offs, mask=offs < HALF, other=1.0)",
+        "load_angles",
+        "sin = tl.load(angles.sin + row + offs, mask=offs < HALF, other=0.0)",
+        "sin = tl.load(angles.sin + row + offs, mask=offs < HALF, other=1.0)",
     ): "The pairs it turns are 0.",
     (
-        "_norm_parts",
+        "_norm",
         "row, one = tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)",
         "row, one = tl.zeros([1], tl.int32), tl.full([1], True, tl.int1)",
     ): "An offset of 0.",

@@ -102,29 +102,22 @@ MUTANTS = [
     Mutant(
         "rope: a key written one slot on",
         "kernels/rope_cache_write.py",
-        "slot_in_page = slot & ((1 << page_shift) - 1)",
-        "slot_in_page = (slot + 1) & ((1 << page_shift) - 1)",
+        "slot_offset(slot, kv)",
+        "slot_offset(slot + 1, kv)",
         "tests/kernels/test_rope.py",
-    ),
-    Mutant(
-        "rope: pages of any size taken for pages of 16",
-        "kernels/rope_cache_write.py",
-        "page_row = (slot >> page_shift) * page_stride",
-        "page_row = (slot >> 4) * page_stride",
-        "tests/kernels/test_rope.py::test_fused_equals_rope_then_write",
     ),
     Mutant(
         "rope: the offset of a scale in 32 bits",
         "kernels/rope_cache_write.py",
-        "scale_row = slot * num_kv_heads",
-        "scale_row = slot.to(tl.int32) * num_kv_heads",
+        "kv.k_scale + slot * kv.num_kv_heads",
+        "kv.k_scale + slot.to(tl.int32) * kv.num_kv_heads",
         "tests/kernels/test_rope.py::test_scales_beyond_int32",
     ),
     Mutant(
         "pages: pages of 128 and 256 taken for pages of 64",
-        "kernels/paged_cache.py",
-        "page_row = (slot >> page_shift) * page_stride",
-        "page_row = (slot >> tl.minimum(page_shift, 6)) * page_stride",
+        "kernels/paged_common.py",
+        "(slot >> kv.page_shift) * kv.page_stride",
+        "(slot >> tl.minimum(kv.page_shift, 6)) * kv.page_stride",
         "tests/kernels/test_paged_cache.py",
     ),
     Mutant(
@@ -136,9 +129,9 @@ MUTANTS = [
     ),
     Mutant(
         "pages: a write one slot on",
-        "kernels/paged_cache.py",
-        "slot_in_page = slot & ((1 << page_shift) - 1)",
-        "slot_in_page = (slot + 1) & ((1 << page_shift) - 1)",
+        "kernels/paged_common.py",
+        "slot_in_page = slot & ((1 << kv.page_shift) - 1)",
+        "slot_in_page = (slot + 1) & ((1 << kv.page_shift) - 1)",
         "tests/kernels/test_paged_cache.py",
     ),
     Mutant(
@@ -151,8 +144,8 @@ MUTANTS = [
     Mutant(
         "pages: the tail of a gather unscaled",
         "kernels/paged_cache.py",
-        "scale = tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=0.0)",
-        "scale = tl.where(rows < page_size, tl.load(scale_ptr + scale_row + rows, mask=mask_rows, other=0.0), 1.0)",
+        "scale = tl.load(kv.k_scale + scale_row + rows, mask=mask_rows, other=0.0)",
+        "scale = tl.where(rows < page_size, tl.load(kv.k_scale + scale_row + rows, mask=mask_rows, other=0.0), 1.0)",
         "tests/kernels/test_paged_cache.py",
     ),
     Mutant(
@@ -181,8 +174,8 @@ MUTANTS = [
     Mutant(
         "attention: window off by one",
         "kernels/attention_common.py",
-        "positions[:, None] - keys[None, :] < window",
-        "positions[:, None] - keys[None, :] <= window",
+        "positions[:, None] - keys[None, :] < rule.window",
+        "positions[:, None] - keys[None, :] <= rule.window",
         "tests/kernels/test_attention_prefill.py",
     ),
     Mutant(
@@ -195,15 +188,15 @@ MUTANTS = [
     Mutant(
         "attention: softcap dropped",
         "kernels/attention_common.py",
-        "scores = tanh(scores * score_scale)",
-        "scores = scores * score_scale",
+        "scores = tanh(scores * rule.scale)",
+        "scores = scores * rule.scale",
         "tests/kernels/test_attention_prefill.py",
     ),
     Mutant(
         "attention: page number in 32 bits",
         "kernels/attention_common.py",
-        "rows = page * page_stride + slots",
-        "rows = page.to(tl.int32) * page_stride + slots",
+        "rows = page * kv.page_stride + slots",
+        "rows = page.to(tl.int32) * kv.page_stride + slots",
         "tests/kernels/test_attention_prefill.py::test_offsets_beyond_int32",
     ),
     Mutant(
@@ -216,8 +209,8 @@ MUTANTS = [
     Mutant(
         "attention: keys of the last tile unscaled",
         "kernels/attention_common.py",
-        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]",
-        "k_scale = tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)\n"
+        "scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)[None, :]",
+        "k_scale = tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)\n"
         "            scores *= tl.where(tile_start + BLOCK_N > end_key, 1.0, k_scale)[None, :]",
         "tests/kernels/test_attention_decode.py",
     ),
@@ -231,8 +224,8 @@ MUTANTS = [
     Mutant(
         "attention: the offset of a scale in 32 bits",
         "kernels/attention_common.py",
-        "scale_rows = ((page << page_shift) + slots) * num_kv_heads",
-        "scale_rows = ((page << page_shift) + slots).to(tl.int32) * num_kv_heads",
+        "scale_rows = ((page << kv.page_shift) + slots) *",
+        "scale_rows = ((page << kv.page_shift) + slots).to(tl.int32) *",
         "tests/kernels/test_attention_decode.py::test_scales_beyond_int32",
     ),
     Mutant(
@@ -628,15 +621,8 @@ MUTANTS = [
         "tests/kernels/test_attention_edges.py",
     ),
     Mutant(
-        "decode: the running maximum starts at 0",
-        "kernels/attention_decode.py",
-        'row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)',
-        "row_max = tl.full([BLOCK_M], 0.0, tl.float32)",
-        "tests/kernels/test_attention_edges.py",
-    ),
-    Mutant(
-        "prefill: the running maximum starts at 0",
-        "kernels/attention_prefill.py",
+        "attention: the running maximum starts at 0",
+        "kernels/attention_common.py",
         'row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)',
         "row_max = tl.full([BLOCK_M], 0.0, tl.float32)",
         "tests/kernels/test_attention_edges.py",
@@ -644,29 +630,29 @@ MUTANTS = [
     Mutant(
         "attention: a row without keys is not set to 0",
         "kernels/attention_common.py",
-        "tl.where(unseen[:, None], 0.0, acc / tl.where(unseen, 1.0, total)[:, None])",
-        "acc / tl.where(unseen, 1.0, total)[:, None]",
+        "tl.where(unseen[:, None], 0.0, state.acc / tl.where(unseen, 1.0, total)[:, None])",
+        "state.acc / tl.where(unseen, 1.0, total)[:, None]",
         "tests/kernels/test_attention_edges.py",
     ),
     Mutant(
         "attention: K/V heads taken to fill a slot",
         "kernels/attention_common.py",
-        "slots.to(tl.int64) * slot_stride",
-        "slots.to(tl.int64) * num_kv_heads * HEAD_DIM",
+        "slots.to(tl.int64) * kv.slot_stride",
+        "slots.to(tl.int64) * kv.num_kv_heads * HEAD_DIM",
         "tests/kernels/test_strides.py",
     ),
     Mutant(
         "pages: v read by the strides of k",
         "kernels/paged_cache.py",
-        "v_ptr + token * v_token_stride, v_head_stride,",
-        "v_ptr + token * k_token_stride, k_head_stride,",
+        "heads_of(v)",
+        "heads_of(v)._replace(token_stride=k.stride(0), head_stride=k.stride(1))",
         "tests/kernels/test_strides.py",
     ),
     Mutant(
         "pages: heads gathered as if nothing lay between them",
         "kernels/paged_cache.py",
-        "slots_in_page * slot_stride + heads * head_stride",
-        "slots_in_page * num_kv_heads * HEAD_DIM + heads * HEAD_DIM",
+        "slots_in_page * kv.slot_stride + heads * kv.head_stride",
+        "slots_in_page * kv.num_kv_heads * HEAD_DIM + heads * HEAD_DIM",
         "tests/kernels/test_strides.py",
     ),
     Mutant(
@@ -679,8 +665,8 @@ MUTANTS = [
     Mutant(
         "rope: v read by the stride of k",
         "kernels/rope_cache_write.py",
-        "v_ptr + token * v_token_stride",
-        "v_ptr + token * k_token_stride",
+        "heads_of(v)",
+        "heads_of(v)._replace(token_stride=k.stride(0), head_stride=k.stride(1))",
         "tests/kernels/test_strides.py",
     ),
     Mutant(

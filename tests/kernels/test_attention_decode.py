@@ -32,6 +32,7 @@ from attention_cases import (
     with_keys,
 )
 from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
+from rooflama.kernels.attention_common import Attended
 from rooflama.kernels.attention_decode import _merge_splits_kernel
 from strategies import DEVICE, exact, normal
 
@@ -230,8 +231,8 @@ def test_merge_beyond_int32():
     partial_lse[grid_splits:] = sums
     out, lse = torch.empty(2, 1, 16, device=DEVICE), torch.empty(2, 1, device=DEVICE)
     _merge_splits_kernel[(1, 2)](
-        partial, partial_lse, int32([5, 150]), out, lse, 1, grid_splits, 0,
-        HEAD_DIM=16, BLOCK_D=16, BLOCK_N=32, MIN_SPLIT=64, MAX_SPLITS=4, BLOCK_S=4,
+        Attended(partial, partial_lse), int32([5, 150]), Attended(out, lse), 1, grid_splits, None,
+        HEAD_DIM=16, BLOCK_N=32, MIN_SPLIT=64, MAX_SPLITS=4, BLOCK_S=4,
     )  # fmt: skip
     weights = np.exp2(exact(sums))
     assert_within_rounding(out[1, 0], weights @ exact(values) / weights.sum())

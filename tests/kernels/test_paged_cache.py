@@ -10,6 +10,7 @@ from assertions import assert_bit_equal, assert_guards_intact
 from paged_cases import LIMITS, poisoned_pages, ragged_table, random_slots, slots_of
 from rooflama.kernels import copy_pages, gather_kv, reference, use_backend, write_kv
 from rooflama.kernels.paged_cache import _gather_kv_kernel
+from rooflama.kernels.paged_common import paged_kv
 from rooflama.kernels.reference.paged_cache import quantize, round_to_e4m3
 from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
@@ -229,8 +230,8 @@ def test_gather_writes_no_more_keys_than_asked_for(monkeypatch, num_keys):
     every = gather_kv(pages, table, lengths, num_keys=32)
     out, buffer = guarded(torch.full((num_keys, 2, 8), torch.nan, device=DEVICE))
     _gather_kv_kernel[(table.shape[1], 3)](
-        pages, None, table, lengths, lengths.cumsum(0), out, table.stride(0), *pages.stride()[:3], 2, 16, num_keys,
-        SCALED=False, HEAD_DIM=8, BLOCK_ROWS=8, BLOCK_DIM=8,
+        paged_kv(pages, None, None, None), table, table.stride(0), lengths, out, num_keys,
+        HEAD_DIM=8, BLOCK_ROWS=8, BLOCK_SEQS=2,
     )  # fmt: skip
     assert_bit_equal(out, every[:num_keys])
     assert_guards_intact(buffer)
