@@ -2,8 +2,8 @@
 
 from .config import ModelConfig
 from .decoder import Adapter, Decoder, Step
+from .errors import ArgumentError, ConfigError, ModelClosed
 from .families import ADAPTERS, adapter_for
-from .hyperparameters import ConfigError
 from .kv_cache import OutOfPages, PagedKVCache, PagePool
 from .memory.budget import Target
 from .memory.plan import MemoryPlan
@@ -17,11 +17,13 @@ from .weights import CheckpointReader, TensorSource
 __all__ = [
     "ADAPTERS",
     "Adapter",
+    "ArgumentError",
     "CheckpointReader",
     "ConfigError",
     "DecodeBatch",
     "Decoder",
     "MemoryPlan",
+    "ModelClosed",
     "ModelConfig",
     "ModelRunner",
     "NaNLogits",

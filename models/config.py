@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .hyperparameters import ConfigError
+from .errors import ConfigError
 from .rope.spec import RopeSpec
 
 ACTIVATIONS = ("silu", "gelu_tanh")

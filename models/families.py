@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import llama, phi3, qwen
 from .decoder import Adapter
-from .hyperparameters import ConfigError
+from .errors import ConfigError
 
 ADAPTERS: dict[str, Adapter] = {
     "llama": llama,

@@ -9,13 +9,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from rooflama.kernels import RooflamaError
 from rooflama.loaders.gguf.metadata import place
 
-
-class ConfigError(RooflamaError, ValueError):
-    """A checkpoint's metadata or tensors do not describe a model that can be run right."""
-
+from .errors import ConfigError
 
 _REQUIRED: Any = object()
 LARGEST_INTEGER = 2**31 - 1

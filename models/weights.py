@@ -13,7 +13,8 @@ from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, swi
 from rooflama.loaders.gguf.metadata import place
 from rooflama.loaders.gguf.repack import repack
 
-from .hyperparameters import ConfigError, Hyperparameters
+from .errors import ConfigError
+from .hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
     from rooflama.loaders.checkpoint import Checkpoint, TensorInfo

@@ -18,11 +18,13 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0+source"
 
 __all__ = [
+    "ArgumentError",
     "ConfigError",
     "Generation",
     "KernelInputError",
     "MemoryPlan",
     "Model",
+    "ModelClosed",
     "Report",
     "RooflamaError",
     "Summary",
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from rooflama import loaders as loaders
     from rooflama import models as models
     from rooflama.kernels import KernelInputError, RooflamaError
-    from rooflama.models import ConfigError, MemoryPlan
+    from rooflama.models import ArgumentError, ConfigError, MemoryPlan, ModelClosed
 
     from .checks.checklist import Report, check
     from .loading import demo_checkpoint, load, load_tokenizer
@@ -51,7 +53,7 @@ else:
     _ROOMS = ("kernels", "loaders", "models")
     _NAMES = {
         "kernels": ("KernelInputError", "RooflamaError"),
-        "models": ("ConfigError", "MemoryPlan"),
+        "models": ("ArgumentError", "ConfigError", "MemoryPlan", "ModelClosed"),
         "checks.checklist": ("Report", "check"),
         "loading": ("demo_checkpoint", "load", "load_tokenizer"),
         "model": ("Model",),

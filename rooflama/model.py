@@ -14,7 +14,16 @@ from torch import Tensor
 
 from rooflama.loaders.device import Device
 from rooflama.loaders.text.tokenizer import Tokenizer
-from rooflama.models import ConfigError, MemoryPlan, ModelConfig, ModelRunner, Request, SamplingParams, TokenRun
+from rooflama.models import (
+    ArgumentError,
+    MemoryPlan,
+    ModelClosed,
+    ModelConfig,
+    ModelRunner,
+    Request,
+    SamplingParams,
+    TokenRun,
+)
 from rooflama.models.decoder import LOGITS_ROWS
 
 from . import arguments
@@ -73,7 +82,7 @@ class Model:
             float32 [num_tokens, vocab_size] on the CPU.
 
         Raises:
-            ConfigError: no tokens, an unknown token, or more tokens than the context.
+            ArgumentError: no tokens, an unknown token, or more tokens than the context.
         """
         request = Request(arguments.token_ids(token_ids), 0, SamplingParams())
         with self._turns.turn():
@@ -146,14 +155,14 @@ class Model:
             A Generation; a list of them for a list of prompts or ``n`` above 1.
 
         Raises:
-            ConfigError: an empty prompt, a parameter of a wrong type or out of range, or more tokens than the context
+            ArgumentError: an empty prompt, a parameter of a wrong type or out of range, or more tokens than the context
                 holds.
         """
         prompts, single = arguments.prompts(prompt)
         n = arguments.whole("n", n, "n is a whole number, 1 or more")
         if not 1 <= n <= MOST_RESULTS:
             rule = f"n is from 1 to {MOST_RESULTS:,}"
-            raise ConfigError(f"n {n}", rule=rule, remedy="Ask for more in several calls")
+            raise ArgumentError(f"n {n}", rule=rule, remedy="Ask for more in several calls")
         params = arguments.sampling(
             temperature=temperature,
             top_k=top_k,
@@ -205,7 +214,7 @@ class Model:
         """Like ``generate`` for a single prompt, yielding text as it is produced: iterate over what this returns."""
         prompts, single = arguments.prompts(prompt)
         if not single:
-            raise ConfigError(
+            raise ArgumentError(
                 f"a list of {len(prompts)} prompts", rule="a stream continues one", remedy="Open a stream for each"
             )
         params = arguments.sampling(
@@ -294,7 +303,7 @@ class Model:
     def close(self) -> None:
         """End every request and free everything on the device.
 
-        A request of another thread ends with a ConfigError after the step that it computes. May be called again, also
+        A request of another thread ends with ModelClosed after the step that it computes. May be called again, also
         to complete a close that was interrupted.
         """
         self._closed = True
@@ -306,7 +315,7 @@ class Model:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ConfigError(
+            raise ModelClosed(
                 f"model {self.name} is closed", rule="a closed model holds no weights", remedy="Load it again"
             )
 

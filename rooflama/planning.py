@@ -15,8 +15,8 @@ from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, DeviceUnavailable, open_device
 from rooflama.loaders.opening import open_headers
 from rooflama.models import (
+    ArgumentError,
     CheckpointReader,
-    ConfigError,
     MemoryPlan,
     ModelConfig,
     Target,
@@ -62,7 +62,8 @@ def plan_memory(
 
     Raises:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: the checkpoint cannot be found or read.
-        ConfigError: it is of a model that rooflama cannot run, or an argument is out of range.
+        ConfigError: it is of a model that rooflama cannot run.
+        ArgumentError: an argument is out of range.
         RopeError: ``rope`` describes no rotation.
         DeviceUnavailable: ``device`` is no device's name.
     """
@@ -147,7 +148,7 @@ def adapter_of(checkpoint: Checkpoint):
 
 
 def choose_dtypes(dtype: str, kv_dtype: str, kind: str) -> tuple[torch.dtype, torch.dtype]:
-    """(of activations, of keys and values) on a device of this kind. Raises ConfigError for an unknown name."""
+    """(of activations, of keys and values) on a device of this kind. Raises ArgumentError for an unknown name."""
     activations = _choose("dtype", dtype, ACTIVATION_DTYPES, torch.float32 if kind == "cpu" else torch.bfloat16)
     return activations, _choose("kv_dtype", kv_dtype, KV_DTYPES, activations)
 
@@ -156,7 +157,7 @@ def _choose(name: str, value: str, known: dict[str, torch.dtype], default: torch
     if isinstance(value, str) and value == "auto":
         return default
     if not isinstance(value, str) or value not in known:
-        raise ConfigError(f"{name} {value!r}", rule=f"{name} is auto, {', '.join(known)}", remedy="Name one of these")
+        raise ArgumentError(f"{name} {value!r}", rule=f"{name} is auto, {', '.join(known)}", remedy="Name one of these")
     return known[value]
 
 

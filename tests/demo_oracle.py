@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from rooflama import ConfigError, demo_checkpoint
+from rooflama import demo_checkpoint
+from rooflama.loaders.opening import UnknownCheckpointError
 
 PROMPTS = [
     "The capital of France is",
@@ -26,7 +27,7 @@ def checkpoint_path():
     """The demo checkpoint, or a skip that says how to get it."""
     try:
         return demo_checkpoint()
-    except ConfigError as error:
+    except UnknownCheckpointError as error:
         pytest.skip(str(error))
 
 

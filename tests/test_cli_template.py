@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from rooflama.cli import app
 from rooflama.cli.template import template_variables
 from rooflama.loaders.text.tokenizer import Tokenizer
-from rooflama.models import ConfigError
+from rooflama.models import ArgumentError
 from small_checkpoint import write_small
 
 TOOLS = [{"type": "function", "function": {"name": "größe", "parameters": {}}}]
@@ -46,7 +46,7 @@ def test_values_are_json_else_text(tmp_path):
 )
 def test_slips_are_refused(given, tools, chat, found, tmp_path):
     path = None if given else tmp_path / "missing.json" if tools is None else tools_file(tmp_path, tools)
-    with pytest.raises(ConfigError, match=found):
+    with pytest.raises(ArgumentError, match=found):
         template_variables(given, path, chat=chat)
 
 

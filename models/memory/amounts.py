@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from math import ceil
 
-from ..hyperparameters import ConfigError
+from ..errors import ArgumentError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -28,7 +28,7 @@ def count(number: int, noun: str, form: str = ",") -> str:
 def parse_bytes(text: str) -> int:
     """``24GiB``, ``512 MiB``, ``8e9`` or ``80GB`` in whole bytes, rounded up.
 
-    Raises ConfigError for anything else, zero and less.
+    Raises ArgumentError for anything else, zero and less.
     """
     number = text.strip().rstrip("BbGgIiKkMm ")
     unit = text.strip()[len(number) :].strip().upper()
@@ -37,7 +37,7 @@ def parse_bytes(text: str) -> int:
     except (KeyError, ValueError, OverflowError):
         nbytes = 0
     if nbytes <= 0:
-        raise ConfigError(
+        raise ArgumentError(
             f"{text!r} as an amount of memory",
             rule="an amount is a positive number with B, KB, MB, GB, KiB, MiB or GiB",
             remedy="Write it like 24GiB",

@@ -26,7 +26,7 @@ import torch
 from rooflama.kernels import checks
 
 from ..config import ModelConfig
-from ..hyperparameters import ConfigError
+from ..errors import ArgumentError
 from ..kv_cache import is_scaled
 from . import terms
 from .allocator import Segments
@@ -116,7 +116,7 @@ class Budget:
             ("limit", self.limit, sys.maxsize, f"a limit is a whole number of bytes from 1 to {sys.maxsize}"),
         ):
             if value is not None and (type(value) is not int or not 1 <= value <= most):
-                raise ConfigError(f"{name} {value!r}", rule=rule, remedy="Ask for a whole number in that range")
+                raise ArgumentError(f"{name} {value!r}", rule=rule, remedy="Ask for a whole number in that range")
 
     # What is held.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rooflama.kernels import RooflamaError
 
-from ..hyperparameters import ConfigError
+from ..errors import ArgumentError, ModelClosed
 from .runner import DecodeBatch, ModelRunner
 from .sampling import SamplingParams, TokenLogprob
 
@@ -58,9 +58,9 @@ class Request:
         return max_context if self.max_new_tokens is None else len(self.prompt) + self.max_new_tokens
 
     def check(self, runner: ModelRunner) -> None:
-        """Raise ConfigError if the prompt is empty, names unknown tokens, or the plan exceeds the context."""
+        """Raise ArgumentError if the prompt is empty, names unknown tokens, or the plan exceeds the context."""
         if not self.prompt:
-            raise ConfigError(
+            raise ArgumentError(
                 "an empty prompt",
                 rule="generation continues at least one token",
                 remedy="Give a prompt of one token or more",
@@ -68,20 +68,20 @@ class Request:
         vocab_size = runner.decoder.config.vocab_size
         unknown = [token for token in self.prompt if not 0 <= token < vocab_size]
         if unknown:
-            raise ConfigError(
+            raise ArgumentError(
                 f"token id {unknown[0]}",
                 rule=f"the embedding has rows for ids 0 to {vocab_size - 1}",
                 remedy="Encode the prompt with this model's own tokenizer, and leave out tokens that have no row",
             )
         self.params.check(vocab_size if runner.num_tokens is None else runner.num_tokens)
         if self.max_new_tokens is None and len(self.prompt) >= runner.max_context:
-            raise ConfigError(
+            raise ArgumentError(
                 f"{len(self.prompt)} prompt tokens",
                 rule=f"at least one more token must fit into the context of {runner.max_context} tokens",
                 remedy="Shorten the prompt, or load the model with a larger max_context",
             )
         if self.planned_tokens(runner.max_context) > runner.max_context:
-            raise ConfigError(
+            raise ArgumentError(
                 f"{len(self.prompt)} prompt tokens and {self.max_new_tokens} new ones",
                 rule=f"together they must fit into the context of {runner.max_context} tokens",
                 remedy="Shorten the prompt, ask for fewer tokens, or load the model with a larger max_context",
@@ -141,7 +141,8 @@ class TokenRun(Iterator[tuple[int, int]]):
         logprobs: of each request, one entry for each token reported; None if it did not ask.
 
     Raises:
-        ConfigError: an empty prompt, an unknown token, or a plan beyond the context; while iterating, closed before.
+        ArgumentError: an empty prompt, an unknown token, or a plan beyond the context.
+        ModelClosed: while iterating, if the run was closed before.
         NaNLogits: while iterating; as with every error, no page is held afterwards.
         DeviceError: while iterating, when the device fails.
     """
@@ -150,7 +151,7 @@ class TokenRun(Iterator[tuple[int, int]]):
         for request in requests:
             request.check(runner)
             if request.max_new_tokens is not None and request.max_new_tokens < 1:
-                raise ConfigError(
+                raise ArgumentError(
                     f"max_new_tokens {request.max_new_tokens}",
                     rule="at least one token is generated",
                     remedy="Ask for 1 or more",
@@ -204,7 +205,7 @@ class TokenRun(Iterator[tuple[int, int]]):
                 self._begin()
             else:
                 raise StopIteration
-        raise ConfigError(
+        raise ModelClosed(
             "a closed generation", rule="it ends with its model", remedy="Start another on a model that is open"
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rooflama.kernels import penalise, sample
 
-from ..hyperparameters import ConfigError
+from ..errors import ArgumentError
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 FLOAT32_TINY = float(np.finfo(np.float32).tiny)
@@ -69,7 +69,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     def check(self, num_tokens: int) -> None:
-        """Raise ConfigError if a bias or ``logprobs`` goes beyond a vocabulary of ``num_tokens``."""
+        """Raise ArgumentError if a bias or ``logprobs`` goes beyond a vocabulary of ``num_tokens``."""
         for token in self.logit_bias:
             _require("logit_bias of token", token, 0 <= token < num_tokens, f"for ids 0 to {num_tokens - 1}")
         if self.logprobs is not None:
@@ -78,7 +78,7 @@ class SamplingParams:
 
 def _require(name: str, value: float, holds: bool, rule: str) -> None:
     if not holds:
-        raise ConfigError(f"{name} {value}", rule=f"{name} is {rule}", remedy="Correct the sampling parameter")
+        raise ArgumentError(f"{name} {value}", rule=f"{name} is {rule}", remedy="Correct the sampling parameter")
 
 
 class TokenLogprob(NamedTuple):

@@ -50,7 +50,7 @@ class Sampling:
         """What differs from the default, checked; nothing is loaded for it.
 
         Raises:
-            ConfigError: a value is out of range.
+            ArgumentError: a value is out of range.
         """
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {name: value for name, value in given.items() if value != _default(type(self), name)}
@@ -142,7 +142,7 @@ def require_unicode(text: str, name: str) -> str:
 
 
 def refuse(found: str, rule: str, remedy: str) -> NoReturn:
-    """Raise ConfigError. Here because its import brings torch."""
-    from rooflama.models import ConfigError
+    """Raise ArgumentError. Here because its import brings torch."""
+    from rooflama.models import ArgumentError
 
-    raise ConfigError(found, rule=rule, remedy=remedy)
+    raise ArgumentError(found, rule=rule, remedy=remedy)

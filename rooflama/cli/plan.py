@@ -82,8 +82,8 @@ def check(
 
 
 def _require_writable(report: Path, model: str) -> None:
-    """Raise ConfigError if the report has nowhere to go, or would replace a file of the checkpoint."""
-    from rooflama.models import ConfigError
+    """Raise ArgumentError if the report has nowhere to go, or would replace a file of the checkpoint."""
+    from rooflama.models import ArgumentError
 
     try:
         if report.exists() and report.resolve().is_relative_to(Path(model).resolve()):
@@ -95,7 +95,7 @@ def _require_writable(report: Path, model: str) -> None:
             return
     except OSError as error:
         found = f"cannot be written ({error.strerror})"
-    raise ConfigError(
+    raise ArgumentError(
         f"--report {report}: {found}",
         rule="a report is written to a file of its own",
         remedy="Name a new file, such as report.md",

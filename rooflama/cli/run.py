@@ -133,7 +133,7 @@ def _number_of_answers(n: int, logprobs: int | None, *, as_json: bool) -> dict[s
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt as given, of a file, or of standard input. Raises ConfigError if there is none, or it is not text."""
+    """The prompt: given, from a file, or from standard input. Raises ArgumentError for none, and for no text."""
     if prompt is not None and file is not None:
         refuse("PROMPT and --file", "there is one prompt", "Give either")
     if file is not None and str(file) != "-":

@@ -35,7 +35,7 @@ def template_variables(given: Sequence[str], tools: Path | None, *, chat: bool =
         chat: whether the prompt goes through the template at all.
 
     Raises:
-        ConfigError: an option is malformed, the file cannot be read, or there is no template to use them.
+        ArgumentError: an option is malformed, the file cannot be read, or there is no template to use them.
     """
     variables: dict[str, Any] = {}
     for text in given:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rooflama
-from rooflama import ConfigError, plan_memory
+from rooflama import ArgumentError, plan_memory
 from rooflama.kernels import use_backend
 from rooflama.loaders.gguf import read_gguf
 from running_models import decode_logits, prefill_logits, running
@@ -61,7 +61,7 @@ def test_loading_promises_it_on_kernels_only(tmp_path):
             for part in (model.runner.decoder.layers[0].qkv, model.runner.decoder.layers[1].ffn_down)
         )
         assert "dequantised rows" not in {line.name for line in model.plan.lines}
-    with use_backend("numpy"), pytest.raises(ConfigError, match="only the Triton kernels promise it"):
+    with use_backend("numpy"), pytest.raises(ArgumentError, match="only the Triton kernels promise it"):
         rooflama.load(path, device="cpu", batch_invariant=True, progress=False)
 
 

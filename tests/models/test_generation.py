@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rooflama
-from rooflama import ConfigError, RooflamaError
+from rooflama import ArgumentError, ModelClosed, RooflamaError
 from rooflama.models import NaNLogits
 from small_checkpoint import write_small
 
@@ -112,14 +112,14 @@ def test_an_abandoned_stream_gives_its_pages_back(model):
     ],
 )
 def test_bad_parameters_are_named(model, prompt, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         model.generate(prompt, **options)
 
 
 def test_a_closed_model_says_so(model):
     model.close()
     model.close()
-    with pytest.raises(ConfigError, match="is closed"):
+    with pytest.raises(ModelClosed, match="is closed"):
         model.generate(PROMPT)
     assert "closed" in repr(model)
     assert model.max_context == 96
@@ -131,7 +131,7 @@ def test_closing_a_model_ends_its_streams_and_frees_everything(model):
     next(stream)
     model.close()
     assert model.device.held_bytes == 0
-    with pytest.raises(ConfigError, match="a closed generation: it ends with its model"):
+    with pytest.raises(ModelClosed, match="a closed generation: it ends with its model"):
         next(stream)
 
 

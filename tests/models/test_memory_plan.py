@@ -13,11 +13,12 @@ from rich.console import Console
 
 import rooflama
 from model_shapes import SHAPES, config_of, type_rule
-from rooflama import ConfigError, demo_checkpoint, plan_memory
+from rooflama import ArgumentError, demo_checkpoint, plan_memory
 from rooflama.kernels import LAYOUTS, reference, use_backend
 from rooflama.loaders.device import DeviceUnavailable
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
+from rooflama.loaders.opening import UnknownCheckpointError
 from rooflama.models import (
     CheckpointReader,
     adapter_for,
@@ -231,7 +232,7 @@ def test_amounts_of_memory(text, nbytes):
 
 @pytest.mark.parametrize("text", ["", "lots", "-1GiB", "0GiB", "nanGiB", "infGiB", "1 TiB", "GiB"])
 def test_what_is_no_amount_of_memory(text):
-    with pytest.raises(ConfigError, match="amount"):
+    with pytest.raises(ArgumentError, match="amount"):
         parse_bytes(text)
 
 
@@ -245,7 +246,7 @@ def test_arguments_out_of_range(small):
         {"limit": 10**400},
         {"kv_dtype": "int4"},
     ):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ArgumentError):
             plan_memory(small, **wrong)
 
 
@@ -264,7 +265,7 @@ def test_a_gpu_that_is_not_here_is_planned_for(small, name):
 @pytest.mark.parametrize("name", ["context", "sequences", "limit"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, float("nan")])
 def test_amounts_are_whole_and_positive(small, name, value):
-    with pytest.raises(ConfigError, match=name.removesuffix("s")):
+    with pytest.raises(ArgumentError, match=name.removesuffix("s")):
         plan_memory(small, **{name: value})
 
 
@@ -272,7 +273,7 @@ def test_amounts_are_whole_and_positive(small, name, value):
 def test_the_demo_checkpoint():
     try:
         path = demo_checkpoint()
-    except ConfigError as error:
+    except UnknownCheckpointError as error:
         pytest.skip(str(error))
     plan = plan_memory(path, context=8192, device="cuda", dtype="bfloat16")
     assert plan.weights.stored == {"Q4_1": 66355200, "Q8_0": 30081024, "F32": 140544}

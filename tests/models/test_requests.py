@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import rooflama
-from rooflama import ConfigError, RooflamaError
+from rooflama import ArgumentError, RooflamaError
 from rooflama.loaders.text.vocabulary import TokenizerError
 from rooflama.models.serving import generate
 from rooflama.text_stream import TextStream
@@ -103,9 +103,9 @@ def test_a_text_goes_on_until_the_context_is_full(tmp_path, numpy_backend, optio
         prompt = model.tokenizer.encode(PROMPT)
         result = model.generate(PROMPT, **options)
         assert (len(prompt) + len(result.token_ids), result.finish_reason) == (48, "length")
-        with pytest.raises(ConfigError, match="48 prompt tokens: at least one more token must fit"):
+        with pytest.raises(ArgumentError, match="48 prompt tokens: at least one more token must fit"):
             model.generate([70] * 48, **options)
-        with pytest.raises(ConfigError, match="together they must fit into the context of 48"):
+        with pytest.raises(ArgumentError, match="together they must fit into the context of 48"):
             model.generate(PROMPT, max_new_tokens=48)
 
 
@@ -245,7 +245,7 @@ def test_any_row_of_integers_is_a_prompt(model, ids):
 )
 def test_what_is_no_prompt_is_named(model, prompt, message):
     for ask in (model.generate, model.stream):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ArgumentError, match=message):
             ask(prompt, max_new_tokens=2)
 
 
@@ -257,7 +257,7 @@ def test_what_a_tokenizer_cannot_encode_is_named(model, text):
 
 @pytest.mark.parametrize("ids", [None, "ab", 5, [5.0], torch.tensor([[5]]), [10**9], []])
 def test_what_logits_cannot_score_is_refused(model, ids):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ArgumentError):
         model.logits(ids)
 
 
@@ -282,7 +282,7 @@ def test_what_logits_cannot_score_is_refused(model, ids):
 def test_an_option_of_another_kind_is_named(model, name, values):
     for value in values:
         with pytest.raises(
-            ConfigError, match=name.replace("stop", "stop( string)?").replace("logit_bias", "logit_bias")
+            ArgumentError, match=name.replace("stop", "stop( string)?").replace("logit_bias", "logit_bias")
         ):
             model.generate(PROMPT, **{"max_new_tokens": 2, "temperature": 1.0, name: value})
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import rooflama
-from rooflama import ConfigError
+from rooflama import ModelClosed
 from rooflama.models.kv_cache import OutOfPages
 from rooflama.models.serving.turns import Turns
 from small_checkpoint import write_small
@@ -104,7 +104,7 @@ def test_an_observer_that_closes_the_model_ends_the_request(model):
         seen.append(layer)
         model.close()
 
-    with pytest.raises(ConfigError, match="is closed"):
+    with pytest.raises(ModelClosed, match="is closed"):
         model.logits([5, 6, 7], observe=observe)
     assert seen == [0]
     assert model.device.held_bytes == 0
@@ -145,7 +145,7 @@ def test_closing_ends_the_requests_of_other_threads(model, waiting):
         return model.device.held_bytes
 
     *ended, held = in_threads(*[generate] * (3 if waiting else 1), close)
-    assert all(isinstance(error, ConfigError) and "closed" in str(error) for error in ended)
+    assert all(isinstance(error, ModelClosed) and "closed" in str(error) for error in ended)
     assert held == 0
     assert model.close() is None
 
@@ -161,7 +161,7 @@ def test_a_close_that_failed_is_completed_by_another(model, monkeypatch):
         patch.setattr(model.device, "close", fail)
         with pytest.raises(KeyboardInterrupt):
             model.close()
-    with pytest.raises(ConfigError, match="is closed"):
+    with pytest.raises(ModelClosed, match="is closed"):
         model.generate(PROMPT)
     model.close()
     assert model.device.held_bytes == 0

@@ -170,7 +170,7 @@ def test_a_few_tokens_without_a_row_are_never_fed(count, tmp_path):
         assert drawn
         assert max(drawn) < 403
         for ask in (model.generate, lambda text: model.logits(model.tokenizer.encode(text, parse_special=True))):
-            with pytest.raises(rooflama.ConfigError, match="token id 403: the embedding has rows for ids 0 to 402"):
+            with pytest.raises(rooflama.ArgumentError, match="token id 403: the embedding has rows for ids 0 to 402"):
                 ask("walks <0>")
     assert rooflama.check(tmp_path, device="cpu").of("tokenizer").status == "WARN"
 
