@@ -43,6 +43,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_backend() -> Backend | None:
+    """What ``use_backend`` says here, if anything."""
+    return _forced.get()
+
+
 def backend_for(device: torch.device) -> Backend:
     """The implementation that runs for tensors on ``device``."""
     if device.type not in ("cpu", "cuda"):  # HIP devices are called cuda, too

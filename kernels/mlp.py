@@ -14,15 +14,13 @@ Moves: 3 x itemsize bytes an element for about 5 flops: bandwidth-bound.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
-from .operators import operator
+from .kernel import Launch, kernel, launch, like
 
 BLOCK = 1024
 _TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
@@ -60,21 +58,16 @@ def _check(gate: Tensor, up: Tensor) -> None:
     check_last_dim_contiguous(gate=gate, up=up)
 
 
-def _launch(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
+def _launch(out: Tensor, gate: Tensor, up: Tensor, *, gelu: bool) -> Launch:
     num_tokens, intermediate = gate.shape
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if out.numel():
-        grid = (num_tokens, triton.cdiv(intermediate, BLOCK))
-        _gated_kernel[grid](gate, up, out, gate.stride(0), up.stride(0), intermediate, GELU=gelu, BLOCK=BLOCK)
-    return out
+    grid = (num_tokens, triton.cdiv(intermediate, BLOCK))
+    return launch(
+        _gated_kernel, grid, gate, up, out, gate.stride(0), up.stride(0), intermediate, GELU=gelu, BLOCK=BLOCK
+    )
 
 
-def _gated_fake(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-
-
-@operator(_gated_fake)
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+@kernel(checks=_check, output=like("gate"), definition=reference.swiglu)
+def swiglu(out: Tensor, gate: Tensor, up: Tensor) -> Launch:
     """silu(gate) * up, element by element.
 
     Args:
@@ -87,14 +80,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
     """
-    _check(gate, up)
-    if runs_numpy(gate, up):
-        return as_tensor(reference.swiglu(as_array(gate), as_array(up)), like=gate)
-    return _launch(gate, up, gelu=False)
+    return _launch(out, gate, up, gelu=False)
 
 
-@operator(_gated_fake)
-def geglu(gate: Tensor, up: Tensor) -> Tensor:
+@kernel(checks=_check, output=like("gate"), definition=reference.geglu)
+def geglu(out: Tensor, gate: Tensor, up: Tensor) -> Launch:
     """gelu(gate) * up, element by element, with gelu's tanh approximation.
 
     Args:
@@ -107,7 +97,4 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
     """
-    _check(gate, up)
-    if runs_numpy(gate, up):
-        return as_tensor(reference.geglu(as_array(gate), as_array(up)), like=gate)
-    return _launch(gate, up, gelu=True)
+    return _launch(out, gate, up, gelu=True)

@@ -12,13 +12,11 @@ Moves: 2 x hidden x itemsize bytes a row (4 x with the residual) for about 4 x h
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_array, as_tensor, runs_numpy
 from .checks import (
     FLOATS,
     check,
@@ -28,7 +26,7 @@ from .checks import (
     check_same_device,
     check_shape,
 )
-from .operators import operator
+from .kernel import Launch, kernel, launch, like
 
 
 @triton.jit
@@ -59,18 +57,14 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * hidden + offs, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor | None) -> None:
+def _launch(
+    out: Tensor, total: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> Launch:
     num_tokens, hidden = x.shape
-    if num_tokens == 0:
-        return
     block = triton.next_power_of_2(hidden)
-    check(
-        block <= tl.TRITON_MAX_TENSOR_NUMEL,
-        f"x has shape {list(x.shape)}",
-        f"one program holds a row: at most {tl.TRITON_MAX_TENSOR_NUMEL} columns",
-        "Norm shorter rows",
-    )
-    _rms_norm_kernel[(num_tokens,)](
+    return launch(
+        _rms_norm_kernel,
+        (num_tokens,),
         x,
         residual,
         weight,
@@ -88,9 +82,15 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
 
 def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:
     check_shape("x", x, (None, None))
-    if x.shape[1] == 0:
-        check(False, f"x has shape {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
-    check_shape("weight", weight, (x.shape[1],))
+    hidden = x.shape[1]
+    check(hidden > 0, f"x has shape {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
+    check(
+        triton.next_power_of_2(hidden) <= tl.TRITON_MAX_TENSOR_NUMEL,
+        f"x has shape {list(x.shape)}",
+        f"one program holds a row: at most {tl.TRITON_MAX_TENSOR_NUMEL} columns",
+        "Norm shorter rows",
+    )
+    check_shape("weight", weight, (hidden,))
     check_dtype("x", x, FLOATS)
     check_dtype("weight", weight, FLOATS)
     if residual is not None:
@@ -101,12 +101,8 @@ def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
     check_number("eps", eps)
 
 
-def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-@operator(_rms_norm_fake)
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+@kernel(checks=_check, output=like("x"), definition=reference.rms_norm)
+def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Launch:
     """Root-mean-square norm of each row.
 
     Args:
@@ -120,23 +116,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
     """
-    _check(x, weight, eps)
-    if runs_numpy(x, weight):
-        return as_tensor(reference.rms_norm(as_array(x), as_array(weight), eps), like=x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, weight, eps, out, None)
-    return out
+    return _launch(out, None, x, None, weight, eps)
 
 
-def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(residual.shape, dtype=residual.dtype, device=residual.device),
-    )
-
-
-@operator(_add_rms_norm_fake)
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@kernel(checks=_check, output=like("x", "residual"), definition=reference.add_rms_norm)
+def add_rms_norm(out: tuple[Tensor, Tensor], x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Launch:
     """Add ``x`` to the residual stream and norm the sum.
 
     Args:
@@ -151,11 +135,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
     """
-    _check(x, weight, eps, residual)
-    if runs_numpy(x, residual, weight):
-        total = as_tensor(as_array(x) + as_array(residual), like=residual)
-        return as_tensor(reference.rms_norm(as_array(total), as_array(weight), eps), like=x), total
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    _launch(x, residual, weight, eps, out, total)
-    return out, total
+    normed, total = out
+    return _launch(normed, total, x, residual, weight, eps)

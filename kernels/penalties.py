@@ -18,9 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_array, as_tensor, runs_numpy
 from .checks import check, check_dtype, check_last_dim_contiguous, check_same_device, check_sequences, check_shape
-from .operators import operator
+from .kernel import Launch, kernel, launch, nothing
 
 BLOCK = 1024
 
@@ -51,24 +50,7 @@ def _penalise_kernel(
     tl.store(logits_ptr + row * logits_stride + offs, z, mask=mask)
 
 
-def _penalise_fake(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> None:
-    pass
-
-
-@operator(_penalise_fake, mutates=("logits",))
-def penalise(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> None:
-    """Lower in place the logits of tokens that were seen. Negative penalties raise them.
-
-    Args:
-        logits: float32 [num_seqs, vocab]. Written.
-        seen: int32 [num_seqs, vocab]: 2 for each time that a token was drawn, and 1 more if the prompt holds it.
-        repetition: float32 [num_seqs], positive; 1 is off.
-        frequency, presence: float32 [num_seqs]; 0 is off.
-
-    Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) a repetition penalty is not
-            positive.
-    """
+def _check(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> None:
     check_shape("logits", logits, (None, None))
     num_seqs, vocab = logits.shape
     check_sequences(num_seqs)
@@ -84,10 +66,35 @@ def penalise(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor
     if logits.device.type == "cpu" and not (good := repetition > 0).all():
         found, rule = f"repetition {repetition[~good][0].item()}", "repetition must be positive; 1 is off"
         check(False, found, rule, "Change repetition")
-    if runs_numpy(logits):
-        arrays = [as_array(tensor) for tensor in (logits, seen, *columns.values())]
-        logits.copy_(as_tensor(reference.penalise(*arrays), like=logits))
-        return
-    if logits.numel():
-        grid = (triton.cdiv(vocab, BLOCK), num_seqs)
-        _penalise_kernel[grid](logits, seen, *columns.values(), logits.stride(0), seen.stride(0), vocab, BLOCK=BLOCK)
+
+
+@kernel(checks=_check, output=nothing, definition=reference.penalise, mutates=("logits",))
+def penalise(
+    out: None, logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor
+) -> Launch:
+    """Lower in place the logits of tokens that were seen. Negative penalties raise them.
+
+    Args:
+        logits: float32 [num_seqs, vocab]. Written.
+        seen: int32 [num_seqs, vocab]: 2 for each time that a token was drawn, and 1 more if the prompt holds it.
+        repetition: float32 [num_seqs], positive; 1 is off.
+        frequency, presence: float32 [num_seqs]; 0 is off.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) a repetition penalty is not
+            positive.
+    """
+    num_seqs, vocab = logits.shape
+    return launch(
+        _penalise_kernel,
+        (triton.cdiv(vocab, BLOCK), num_seqs),
+        logits,
+        seen,
+        repetition,
+        frequency,
+        presence,
+        logits.stride(0),
+        seen.stride(0),
+        vocab,
+        BLOCK=BLOCK,
+    )

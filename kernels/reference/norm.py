@@ -12,7 +12,10 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def add_rms_norm(x: np.ndarray, residual: np.ndarray, weight: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """The residual stream and its norm: (rms_norm(x + residual), x + residual), each [..., hidden]."""
+    """The residual stream and its norm: (rms_norm(x + residual), x + residual), each [..., hidden].
+
+    The sum is rounded to the dtype of the residual stream before it is normed.
+    """
     dtype = np.result_type(x.dtype, residual.dtype, np.float32)
-    total = x.astype(dtype) + residual.astype(dtype)
+    total = (x.astype(dtype) + residual.astype(dtype)).astype(residual.dtype)
     return rms_norm(total, weight, eps), total

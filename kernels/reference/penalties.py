@@ -6,7 +6,7 @@ import numpy as np
 def penalise(
     logits: np.ndarray, seen: np.ndarray, repetition: np.ndarray, frequency: np.ndarray, presence: np.ndarray
 ) -> np.ndarray:
-    """logits [num_seqs, vocab], penalised; the kernel writes them in place.
+    """logits [num_seqs, vocab], penalised in place and returned.
 
     seen [num_seqs, vocab]: 2 for each time that a token was drawn, and 1 more if the prompt holds it. The others
     [num_seqs].
@@ -17,4 +17,5 @@ def penalise(
         repeated = np.where(logits < 0, logits * repetition, logits / repetition)
         z = np.where(seen != 0, repeated, logits)
         drawn = seen // 2
-        return z - frequency * drawn.astype(logits.dtype) - np.where(drawn > 0, presence, 0)
+        logits[...] = z - frequency * drawn.astype(logits.dtype) - np.where(drawn > 0, presence, 0)
+    return logits

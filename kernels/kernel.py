@@ -1,0 +1,321 @@
+"""What is true of every kernel, written once.
+
+    @kernel(checks=_check, output=like("x"), definition=reference.rms_norm)
+    def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Launch:
+        return launch(_rms_norm_kernel, (num_tokens,), x, weight, out, ..., BLOCK=block, num_warps=4)
+
+The body gets the allocated result as its first argument, ``out``, which callers do not pass. It returns what to launch.
+A call then goes this way:
+
+    traced (torch.compile, make_fx)    the torch operator ``rooflama::rms_norm``, whose fake is ``output``
+    inside ``swap(rms_norm=mine)``     ``mine``, with the arguments as given
+    tensors on the CPU                 the NumPy definition, or the launches under Triton's interpreter
+    tensors on a GPU                   the launches, bound once per signature and then replayed (bound.py)
+
+Kernels compute no gradients: a tensor that requires one is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .backend import as_array, as_tensor, forced_backend, runs_numpy
+from .bound import BoundLaunches, Launch, launch, scratch, signature_of, tensors_in
+from .checks import check
+from .errors import KernelInputError
+
+__all__ = ["KERNELS", "Kernel", "Launch", "kernel", "launch", "like", "nothing", "run_definition", "scratch", "swap"]
+
+P = ParamSpec("P")
+Out = TypeVar("Out")
+
+MOST_BOUND = 1024  # signatures of one kernel; beyond that all are bound again
+
+KERNELS: dict[str, Kernel] = {}  # every kernel by its name
+_swapped: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("rooflama_swapped", default=MappingProxyType({}))
+
+
+class Kernel(Generic[P, Out]):
+    """A function on tensors: checks, allocation, definition and launches of one kernel. Call it as the function."""
+
+    def __init__(
+        self,
+        body: Callable[..., Any],
+        checks: Callable[..., None],
+        output: Callable[..., Any],
+        definition: Callable[..., Any],
+        mutates: tuple[str, ...],
+        by_definition: Callable[[Kernel, dict[str, Any]], Any],
+    ):
+        self.body, self.checks, self.output, self.definition, self.mutates = body, checks, output, definition, mutates
+        self._by_definition = by_definition
+        self.name = self.__name__ = self.__qualname__ = body.__name__
+        self.__doc__, self.__module__, self.__wrapped__ = body.__doc__, body.__module__, body
+        hints = typing.get_type_hints(body)
+        result, *parameters = inspect.signature(body).parameters.values()
+        self.__signature__ = inspect.Signature(
+            [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters],
+            return_annotation=None if hints[result.name] is type(None) else hints[result.name],
+        )
+        self._names = tuple(parameter.name for parameter in parameters)
+        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._positional = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
+        self._bound: dict[Any, BoundLaunches] = {}
+        self._operator = _register(self)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Out:
+        if is_traced():
+            return self._operator(*args, **kwargs)
+        swapped = _swapped.get()
+        if self.name in swapped:
+            return self._call_swapped(swapped, args, kwargs)
+        values = self._values(args, kwargs)
+        if torch.is_grad_enabled():
+            _refuse_gradients(self.name, values)
+        return self.run(values)
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.name}{self.__signature__}>"
+
+    def _values(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """Every argument in the signature's order, defaults filled in. Raises TypeError as a function would."""
+        if len(args) <= self._positional:
+            defaults = self._defaults
+            try:
+                rest = [kwargs.pop(name) if name in kwargs else defaults[name] for name in self._names[len(args) :]]
+            except KeyError:
+                pass
+            else:
+                if not kwargs:
+                    return (*args, *rest)
+        self.__signature__.bind(*args, **kwargs)
+        raise AssertionError("the signature must have refused these arguments")
+
+    def _call_swapped(self, swapped: Mapping[str, Callable], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The replacement's result. Inside the replacement, this kernel is itself again."""
+        token = _swapped.set({name: function for name, function in swapped.items() if name != self.name})
+        try:
+            return swapped[self.name](*args, **kwargs)
+        finally:
+            _swapped.reset(token)
+
+    def run(self, values: tuple) -> Any:
+        """Check, then compute, whatever is current: device, gradients, swaps."""
+        device = next(tensors_in(values)).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return self._run(values, device)
+        with torch.cuda.device(device):  # Triton launches on the current device
+            return self._run(values, device)
+
+    def _run(self, values: tuple, device: torch.device) -> Any:
+        replayed = device.type == "cuda" and forced_backend() != "numpy"
+        if replayed:
+            signature = signature_of(values)
+            if (bound := self._bound.get(signature)) is not None:
+                return bound(values)
+        arguments = dict(zip(self._names, values, strict=True))
+        self.checks(**arguments)
+        if runs_numpy(*tensors_in(values)):
+            return self._by_definition(self, arguments)
+        out = self.output(**arguments)
+        scratch.taken = []
+        launches = self.body(out, **arguments)
+        if launches is None:
+            return out
+        launches = [one for one in ([launches] if isinstance(launches, Launch) else launches) if all(one.grid)]
+        compiled = [one.kernel[one.grid](*one.args, **one.options) for one in launches]
+        if replayed and (bound := BoundLaunches.bind(values, out, scratch.taken, launches, compiled)) is not None:
+            if len(self._bound) >= MOST_BOUND:
+                self._bound.clear()
+            self._bound[signature] = bound
+        return out
+
+    def forget(self) -> None:
+        """Bind every launch anew: something other than the arguments, such as a tile table, has changed."""
+        self._bound.clear()
+
+
+def kernel(
+    *,
+    checks: Callable[..., None],
+    output: Callable[..., Any],
+    definition: Callable[..., Any],
+    mutates: tuple[str, ...] = (),
+    by_definition: Callable[[Kernel, dict[str, Any]], Any] | None = None,
+) -> Callable[[Callable[Concatenate[Out, P], Launch | list[Launch] | None]], Kernel[P, Out]]:
+    """Make a kernel of the body that follows.
+
+    Args:
+        checks: called with all arguments by name; raises KernelInputError. On a GPU it is called once per signature
+            (shapes, strides, dtypes, alignments and numbers): only on the CPU may it look at the values of tensors.
+        output: called the same way; allocates the result with ``torch.empty``: a tensor, a tuple of tensors, or None.
+        definition: the NumPy function of the same parameters; results are rounded once, to the dtypes of ``output``.
+        mutates: names of the arguments that the kernel writes.
+        by_definition: how the definition is run on tensors, if ``run_definition`` would convert too much.
+
+    The body returns a ``launch``, or a list of them in order, and does nothing else. Each tensor that it launches with
+    is an argument, a result, ``scratch``, or a view of one of these. A body that also calls torch does everything
+    itself and returns None; it then runs at every call. A launch with a 0 in its grid is left out.
+    """
+
+    def decorate(body: Callable[Concatenate[Out, P], Launch | list[Launch] | None]) -> Kernel[P, Out]:
+        made: Kernel[P, Out] = Kernel(body, checks, output, definition, mutates, by_definition or run_definition)
+        KERNELS[made.name] = made
+        return made
+
+    return decorate
+
+
+def run_definition(one: Kernel, arguments: dict[str, Any]) -> Any:
+    """Convert every argument to NumPy, call the definition, and round its results to tensors like ``output``'s."""
+    arrays = {name: _arrays(value) for name, value in arguments.items()}
+    results = one.definition(**arrays)
+    for name in one.mutates:
+        tensor, array = arguments[name], arrays[name]
+        if tensor is not None and tensor.data_ptr() != array.ctypes.data:  # else it was written in place
+            tensor.copy_(as_tensor(array, like=tensor))
+    out = one.output(**arguments)
+    if isinstance(out, tuple):
+        return tuple(as_tensor(result, like=tensor) for result, tensor in zip(results, out, strict=True))
+    return None if out is None else as_tensor(results, like=out)
+
+
+def like(*names: str) -> Callable[..., Any]:
+    """An ``output`` of one result per name, with the shape, dtype and device of the argument of that name."""
+
+    def allocate(**arguments: Any) -> Any:
+        tensors = [arguments[name] for name in names]
+        results = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+        return results if len(results) > 1 else results[0]
+
+    return allocate
+
+
+def nothing(**arguments: Any) -> None:
+    """The ``output`` of a kernel that only writes its arguments."""
+
+
+@contextmanager
+def swap(**replacements: Callable[..., Any]) -> Iterator[None]:
+    """Run other functions in place of kernels inside the ``with`` block, inside loaded models too.
+
+    Args:
+        replacements: kernel name -> a callable with that kernel's signature (``rooflama kernel NAME`` shows it), which
+            returns tensors of the same shapes and dtypes. Called inside a replacement, the kernel is itself.
+
+    A swap holds for the thread (or asyncio task) that entered it. Blocks may be nested: the inner one wins, by name.
+
+    Raises:
+        KernelInputError: no kernel has that name, or the replacement cannot be called.
+    """
+    for name, function in replacements.items():
+        known = ", ".join(sorted(KERNELS))
+        check(name in KERNELS, f"no kernel is named {name}", f"the kernels are {known}", "Name one of these")
+        check(callable(function), f"{name}={function!r}", "a replacement is callable", "Pass a function")
+    token = _swapped.set({**_swapped.get(), **replacements})
+    try:
+        yield
+    finally:
+        _swapped.reset(token)
+
+
+def is_traced() -> bool:
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return as_array(value)
+    return value.numpy() if _is_record(type(value)) else value
+
+
+def _register(made: Kernel) -> Callable[..., Any]:
+    """``torch.ops.rooflama.<name>``, for torch.compile and opcheck; returns a call of it with the kernel's arguments.
+
+    torch operators take no NamedTuples: each field of such an argument is an argument of the operator.
+    """
+    flat: list[inspect.Parameter] = []
+    for parameter in made.__signature__.parameters.values():
+        if (
+            fields := getattr(parameter.annotation, "__annotations__", None)
+            if _is_record(parameter.annotation)
+            else None
+        ):
+            hints = typing.get_type_hints(parameter.annotation)
+            flat += [
+                parameter.replace(name=f"{parameter.name}_{field}", annotation=_schema_type(hints[field]))
+                for field in fields
+            ]
+        else:
+            flat.append(parameter)
+
+    def unflatten(values: Iterable[Any]) -> tuple:
+        rest = iter(values)
+        return tuple(
+            p.annotation(*(_as_tuple(next(rest)) for _ in p.annotation._fields))
+            if _is_record(p.annotation)
+            else next(rest)
+            for p in made.__signature__.parameters.values()
+        )
+
+    def implementation(*args: Any, **kwargs: Any) -> Any:
+        return made.run(unflatten((*args, *kwargs.values())))
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        return made.output(**dict(zip(made._names, unflatten((*args, *kwargs.values())), strict=True)))
+
+    implementation.__signature__ = made.__signature__.replace(parameters=flat)  # type: ignore[attr-defined]
+    schema = torch.library.infer_schema(implementation, mutates_args=made.mutates)
+    if made.mutates:
+        # torch drops trailing arguments that equal their default, and torch 2.11 then fails on a mutated one.
+        positional, star, keyword = schema.partition(", *, ")
+        schema = re.sub(r"=\w+", "", positional) + star + keyword
+    operator = torch.library.custom_op(
+        f"rooflama::{made.name}", implementation, mutates_args=made.mutates, schema=schema
+    )
+    operator.register_fake(fake)
+    records = [_is_record(p.annotation) for p in made.__signature__.parameters.values()]
+    names = made._names
+    positional_count = made._positional
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = made._values(args, kwargs)
+        positional: list[Any] = []
+        for value, record in zip(values[:positional_count], records, strict=False):
+            positional += [list(v) if isinstance(v, tuple) else v for v in value] if record else [value]
+        return operator(*positional, **dict(zip(names[positional_count:], values[positional_count:], strict=True)))
+
+    return call
+
+
+def _is_record(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields")
+
+
+def _schema_type(annotation: Any) -> Any:
+    """tuple[X, ...] and tuple[X, X] are lists to torch."""
+    return list[typing.get_args(annotation)[0]] if typing.get_origin(annotation) is tuple else annotation  # type: ignore[misc]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _refuse_gradients(name: str, values: Iterable[Any]) -> None:
+    for tensor in tensors_in(values):
+        if tensor.requires_grad:
+            raise KernelInputError(
+                f"{name} of a tensor {list(tensor.shape)} that requires grad",
+                rule="kernels compute no gradients",
+                remedy="Call it under torch.no_grad(), or detach the tensor",
+            )
