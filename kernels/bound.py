@@ -1,8 +1,8 @@
 """Launches, bound once per signature and replayed.
 
 Triton's own launch examines every argument of a kernel at each call: about 30 us for twenty arguments. The outcome
-follows from the signature of the public function's arguments. So the first call keeps the compiled kernels and notes for
-each tensor which argument, result or scratch its address comes from. Later calls fill in addresses and run.
+follows from the signature of the public function's arguments. So the first call keeps the compiled kernels and, for
+each tensor, which argument, result or scratch its address comes from. Later calls fill in addresses and run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def signature_of(values: tuple) -> tuple:
+def signature_of(values: tuple | list) -> tuple:
     """All that the launches of a call depend on, apart from addresses; hashable."""
     return tuple(
         [

@@ -165,11 +165,11 @@ def kernel_card(name: str) -> KernelCard:
 
 
 def _launcher(function: str) -> Callable:
-    return inspect.unwrap(getattr(kernels, function))
+    return getattr(kernels, function)
 
 
 def _signature(function: str) -> str:
-    return re.sub(r"'", "", str(inspect.signature(_launcher(function))))
+    return re.sub(r"'|torch\.(?=Tensor)", "", str(inspect.signature(_launcher(function))))
 
 
 def _docstring(thing: object) -> str:
