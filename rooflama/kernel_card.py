@@ -102,7 +102,7 @@ class KernelCard:
         return {
             "laws": list(self._laws()),
             "compiled": list(self._compiled()),
-            "measured": list(self._measured()),
+            "measured": list(self.measured()),
         }
 
     def _laws(self) -> Iterator[dict[str, str]]:
@@ -136,7 +136,7 @@ class KernelCard:
                 "matrix instruction": ", ".join(instructions),
             }
 
-    def _measured(self) -> Iterator[dict[str, str]]:
+    def measured(self) -> Iterator[dict[str, str]]:
         for row in _rows(MEASUREMENTS):
             if row["kernel"] == self.name:
                 yield {

@@ -1,4 +1,4 @@
-"""The command line: ``rooflama demo | run | chat | inspect | plan | check | kernel | env``.
+"""The command line: ``rooflama demo | run | chat | inspect | plan | check | kernel | roofline | env``.
 
 Exit status 2 for an error the user can fix, 130 after Ctrl-C. Commands import what they need when they run: torch takes
 seconds, and ``--help`` needs none of it.
@@ -16,6 +16,7 @@ from . import output as cli_output
 from . import plan as cli_plan
 from .chat import chat
 from .options import Json, Loading, ModelSource, Rope, Sampling, with_groups
+from .roofline import roofline
 from .run import run
 
 
@@ -116,6 +117,9 @@ def kernel(
         cli_output.console().print(card)
     else:
         print(card.markdown(), end="")
+
+
+app.command()(roofline)
 
 
 @app.command()
