@@ -16,7 +16,7 @@ from . import reference
 from .backend import runs_numpy
 from .checks import FLOATS, check
 from .operators import operator
-from .quantized_tiles import load_tile, plane_arguments
+from .quantized_tiles import load_tile, planes_of
 from .weight import Weight, check_quantized, check_weight
 
 BLOCK_N = 8
@@ -25,24 +25,13 @@ BLOCK_K = 512  # columns a program owns, or fewer where a row is shorter
 
 @triton.jit
 def _dequantize_kernel(
-    low_ptr,  # the planes: see quantized_tiles.plane_arguments
-    high_ptr,
-    d_ptr,
-    scales_ptr,
-    m_ptr,
-    mins_ptr,
-    table_ptr,
+    planes,  # Planes
     out_ptr,  # [row_end - row_start, columns]
     row_start,
     row_end,
     columns,
     num_blocks,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUANT_BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -51,27 +40,7 @@ def _dequantize_kernel(
     mask_n = offs_n < row_end
     step = tl.program_id(1)
     offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-    tile = load_tile(
-        low_ptr,
-        high_ptr,
-        d_ptr,
-        scales_ptr,
-        m_ptr,
-        mins_ptr,
-        table_ptr,
-        offs_n,
-        mask_n,
-        step,
-        columns,
-        num_blocks,
-        LOW_BITS,
-        HIGH_BITS,
-        ZERO,
-        GROUP,
-        QUANT_BLOCK,
-        PACKED,
-        BLOCK_K,
-    )
+    tile = load_tile(planes, offs_n, mask_n, step, columns, num_blocks, LAYOUT, BLOCK_K)
     tl.store(
         out_ptr + offs_out[:, None] * columns + offs_k[None, :],
         tile.to(out_ptr.dtype.element_ty),
@@ -86,10 +55,13 @@ def dequantize_rows(weight: Weight, start: int, stop: int, out: Tensor) -> None:
         return
     block_k = min(BLOCK_K, max(32, triton.next_power_of_2(columns)))
     _dequantize_kernel[(triton.cdiv(stop - start, BLOCK_N), triton.cdiv(columns, block_k))](
-        **plane_arguments(weight),
-        out_ptr=out,
-        row_start=start,
-        row_end=stop,
+        planes_of(weight),
+        out,
+        start,
+        stop,
+        columns,
+        columns // weight.layout.quant_block,
+        LAYOUT=weight.layout,
         BLOCK_N=BLOCK_N,
         BLOCK_K=block_k,
         num_warps=4,

@@ -16,30 +16,19 @@ from . import reference
 from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .operators import operator
-from .quantized_tiles import load_tile, plane_arguments
+from .quantized_tiles import load_tile, planes_of
 from .weight import Weight, check_quantized, check_weight
 
 
 @triton.jit
 def _embedding_kernel(
     token_ids_ptr,  # [num_tokens]
-    low_ptr,  # the planes: see quantized_tiles.plane_arguments
-    high_ptr,
-    d_ptr,
-    scales_ptr,
-    m_ptr,
-    mins_ptr,
-    table_ptr,
+    planes,  # Planes
     out_ptr,  # [num_tokens, columns]
     rows,
     columns,
     num_blocks,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUANT_BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -47,27 +36,7 @@ def _embedding_kernel(
     offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_n = tl.load(token_ids_ptr + token).to(tl.int64) + tl.zeros([1], tl.int64)
     mask_n = (offs_n >= 0) & (offs_n < rows)
-    tile = load_tile(
-        low_ptr,
-        high_ptr,
-        d_ptr,
-        scales_ptr,
-        m_ptr,
-        mins_ptr,
-        table_ptr,
-        offs_n,
-        mask_n,
-        step,
-        columns,
-        num_blocks,
-        LOW_BITS,
-        HIGH_BITS,
-        ZERO,
-        GROUP,
-        QUANT_BLOCK,
-        PACKED,
-        BLOCK_K,
-    )
+    tile = load_tile(planes, offs_n, mask_n, step, columns, num_blocks, LAYOUT, BLOCK_K)
     tile = tl.where(mask_n[:, None], tile, float("nan"))
     offs = token * columns + offs_k[None, :]
     tl.store(out_ptr + offs, tile.to(out_ptr.dtype.element_ty), mask=(offs_k < columns)[None, :])
@@ -106,7 +75,14 @@ def embedding_planes(
     if out.numel():
         block_k = min(1024, max(32, triton.next_power_of_2(columns)))
         _embedding_kernel[(num_tokens, triton.cdiv(columns, block_k))](
-            token_ids, out_ptr=out, rows=rows, BLOCK_K=block_k, **plane_arguments(table)
+            token_ids,
+            planes_of(table),
+            out,
+            rows,
+            columns,
+            columns // table.layout.quant_block,
+            LAYOUT=table.layout,
+            BLOCK_K=block_k,
         )
     return out
 

@@ -23,20 +23,27 @@ Moves the planes once, for 2 x num_tokens x rows x columns flops.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
 from .backend import INTERPRETED
 from .operators import overlaps
-from .quantized_tiles import load_minima, load_scales, load_words, store_tile, tile_rows
+from .quantized_tiles import (
+    Input,
+    Output,
+    load_minima,
+    load_scales,
+    load_words,
+    planes_of,
+    store_tile,
+    tile_rows,
+)
+from .reference import fixed_point
 from .reference.quant_layouts import IQ4_TABLE
 from .weight import Weight
 
-X_GROUP = tl.constexpr(32)  # activations that share a step
+X_GROUP = tl.constexpr(fixed_point.X_GROUP)
 
 
 def _lookup_assembly() -> str:
@@ -60,19 +67,17 @@ _LOOKUP = tl.constexpr(_lookup_assembly())
 @triton.jit
 def code_part(
     low,  # [BLOCK_N, words] int32
-    high,  # [BLOCK_N, words * HIGH_BITS / LOW_BITS] int32; not read if HIGH_BITS is 0
+    high,  # [BLOCK_N, words * high_bits / low_bits] int32; not read if high_bits is 0
     table_ptr,
-    PART: tl.constexpr,  # 0 to 8 / LOW_BITS - 1
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
+    PART: tl.constexpr,  # 0 to 8 / low_bits - 1
+    LAYOUT: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):
-    """Four unsigned codes of each word of ``low``, one a byte: [BLOCK_N, words] int32.
+    """Four unsigned codes of each word of ``low``, one per byte: [BLOCK_N, words] int32.
 
     Part j of a word of P elements holds, from its first byte on, elements 2j, 2j + P/2, 2j + 1 and 2j + 1 + P/2.
     Codes that index a table are looked up; 128 is added, so that they are unsigned too.
     """
-    PARTS: tl.constexpr = 8 // LOW_BITS
     if table_ptr is not None and NVIDIA:
         first, second = tl.inline_asm_elementwise(
             _LOOKUP, "=r,=r,r", [low], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
@@ -80,13 +85,14 @@ def code_part(
         codes = first if PART == 0 else second
     else:
         codes = low
-        if LOW_BITS < 8:
-            codes = (low >> (LOW_BITS * PART)) & (0x01010101 * ((1 << LOW_BITS) - 1))
-        if HIGH_BITS > 0:
-            PER_WORD: tl.constexpr = LOW_BITS // HIGH_BITS  # words of low that one of high serves
-            shift = HIGH_BITS * (PARTS * tl.arange(0, PER_WORD) + PART)
-            bits = (high[:, :, None] >> shift[None, None, :]) & (0x01010101 * ((1 << HIGH_BITS) - 1))
-            codes |= tl.reshape(bits, low.shape) << LOW_BITS
+        if LAYOUT.low_bits < 8:
+            codes = (low >> (LAYOUT.low_bits * PART)) & (0x01010101 * ((1 << LAYOUT.low_bits) - 1))
+        if LAYOUT.high_bits > 0:
+            PARTS: tl.constexpr = 8 // LAYOUT.low_bits
+            PER_WORD: tl.constexpr = LAYOUT.low_bits // LAYOUT.high_bits  # words of low that one of high serves
+            shift = LAYOUT.high_bits * (PARTS * tl.arange(0, PER_WORD) + PART)
+            bits = (high[:, :, None] >> shift[None, None, :]) & (0x01010101 * ((1 << LAYOUT.high_bits) - 1))
+            codes |= tl.reshape(bits, low.shape) << LAYOUT.low_bits
         if table_ptr is not None:
             indices, codes = codes, tl.zeros_like(codes)
             for byte in tl.static_range(4):
@@ -187,117 +193,91 @@ def each_group(
     return tl.reshape(repeated, [steps.shape[0] * (X_GROUP // GROUP)])
 
 
+@triton.jit
+def load_quants(
+    planes,  # Planes
+    offs_n,  # [BLOCK_N] int64, rows
+    mask_n,  # [BLOCK_N]
+    step,
+    columns,
+    LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(words of low, words of high, scales, minima) of a tile. In the place of one that the type lacks is another."""
+    num_blocks = columns // LAYOUT.quant_block
+    low = load_words(planes.low, offs_n, mask_n, step, columns, LAYOUT.low_bits, BLOCK_K)
+    high = low
+    if LAYOUT.high_bits > 0:
+        high = load_words(planes.high, offs_n, mask_n, step, columns, LAYOUT.high_bits, BLOCK_K)
+    scales = load_scales(planes, offs_n, mask_n, step, num_blocks, LAYOUT, BLOCK_K)
+    minima = scales
+    if planes.m is not None:
+        minima = load_minima(planes, offs_n, mask_n, step, num_blocks, LAYOUT, BLOCK_K)
+    return low, high, scales, minima
+
+
 @triton.jit(do_not_specialize=["rows"])  # else a 1 compiles to other code, with other roundings
 def _fixed_point_kernel(
-    x_ptr,  # [num_tokens, columns]
-    low_ptr,  # the planes: see quantized_tiles.plane_arguments
-    high_ptr,
-    d_ptr,
-    scales_ptr,
-    m_ptr,
-    mins_ptr,
-    table_ptr,
-    bias_ptr,  # [rows] or None
-    residual_ptr,  # [num_tokens, rows] or None
-    norm_ptr,  # [columns] or None
-    out_ptr,  # [num_tokens, rows], or [num_tokens, rows / 2] if SWIGLU
-    x_stride,
-    residual_stride,
+    activations,  # Input
+    planes,  # Planes
+    output,  # Output
     num_tokens: tl.constexpr,
     rows,
     columns: tl.constexpr,
-    num_blocks: tl.constexpr,
-    eps,
     SWIGLU: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUANT_BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NVIDIA: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
-    WORDS: tl.constexpr = BLOCK_K * LOW_BITS // 32
-    ZERO_POINT: tl.constexpr = ZERO if table_ptr is None else 128
-    SCALE_MASK: tl.constexpr = 15 if PACKED else 255
+    GROUPS: tl.constexpr = BLOCK_K // LAYOUT.group
+    WORDS: tl.constexpr = BLOCK_K * LAYOUT.low_bits // 32
+    ZERO_POINT: tl.constexpr = LAYOUT.zero if planes.table is None else 128
     offs_n, mask_n = tile_rows(tl.program_id(0), rows, BLOCK_N, SWIGLU)
     sums = (tl.zeros([BLOCK_N, GROUPS], tl.float32),) * num_tokens
     squares = (tl.zeros([BLOCK_K // X_GROUP], tl.float32),) * num_tokens
 
-    low = load_words(low_ptr, offs_n, mask_n, 0, columns, LOW_BITS, BLOCK_K)
-    high = low
-    if HIGH_BITS > 0:
-        high = load_words(high_ptr, offs_n, mask_n, 0, columns, HIGH_BITS, BLOCK_K)
-    scales = load_scales(d_ptr, scales_ptr, offs_n, mask_n, 0, num_blocks, SCALE_MASK, 0, GROUP, QUANT_BLOCK, BLOCK_K)
-    minima = scales
-    if m_ptr is not None:
-        minima = load_minima(m_ptr, mins_ptr, offs_n, mask_n, 0, num_blocks, GROUP, QUANT_BLOCK, PACKED, BLOCK_K)
+    low, high, scales, minima = load_quants(planes, offs_n, mask_n, 0, columns, LAYOUT, BLOCK_K)
     if RESIDENT:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     for step in tl.range(0, (columns + BLOCK_K - 1) // BLOCK_K):
         low_now, high_now, scales_now, minima_now = low, high, scales, minima
         if columns > BLOCK_K:  # the next tile, or nothing beyond the last
-            low = load_words(low_ptr, offs_n, mask_n, step + 1, columns, LOW_BITS, BLOCK_K)
-            high = low
-            if HIGH_BITS > 0:
-                high = load_words(high_ptr, offs_n, mask_n, step + 1, columns, HIGH_BITS, BLOCK_K)
-            scales = load_scales(
-                d_ptr, scales_ptr, offs_n, mask_n, step + 1, num_blocks, SCALE_MASK, 0, GROUP, QUANT_BLOCK, BLOCK_K
-            )
-            minima = scales
-            if m_ptr is not None:
-                minima = load_minima(
-                    m_ptr, mins_ptr, offs_n, mask_n, step + 1, num_blocks, GROUP, QUANT_BLOCK, PACKED, BLOCK_K
-                )
+            low, high, scales, minima = load_quants(planes, offs_n, mask_n, step + 1, columns, LAYOUT, BLOCK_K)
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_k = offs_k < columns
         old_sums, old_squares, sums, squares = sums, squares, (), ()
         for token in tl.static_range(num_tokens):
-            x = tl.load(x_ptr + token * x_stride + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            x = tl.load(activations.x + token * activations.stride + offs_k, mask=mask_k, other=0.0).to(tl.float32)
             square = old_squares[token]
-            if norm_ptr is not None:
+            if activations.norm is not None:
                 square += tl.sum(tl.reshape(x * x, [BLOCK_K // X_GROUP, X_GROUP]), axis=1)
-                x *= tl.load(norm_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+                x *= tl.load(activations.norm + offs_k, mask=mask_k, other=0.0).to(tl.float32)
             q, x_step = to_fixed_point(x)
-            x_sums = tl.sum(tl.reshape(q, [GROUPS, GROUP]), axis=1)
-            x_high, x_low = pack_bytes(q, LOW_BITS, NVIDIA)
+            x_sums = tl.sum(tl.reshape(q, [GROUPS, LAYOUT.group]), axis=1)
+            x_high, x_low = pack_bytes(q, LAYOUT.low_bits, NVIDIA)
             high_sums = tl.zeros([BLOCK_N, WORDS], tl.int32)
             low_sums = tl.zeros([BLOCK_N, WORDS], tl.int32)
-            for part in tl.static_range(8 // LOW_BITS):
-                codes = code_part(low_now, high_now, table_ptr, part, LOW_BITS, HIGH_BITS, NVIDIA)
+            for part in tl.static_range(8 // LAYOUT.low_bits):
+                codes = code_part(low_now, high_now, planes.table, part, LAYOUT, NVIDIA)
                 high_sums = dot4(codes, take_part(x_high, part), high_sums, True, NVIDIA)
                 low_sums = dot4(codes, take_part(x_low, part), low_sums, False, NVIDIA)
-            products = tl.reshape(256 * high_sums + low_sums, [BLOCK_N, GROUPS, GROUP * LOW_BITS // 32])
+            products = tl.reshape(256 * high_sums + low_sums, [BLOCK_N, GROUPS, LAYOUT.group * LAYOUT.low_bits // 32])
             products = tl.sum(products, axis=2) - ZERO_POINT * x_sums[None, :]
-            group_step = each_group(x_step, GROUP)
+            group_step = each_group(x_step, LAYOUT.group)
             total = old_sums[token] + products.to(tl.float32) * (scales_now * group_step[None, :])
-            if m_ptr is not None:
+            if planes.m is not None:
                 total += minima_now * (x_sums.to(tl.float32) * group_step)[None, :]
             sums += (total,)
             squares += (square,)
     for token in tl.static_range(num_tokens):
         total = tl.sum(sums[token], axis=1)
-        if norm_ptr is not None:
-            total *= 1.0 / tl.sqrt(tl.sum(squares[token], axis=0) / columns + eps)
+        if activations.norm is not None:
+            total *= 1.0 / tl.sqrt(tl.sum(squares[token], axis=0) / columns + activations.eps)
         offs_m = tl.full([1], token, tl.int64)
-        store_tile(
-            total[None, :],
-            bias_ptr,
-            residual_ptr,
-            out_ptr,
-            residual_stride,
-            rows,
-            offs_m,
-            offs_m >= 0,
-            offs_n,
-            mask_n,
-            SWIGLU,
-        )
+        store_tile(total[None, :], output, rows, offs_m, offs_m >= 0, offs_n, mask_n, SWIGLU)
 
 
 def tile(rows: int, columns: int, num_tokens: int, bits: int, normed: bool) -> tuple[int, int, int]:
@@ -320,23 +300,24 @@ def tile(rows: int, columns: int, num_tokens: int, bits: int, normed: bool) -> t
     return 16, whole, 4 if bits < 6 and num_tokens == 1 else 8
 
 
-def launch_fixed_point(
-    common: dict[str, Any], weight: Weight, norm_weight: torch.Tensor | None, eps: float, resident: bool
-) -> None:
-    rows, columns = weight.shape
-    num_tokens, layout = common["num_tokens"], weight.layout
-    block_n, block_k, num_warps = tile(
-        rows, columns, num_tokens, layout.low_bits + layout.high_bits, norm_weight is not None
-    )
-    resident = resident and overlaps(weight.device)
+def launch_fixed_point(activations: Input, weight: Weight, output: Output, swiglu: bool, resident: bool) -> None:
+    (rows, columns), num_tokens = weight.shape, activations.x.shape[0]
+    bits = weight.layout.low_bits + weight.layout.high_bits
+    block_n, block_k, num_warps = tile(rows, columns, num_tokens, bits, activations.norm is not None)
+    early = resident and overlaps(weight.device)
     _fixed_point_kernel[(triton.cdiv(rows, block_n),)](
-        norm_ptr=norm_weight,
-        eps=eps,
+        activations,
+        planes_of(weight),
+        output,
+        num_tokens,
+        rows,
+        columns,
+        SWIGLU=swiglu,
+        LAYOUT=weight.layout,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         NVIDIA=not INTERPRETED,
-        RESIDENT=resident,
+        RESIDENT=early,
         num_warps=num_warps,
-        **({"launch_pdl": True} if resident else {}),
-        **common,
+        **({"launch_pdl": True} if early else {}),
     )

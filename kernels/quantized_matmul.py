@@ -29,8 +29,6 @@ Moves, at few tokens: the planes once, for 2 x num_tokens x rows x columns flops
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -53,7 +51,7 @@ from .norm import rms_norm
 from .operators import operator
 from .quantized_fixed_point import launch_fixed_point
 from .quantized_gemv import launch_gemv
-from .quantized_tiles import load_tile, plane_arguments, store_tile, tile_rows
+from .quantized_tiles import Input, Output, load_tile, planes_of, store_tile, tile_rows
 from .weight import Weight, check_quantized, check_weight
 
 WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
@@ -65,29 +63,15 @@ REGIMES = {"quantised": {"fixed_point": 2, "gemv": 8, "dot": 64}, "float": {"fix
 @triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
 def _dot_kernel(
     x_ptr,  # [num_tokens, columns]
-    low_ptr,  # the planes: see quantized_tiles.plane_arguments
-    high_ptr,
-    d_ptr,
-    scales_ptr,
-    m_ptr,
-    mins_ptr,
-    table_ptr,
-    bias_ptr,  # [rows] or None
-    residual_ptr,  # [num_tokens, rows] or None
-    out_ptr,  # [num_tokens, rows], or [num_tokens, rows / 2] if SWIGLU
     x_stride,
-    residual_stride,
+    planes,  # Planes
+    output,  # Output
     num_tokens,
     rows,
     columns,
     num_blocks,
     SWIGLU: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUANT_BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -104,39 +88,29 @@ def _dot_kernel(
             mask=mask_m[:, None] & (offs_k < columns)[None, :],
             other=0.0,
         )
-        tile = load_tile(
-            low_ptr,
-            high_ptr,
-            d_ptr,
-            scales_ptr,
-            m_ptr,
-            mins_ptr,
-            table_ptr,
-            offs_n,
-            mask_n,
-            step,
-            columns,
-            num_blocks,
-            LOW_BITS,
-            HIGH_BITS,
-            ZERO,
-            GROUP,
-            QUANT_BLOCK,
-            PACKED,
-            BLOCK_K,
-        )
+        tile = load_tile(planes, offs_n, mask_n, step, columns, num_blocks, LAYOUT, BLOCK_K)
         acc = tl.dot(x, tl.trans(tile.to(x.dtype)), acc, input_precision="ieee")
-    store_tile(acc, bias_ptr, residual_ptr, out_ptr, residual_stride, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
+    store_tile(acc, output, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
 
 
-def _launch_dot(common: dict[str, Any], x: Tensor, block_m: int) -> None:
+def _launch_dot(x: Tensor, weight: Weight, output: Output, swiglu: bool, block_m: int) -> None:
+    (rows, columns), num_tokens = weight.shape, x.shape[0]
     block_n = 32
-    _dot_kernel[(triton.cdiv(common["num_tokens"], block_m) * triton.cdiv(common["rows"], block_n),)](
+    _dot_kernel[(triton.cdiv(num_tokens, block_m) * triton.cdiv(rows, block_n),)](
+        x,
+        x.stride(0),
+        planes_of(weight),
+        output,
+        num_tokens,
+        rows,
+        columns,
+        columns // weight.layout.quant_block,
+        SWIGLU=swiglu,
+        LAYOUT=weight.layout,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=128 if x.element_size() == 2 else 64,
         num_warps=4,
-        **common,
     )
 
 
@@ -248,24 +222,14 @@ def quantized_matmul_planes(
     out = torch.empty((num_tokens, rows // 2 if swiglu else rows), dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
-    common = {
-        "x_ptr": x,
-        "bias_ptr": bias,
-        "residual_ptr": residual,
-        "out_ptr": out,
-        "x_stride": x.stride(0),
-        "residual_stride": residual.stride(0) if residual is not None else 0,
-        "num_tokens": num_tokens,
-        "rows": rows,
-        "SWIGLU": swiglu,
-        **plane_arguments(weight),
-    }
+    output = Output(bias, residual, 0 if residual is None else residual.stride(0), out)
     if fixed_point and columns > 0:
-        launch_fixed_point(common, weight, norm_weight, eps, resident)
+        launch_fixed_point(Input(x, x.stride(0), norm_weight, eps), weight, output, swiglu, resident)
     elif gemv:
-        launch_gemv(common, weight, norm_weight, eps, resident)
+        launch_gemv(Input(x, x.stride(0), norm_weight, eps), weight, output, swiglu, resident)
     else:
-        _launch_dot(common, x, 16 if batch_invariant else max(16, triton.next_power_of_2(num_tokens)))
+        block_m = 16 if batch_invariant else max(16, triton.next_power_of_2(num_tokens))
+        _launch_dot(x, weight, output, swiglu, block_m)
     return out
 
 

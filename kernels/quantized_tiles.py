@@ -1,8 +1,7 @@
 """Reading a quantised weight inside a Triton kernel, and writing a product: jit helpers.
 
-Every kernel that reads a ``Weight`` takes the planes as the same pointers (``plane_arguments`` makes them,
-None where the type has no such plane) and the layout as constexpr numbers. The codes of a tile arrive in loads of 16
-bytes a thread; scales and minima are loaded once a group.
+A kernel takes a weight as ``Planes`` and its layout (``QuantLayout``) as the constexpr ``LAYOUT``. The codes of a tile
+arrive in loads of 16 bytes per thread; scales and minima are loaded once per group.
 
 A code becomes a float without a conversion instruction: 0x4B000000 is 2^23 in float32, whose last bit is worth 1, so
 ``code | 0x4B000000`` read as a float is 2^23 + code. Subtracting 2^23 + zero is exact.
@@ -11,12 +10,63 @@ A code becomes a float without a conversion instruction: 0x4B000000 is 2^23 in f
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .weight import Weight
+
+
+class Planes(NamedTuple):
+    """A weight [rows, columns] as a kernel takes it; None stands for a plane that the type lacks.
+
+    low: [rows, columns * low_bits / 32] int32; of a float type the numbers [rows, columns], bfloat16 as int16.
+    high: [rows, columns * high_bits / 32] int32.
+    d: [rows, num_blocks] float16.
+    scales: [rows, columns / group] int8 or uint8; uint8 with the scale in the low four bits where the layout is packed.
+    m: [rows, num_blocks] float16, m or dmin.
+    mins: [rows, columns / group] uint8; where the layout is packed the same tensor as scales, in the high four bits.
+    table: [16] float32, what codes stand for.
+    """
+
+    low: Tensor
+    high: Tensor | None
+    d: Tensor | None
+    scales: Tensor | None
+    m: Tensor | None
+    mins: Tensor | None
+    table: Tensor | None
+
+
+class Output(NamedTuple):
+    """Where a product goes, and what is added to it first.
+
+    bias: [rows] or None.
+    residual: [num_tokens, rows] or None, its rows ``residual_stride`` elements apart.
+    out: [num_tokens, rows], or [num_tokens, rows / 2] with SWIGLU, contiguous.
+    """
+
+    bias: Tensor | None
+    residual: Tensor | None
+    residual_stride: int
+    out: Tensor
+
+
+class Input(NamedTuple):
+    """The activations of a product that norms them on the way.
+
+    x: [num_tokens, columns], rows ``stride`` elements apart.
+    norm: [columns], the norm's weight, or None for no norm.
+    eps: added to the norm's mean square.
+    """
+
+    x: Tensor
+    stride: int
+    norm: Tensor | None
+    eps: float
 
 
 @triton.jit
@@ -82,139 +132,119 @@ def load_high(
 
 @triton.jit
 def load_values(
-    low_ptr,  # [rows, ...] int32, or the float weights [rows, columns], bfloat16 as int16
-    high_ptr,
-    table_ptr,  # [16] float32, for types whose codes index a table
-    offs_n,  # [BLOCK_N] int64
+    planes,  # Planes
+    offs_n,  # [BLOCK_N] int64, rows
     mask_n,  # [BLOCK_N]
     step,
     columns,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    ZERO: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Values before scaling, whole numbers unless the weights are floats: [BLOCK_N, BLOCK_K] float32."""
-    if LOW_BITS == 0:
+    if LAYOUT.is_float:
         offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = mask_n[:, None] & (offs_k < columns)[None, :]
-        values = tl.load(low_ptr + offs_n[:, None] * columns + offs_k[None, :], mask=mask, other=0)
-        if low_ptr.dtype.element_ty == tl.int16:  # bfloat16: the upper half of a float32
+        values = tl.load(planes.low + offs_n[:, None] * columns + offs_k[None, :], mask=mask, other=0)
+        if planes.low.dtype.element_ty == tl.int16:  # bfloat16: the upper half of a float32
             values = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
             values = values.to(tl.float32)
     else:
-        codes = load_low(low_ptr, offs_n, mask_n, step, columns, LOW_BITS, BLOCK_K)
-        if HIGH_BITS > 0:
-            codes |= load_high(high_ptr, offs_n, mask_n, step, columns, LOW_BITS, HIGH_BITS, BLOCK_K) << LOW_BITS
-        if table_ptr is not None:
-            values = tl.load(table_ptr + codes)
+        codes = load_low(planes.low, offs_n, mask_n, step, columns, LAYOUT.low_bits, BLOCK_K)
+        if LAYOUT.high_bits > 0:
+            high = load_high(planes.high, offs_n, mask_n, step, columns, LAYOUT.low_bits, LAYOUT.high_bits, BLOCK_K)
+            codes |= high << LAYOUT.low_bits
+        if planes.table is not None:
+            values = tl.load(planes.table + codes)
         else:
-            values = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + ZERO)
+            values = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + LAYOUT.zero)
     return values
+
+
+@triton.jit
+def _load_per_group(
+    d_ptr,  # [rows, num_blocks] float16
+    own_ptr,  # the groups' own numbers, [rows, columns / group] int8 or uint8, or None
+    offs_n,  # [BLOCK_N] int64, rows
+    mask_n,  # [BLOCK_N]
+    step,
+    num_blocks,
+    SHIFT: tl.constexpr,  # where a group's own number starts in its byte
+    LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """d, times the group's own number where the type has one: [BLOCK_N, BLOCK_K / group] float32."""
+    PER_BLOCK: tl.constexpr = LAYOUT.quant_block // LAYOUT.group
+    BLOCKS: tl.constexpr = BLOCK_K // LAYOUT.quant_block  # whole blocks of the tile
+    GROUPS: tl.constexpr = BLOCK_K // LAYOUT.group
+    offs_g = step * GROUPS + tl.arange(0, GROUPS)
+    mask = mask_n[:, None] & (offs_g < num_blocks * PER_BLOCK)[None, :]
+    if PER_BLOCK > 1 and BLOCK_K % LAYOUT.quant_block == 0:  # one load per block, not one per group
+        offs_b = step * BLOCKS + tl.arange(0, BLOCKS)
+        mask_b = mask_n[:, None] & (offs_b < num_blocks)[None, :]
+        d = tl.load(d_ptr + offs_n[:, None] * num_blocks + offs_b[None, :], mask=mask_b, other=0.0)
+        d = tl.broadcast_to(d[:, :, None], [offs_n.shape[0], BLOCKS, PER_BLOCK])
+        d = tl.reshape(d, [offs_n.shape[0], GROUPS])
+    else:
+        d = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)
+    result = d.to(tl.float32)
+    if own_ptr is not None:
+        own = tl.load(own_ptr + offs_n[:, None] * (num_blocks * PER_BLOCK) + offs_g[None, :], mask=mask, other=0)
+        if LAYOUT.packed:
+            own = (own >> SHIFT) & 15
+        result *= own.to(tl.float32)
+    return result
 
 
 @triton.jit
 def load_scales(
-    d_ptr,  # [rows, num_blocks] float16
-    scales_ptr,  # [rows, columns / GROUP] int8, uint8, or None
-    offs_n,  # [BLOCK_N] int64
+    planes,  # Planes
+    offs_n,  # [BLOCK_N] int64, rows
     mask_n,  # [BLOCK_N]
     step,
     num_blocks,
-    MASK: tl.constexpr,  # bits of an entry of scales_ptr that are the scale
-    SHIFT: tl.constexpr,  # and where they start
-    GROUP: tl.constexpr,
-    QUANT_BLOCK: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Scale (or minimum) of each group: d, or d times the group's own number: [BLOCK_N, BLOCK_K / GROUP] float32."""
-    PER_BLOCK: tl.constexpr = QUANT_BLOCK // GROUP
-    offs_g = step * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
-    mask = mask_n[:, None] & (offs_g < num_blocks * PER_BLOCK)[None, :]
-    if PER_BLOCK > 1 and BLOCK_K % QUANT_BLOCK == 0:  # one load a block, not one a group
-        offs_b = step * (BLOCK_K // QUANT_BLOCK) + tl.arange(0, BLOCK_K // QUANT_BLOCK)
-        mask_b = mask_n[:, None] & (offs_b < num_blocks)[None, :]
-        d = tl.load(d_ptr + offs_n[:, None] * num_blocks + offs_b[None, :], mask=mask_b, other=0.0)
-        d = tl.broadcast_to(d[:, :, None], [offs_n.shape[0], BLOCK_K // QUANT_BLOCK, PER_BLOCK])
-        d = tl.reshape(d, [offs_n.shape[0], BLOCK_K // GROUP])
-    else:
-        d = tl.load(d_ptr + offs_n[:, None] * num_blocks + (offs_g // PER_BLOCK)[None, :], mask=mask, other=0.0)
-    scale = d.to(tl.float32)
-    if scales_ptr is not None:
-        own = tl.load(scales_ptr + offs_n[:, None] * (num_blocks * PER_BLOCK) + offs_g[None, :], mask=mask, other=0)
-        if MASK != 255:
-            own = (own >> SHIFT) & MASK
-        scale *= own.to(tl.float32)
-    return scale
-
-
-@triton.jit
-def load_tile(
-    low_ptr,
-    high_ptr,
-    d_ptr,
-    scales_ptr,
-    m_ptr,
-    mins_ptr,
-    table_ptr,
-    offs_n,  # [BLOCK_N] int64
-    mask_n,  # [BLOCK_N]
-    step,
-    columns,
-    num_blocks,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    ZERO: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUANT_BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Weights, dequantised: [BLOCK_N, BLOCK_K] float32, zero beyond the ends."""
-    values = load_values(
-        low_ptr,
-        high_ptr,
-        table_ptr,
-        offs_n,
-        mask_n,
-        step,
-        columns,
-        LOW_BITS,
-        HIGH_BITS,
-        ZERO,
-        BLOCK_K,
-    )
-    if LOW_BITS > 0:
-        scales = load_scales(
-            d_ptr, scales_ptr, offs_n, mask_n, step, num_blocks, 15 if PACKED else 255, 0, GROUP, QUANT_BLOCK, BLOCK_K
-        )
-        tile = tl.reshape(values, [offs_n.shape[0], BLOCK_K // GROUP, GROUP]) * scales[:, :, None]
-        if m_ptr is not None:
-            mins = load_minima(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, GROUP, QUANT_BLOCK, PACKED, BLOCK_K)
-            tile += mins[:, :, None]
-        values = tl.reshape(tile, [offs_n.shape[0], BLOCK_K])
-    return values
+    """The scale of each group, d or d * scales: [BLOCK_N, BLOCK_K / group] float32."""
+    return _load_per_group(planes.d, planes.scales, offs_n, mask_n, step, num_blocks, 0, LAYOUT, BLOCK_K)
 
 
 @triton.jit
 def load_minima(
-    m_ptr,  # [rows, num_blocks] float16
-    mins_ptr,  # [rows, columns / GROUP] uint8, or None
-    offs_n,  # [BLOCK_N] int64
+    planes,  # Planes
+    offs_n,  # [BLOCK_N] int64, rows
     mask_n,  # [BLOCK_N]
     step,
     num_blocks,
-    GROUP: tl.constexpr,
-    QUANT_BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What is added to each group, m or -dmin * mins: [BLOCK_N, BLOCK_K / GROUP] float32."""
-    MASK: tl.constexpr = 15 if PACKED else 255
-    SHIFT: tl.constexpr = 4 if PACKED else 0
-    minima = load_scales(m_ptr, mins_ptr, offs_n, mask_n, step, num_blocks, MASK, SHIFT, GROUP, QUANT_BLOCK, BLOCK_K)
-    return -minima if mins_ptr is not None else minima
+    """What is added to each group, m or -dmin * mins: [BLOCK_N, BLOCK_K / group] float32."""
+    minima = _load_per_group(planes.m, planes.mins, offs_n, mask_n, step, num_blocks, 4, LAYOUT, BLOCK_K)
+    return -minima if planes.mins is not None else minima
+
+
+@triton.jit
+def load_tile(
+    planes,  # Planes
+    offs_n,  # [BLOCK_N] int64, rows
+    mask_n,  # [BLOCK_N]
+    step,
+    columns,
+    num_blocks,
+    LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Weights, dequantised: [BLOCK_N, BLOCK_K] float32, zero beyond the ends."""
+    values = load_values(planes, offs_n, mask_n, step, columns, LAYOUT, BLOCK_K)
+    if not LAYOUT.is_float:
+        scales = load_scales(planes, offs_n, mask_n, step, num_blocks, LAYOUT, BLOCK_K)
+        tile = tl.reshape(values, [offs_n.shape[0], scales.shape[1], LAYOUT.group]) * scales[:, :, None]
+        if planes.m is not None:
+            tile += load_minima(planes, offs_n, mask_n, step, num_blocks, LAYOUT, BLOCK_K)[:, :, None]
+        values = tl.reshape(tile, [offs_n.shape[0], BLOCK_K])
+    return values
 
 
 @triton.jit
@@ -248,19 +278,17 @@ def each_vector(
 @triton.jit
 def store_tile(
     total,  # [BLOCK_M, BLOCK_N] float32
-    bias_ptr,  # [rows] or None
-    residual_ptr,  # [num_tokens, rows] or None
-    out_ptr,  # [num_tokens, rows], or [num_tokens, rows / 2] if SWIGLU
-    residual_stride,
+    output,  # Output
     rows,
-    offs_m,  # [BLOCK_M] int64
+    offs_m,  # [BLOCK_M] int64, tokens
     mask_m,
-    offs_n,  # [BLOCK_N] int64, from _tile_rows
+    offs_n,  # [BLOCK_N] int64, from tile_rows
     mask_n,
     SWIGLU: tl.constexpr,
 ):
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    """Writes the sums of a tile, joined by what ``output`` adds."""
+    if output.bias is not None:
+        total += tl.load(output.bias + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if SWIGLU:
         PAIRS: tl.constexpr = total.shape[1] // 2
         gate, up = tl.split(tl.reshape(total, [total.shape[0], PAIRS, 2]))
@@ -269,38 +297,29 @@ def store_tile(
         offs_n, _ = tl.split(tl.reshape(offs_n, [PAIRS, 2]))
         mask_n = offs_n < rows
     mask = mask_m[:, None] & mask_n[None, :]
-    if residual_ptr is not None:
-        offs = offs_m[:, None] * residual_stride + offs_n[None, :]
-        total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs_m[:, None] * rows + offs_n[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+    if output.residual is not None:
+        offs = offs_m[:, None] * output.residual_stride + offs_n[None, :]
+        total += tl.load(output.residual + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(output.out + offs_m[:, None] * rows + offs_n[None, :], total.to(output.out.dtype.element_ty), mask=mask)
 
 
-def plane_arguments(weight: Weight) -> dict[str, object]:
-    """The keyword arguments, the same for every kernel, that hand it ``weight``."""
-    layout = weight.layout
-    planes = {plane.name: tensor for plane, tensor in zip(layout.planes, weight.planes, strict=True)}
+def planes_of(weight: Weight) -> Planes:
+    """The planes of ``weight`` by the part that they play, for a kernel."""
+    planes = {plane.name: tensor for plane, tensor in zip(weight.layout.planes, weight.planes, strict=True)}
     packed = planes.get("packed")
     if weight.ggml_type == "BF16":  # the interpreter widens bfloat16 subnormals wrongly; whole numbers it gets right
         planes["values"] = planes["values"].view(torch.int16)
-    return {
-        "low_ptr": planes.get("values", planes.get("low")),
-        "high_ptr": planes.get("high"),
-        "d_ptr": planes.get("d"),
-        "scales_ptr": planes.get("scales", packed),
-        "m_ptr": planes.get("m", planes.get("dmin")),
-        "mins_ptr": planes.get("mins", packed),
-        "table_ptr": None if layout.table is None else _table(layout.table, weight.device),
-        "columns": weight.shape[1],
-        "num_blocks": weight.shape[1] // layout.quant_block,
-        "LOW_BITS": layout.low_bits,
-        "HIGH_BITS": layout.high_bits,
-        "ZERO": layout.zero,
-        "GROUP": layout.group,
-        "QUANT_BLOCK": layout.quant_block,
-        "PACKED": packed is not None,
-    }
+    return Planes(
+        low=planes.get("values", planes.get("low")),
+        high=planes.get("high"),
+        d=planes.get("d"),
+        scales=planes.get("scales", packed),
+        m=planes.get("m", planes.get("dmin")),
+        mins=planes.get("mins", packed),
+        table=None if weight.layout.table is None else _table(weight.layout.table, weight.device),
+    )
 
 
 @functools.cache
-def _table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)

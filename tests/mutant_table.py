@@ -301,15 +301,15 @@ MUTANTS = [
     Mutant(
         "quantised: minimum taken from the scale's bits",
         "kernels/quantized_tiles.py",
-        "SHIFT: tl.constexpr = 4 if PACKED else 0",
-        "SHIFT: tl.constexpr = 0",
+        "num_blocks, 4, LAYOUT, BLOCK_K)",
+        "num_blocks, 0, LAYOUT, BLOCK_K)",
         "tests/kernels/test_dequantize.py",
     ),
     Mutant(
         "quantised: high bits one place low",
         "kernels/quantized_tiles.py",
-        "HIGH_BITS, BLOCK_K) << LOW_BITS",
-        "HIGH_BITS, BLOCK_K) << (LOW_BITS - 1)",
+        "codes |= high << LAYOUT.low_bits",
+        "codes |= high << (LAYOUT.low_bits - 1)",
         "tests/kernels/test_dequantize.py",
     ),
     Mutant(
@@ -364,29 +364,29 @@ MUTANTS = [
     Mutant(
         "fixed: the first tile again",
         "kernels/quantized_fixed_point.py",
-        "low = load_words(low_ptr, offs_n, mask_n, step + 1, columns",
-        "low = load_words(low_ptr, offs_n, mask_n, step, columns",
+        "load_quants(planes, offs_n, mask_n, step + 1, columns",
+        "load_quants(planes, offs_n, mask_n, step, columns",
         "tests/kernels/test_quantized_fixed_point.py::test_one_tile_and_many",
     ),
     Mutant(
         "fixed: columns past the end of x are read",
         "kernels/quantized_fixed_point.py",
-        "tl.load(x_ptr + token * x_stride + offs_k, mask=mask_k, other=0.0)",
-        "tl.load(x_ptr + token * x_stride + offs_k)",
+        "token * activations.stride + offs_k, mask=mask_k, other=0.0)",
+        "token * activations.stride + offs_k)",
         "tests/kernels/test_quantized_fixed_point.py::test_equals_its_definition",
     ),
     Mutant(
         "fixed: the second token is the first",
         "kernels/quantized_fixed_point.py",
-        "x_ptr + token * x_stride + offs_k",
-        "x_ptr + 0 * x_stride + offs_k",
+        "activations.x + token * activations.stride + offs_k",
+        "activations.x + 0 * activations.stride + offs_k",
         "tests/kernels/test_quantized_fixed_point.py::test_equals_its_definition",
     ),
     Mutant(
         "fixed: high bits of another part",
         "kernels/quantized_fixed_point.py",
-        "shift = HIGH_BITS * (PARTS * tl.arange(0, PER_WORD) + PART)",
-        "shift = HIGH_BITS * (PARTS * tl.arange(0, PER_WORD) + 1 - PART)",
+        "shift = LAYOUT.high_bits * (PARTS * tl.arange(0, PER_WORD) + PART)",
+        "shift = LAYOUT.high_bits * (PARTS * tl.arange(0, PER_WORD) + 1 - PART)",
         "tests/kernels/test_quantized_fixed_point.py::test_equals_its_definition",
     ),
     Mutant(
@@ -399,15 +399,15 @@ MUTANTS = [
     Mutant(
         "gemv: minima added without the activations",
         "kernels/quantized_gemv.py",
-        "each_vector(minima, GROUP)[None, :, :] * tl.sum(x, axis=3)",
-        "each_vector(minima, GROUP)[None, :, :]",
+        "each_vector(minima, LAYOUT.group)[None, :, :] * tl.sum(x, axis=3)",
+        "each_vector(minima, LAYOUT.group)[None, :, :]",
         "tests/kernels/test_quantized_matmul.py",
     ),
     Mutant(
         "gemv: groups scaled by their squares",
         "kernels/quantized_gemv.py",
-        "each_vector(scales, GROUP)[None, :, :]",
-        "each_vector(scales * scales, GROUP)[None, :, :]",
+        "each_vector(scales, LAYOUT.group)[None, :, :]",
+        "each_vector(scales * scales, LAYOUT.group)[None, :, :]",
         "tests/kernels/test_quantized_matmul.py",
     ),
     Mutant(
@@ -427,7 +427,7 @@ MUTANTS = [
     Mutant(
         "matmul: residual dropped",
         "kernels/quantized_tiles.py",
-        "total += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)",
+        "total += tl.load(output.residual + offs, mask=mask, other=0.0).to(tl.float32)",
         "total += 0.0",
         "tests/kernels/test_quantized_matmul.py",
     ),
@@ -441,8 +441,8 @@ MUTANTS = [
     Mutant(
         "matmul: row offset of the output in 32 bits",
         "kernels/quantized_tiles.py",
-        "tl.store(out_ptr + offs_m[:, None] * rows",
-        "tl.store(out_ptr + offs_m.to(tl.int32)[:, None] * rows",
+        "tl.store(output.out + offs_m[:, None] * rows",
+        "tl.store(output.out + offs_m.to(tl.int32)[:, None] * rows",
         "tests/kernels/test_quantized_matmul.py::test_output_beyond_int32",
     ),
     Mutant(

@@ -40,7 +40,7 @@ of evaluation, fused multiply-add included, gives the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -65,15 +65,20 @@ class QuantLayout:
     low_bits, high_bits: bits of a code in the planes ``low`` and ``high``; low_bits 0 means float weights.
     zero: what is subtracted from a code.
     table: what a code stands for, if not itself.
+    packed: a group's scale and minimum share a byte.
+
+    A kernel is compiled for a layout, and its compiled form is remembered by the layout's repr: numbers that change
+    the code must stand in it.
     """
 
-    planes: tuple[Plane, ...]
+    planes: tuple[Plane, ...] = field(repr=False)
     quant_block: int = 1
     group: int = 1
     low_bits: int = 0
     high_bits: int = 0
     zero: int = 0
     table: tuple[int, ...] | None = None
+    packed: bool = False
 
     @property
     def is_float(self) -> bool:
@@ -86,7 +91,8 @@ def _floats(dtype: str) -> QuantLayout:
 
 def _quants(block: int, group: int, low: int, *rest: Plane, high: int = 0, zero: int = 0, table=None) -> QuantLayout:
     words = [Plane("low", "int32", 32 // low)] + ([Plane("high", "int32", 32 // high)] if high else [])
-    return QuantLayout((*words, *rest), block, group, low, high, zero, table)
+    packed = any(plane.name == "packed" for plane in rest)
+    return QuantLayout((*words, *rest), block, group, low, high, zero, table, packed)
 
 
 def _half(name: str, block: int) -> Plane:

@@ -10,7 +10,7 @@ from assertions import assert_bit_equal, assert_guards_intact
 from quant_blocks import TYPES, guarded_weight, random_blocks, random_bytes, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, dequantize, reference, resident_form
 from rooflama.kernels.dequantize import _dequantize_kernel, dequantize_rows
-from rooflama.kernels.quantized_tiles import plane_arguments
+from rooflama.kernels.quantized_tiles import planes_of
 from rooflama.loaders.gguf.repack import repack
 from strategies import DEVICE, dtypes, seeds
 
@@ -66,7 +66,8 @@ def test_output_beyond_int32():
     columns = 2**30 + 32
     weight, out = virtual_rows(3, columns), virtual_rows(3, columns).planes[0]
     weight.planes[0][:, :32] = torch.arange(96, device=DEVICE).view(3, 32)
-    _dequantize_kernel[(1, 1)](out_ptr=out, row_start=0, row_end=3, BLOCK_N=8, BLOCK_K=32, **plane_arguments(weight))
+    tile = {"LAYOUT": weight.layout, "BLOCK_N": 8, "BLOCK_K": 32}
+    _dequantize_kernel[(1, 1)](planes_of(weight), out, 0, 3, columns, columns, **tile)
     assert_bit_equal(out[:, :32], weight.planes[0][:, :32])
 
 

@@ -10,7 +10,7 @@ from assertions import assert_bit_equal, assert_guards_intact
 from quant_blocks import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, dequantize, embedding, reference
 from rooflama.kernels.embedding import _embedding_kernel
-from rooflama.kernels.quantized_tiles import plane_arguments
+from rooflama.kernels.quantized_tiles import planes_of
 from strategies import DEVICE, dtypes, guarded, seeds
 
 
@@ -66,7 +66,7 @@ def test_output_beyond_int32():
     table, out = virtual_rows(3, columns), virtual_rows(3, columns).planes[0]
     table.planes[0][:, :32] = torch.arange(96, device=DEVICE).view(3, 32)
     token_ids = torch.tensor([2, 0, 1], device=DEVICE)
-    _embedding_kernel[(3, 1)](token_ids, out_ptr=out, rows=3, BLOCK_K=32, **plane_arguments(table))
+    _embedding_kernel[(3, 1)](token_ids, planes_of(table), out, 3, columns, columns, LAYOUT=table.layout, BLOCK_K=32)
     assert_bit_equal(out[:, :32], table.planes[0][:, :32][token_ids])
 
 
@@ -76,7 +76,7 @@ def test_a_token_outside_the_table_gives_nan_in_the_kernel(token_id):
     table = random_weight(np.random.default_rng(0), "Q4_1", 7, 64)
     out = torch.zeros(2, 64, device=DEVICE)
     token_ids = torch.tensor([token_id, 6], device=DEVICE)
-    _embedding_kernel[(2, 1)](token_ids, out_ptr=out, rows=7, BLOCK_K=64, **plane_arguments(table))
+    _embedding_kernel[(2, 1)](token_ids, planes_of(table), out, 7, 64, 2, LAYOUT=table.layout, BLOCK_K=64)
     assert bool(out[0].isnan().all())
     assert_bit_equal(out[1:], dequantize(table)[6:])
 

@@ -18,7 +18,7 @@ from rooflama.kernels import (
     reference,
     resident_form,
 )
-from rooflama.kernels.quantized_tiles import plane_arguments
+from rooflama.kernels.quantized_tiles import Input, Output, planes_of
 from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
 # The gemv regime serves up to 8 tokens, dot up to 64, matmul the rest.
@@ -291,14 +291,14 @@ def test_output_beyond_int32(regime, swiglu):
     else:
         weight = first
     x, out = normal(rng, 5, columns, dtype=torch.float16), virtual_rows(5, width).planes[0]
-    common = {"x_ptr": x, "bias_ptr": None, "residual_ptr": None, "out_ptr": out, "x_stride": columns}
-    common |= {"residual_stride": 0, "num_tokens": 5, "rows": rows, "SWIGLU": swiglu, **plane_arguments(weight)}
-    module = importlib.import_module("rooflama.kernels.quantized_matmul")  # its name is the function's
+    common = (planes_of(weight), Output(None, None, 0, out), 5, rows, columns, columns)
+    options = {"SWIGLU": swiglu, "LAYOUT": weight.layout, "BLOCK_N": 32}
     if regime == "gemv":
-        gemv = importlib.import_module("rooflama.kernels.quantized_gemv")
-        gemv._gemv_kernel[(1,)](norm_ptr=None, eps=0.0, BLOCK_M=8, BLOCK_N=32, BLOCK_K=256, RESIDENT=False, **common)
+        kernel = importlib.import_module("rooflama.kernels.quantized_gemv")._gemv_kernel
+        kernel[(1,)](Input(x, columns, None, 0.0), *common, BLOCK_M=8, BLOCK_K=256, RESIDENT=False, **options)
     else:
-        module._dot_kernel[(1,)](BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, **common)
+        kernel = importlib.import_module("rooflama.kernels.quantized_matmul")._dot_kernel
+        kernel[(1,)](x, columns, *common, BLOCK_M=16, BLOCK_K=128, **options)
     expected = reference.quantized_matmul(exact(x), first.numpy(), swiglu=swiglu)
     assert_within_rounding(out[:, : expected.shape[1]], expected)
 
