@@ -20,10 +20,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import LAYOUTS, Weight
+from rooflama.kernels import Weight
+from rooflama.loaders.checkpoint import TensorInfo
 from rooflama.loaders.device import Device, open_device
-from rooflama.loaders.gguf.repack import BLOCK_BYTES
+from rooflama.loaders.gguf.types import row_nbytes
 from rooflama.loading import start_runner
 from rooflama.models import (
     CheckpointReader,
@@ -93,19 +94,6 @@ def type_of(config: ModelConfig) -> Callable[[str, tuple[int, ...]], str]:
     return lambda name, shape: "Q6_K" if name.split(".")[-2] in ("attn_v", "ffn_down", "output") else "Q4_K"
 
 
-@dataclass(frozen=True)
-class Info:
-    """A tensor that is in no file."""
-
-    name: str
-    ggml_type: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) // LAYOUTS[self.ggml_type].quant_block * BLOCK_BYTES[self.ggml_type]
-
-
 class ShapesOnly:
     """A checkpoint of names, types and shapes."""
 
@@ -114,8 +102,11 @@ class ShapesOnly:
 
     def __init__(self, config: ModelConfig):
         rule = type_of(config)
-        infos = (Info(name, rule(name, s) if len(s) == 2 else "F32", s) for name, s in config_tensors(config))
-        self.tensors = {info.name: info for info in infos}
+        types = {name: (rule(name, s) if len(s) == 2 else "F32", s) for name, s in config_tensors(config)}
+        self.tensors = {
+            name: TensorInfo(name, kind, shape, math.prod(shape[:-1]) * row_nbytes(kind, shape[-1]), 0, 0)
+            for name, (kind, shape) in types.items()
+        }
         self.metadata: Mapping[str, Any] = {"general.architecture": "llama"}
 
 

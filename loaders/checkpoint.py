@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 
-class TensorInfo(Protocol):
-    """Where a tensor lies and how it is stored. ``shape`` is in torch's order, rows first."""
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and how it is stored.
+
+    Attributes:
+        name: under which the checkpoint lists it.
+        ggml_type: the type of the bytes that ``data`` returns.
+        shape: rows first, as in NumPy: [out, in] for a matrix. A row is the last dimension.
+        nbytes: the number of bytes that ``data`` returns.
+        file_index: the file that holds it, an index into ``Checkpoint.paths``.
+        offset: the byte of that file at which it starts.
+    """
+
+    name: str
+    ggml_type: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file_index: int
+    offset: int
 
     @property
-    def name(self) -> str: ...
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
     @property
-    def ggml_type(self) -> str: ...
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1])
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def n_elements(self) -> int: ...
+    def row_nbytes(self) -> int:
+        return self.nbytes // max(1, self.rows)
 
 
 class Checkpoint(Protocol):

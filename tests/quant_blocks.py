@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import LAYOUTS, Weight
-from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
+from rooflama.loaders.gguf.repack import repack
+from rooflama.loaders.gguf.types import TYPE_SIZES, row_nbytes
 from strategies import DEVICE, guarded
 
 TYPES = list(LAYOUTS)
@@ -32,9 +33,7 @@ HALVES = {
 
 def random_bytes(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> np.ndarray:
     """Any bytes at all, [rows, bytes_per_row]: infinities and NaN among the scales."""
-    return rng.integers(
-        0, 256, (rows, columns // LAYOUTS[ggml_type].quant_block * BLOCK_BYTES[ggml_type]), dtype=np.uint8
-    )
+    return rng.integers(0, 256, (rows, row_nbytes(ggml_type, columns)), dtype=np.uint8)
 
 
 def random_blocks(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> np.ndarray:
@@ -43,7 +42,7 @@ def random_blocks(rng: np.random.Generator, ggml_type: str, rows: int, columns: 
         kind = gguf.GGMLQuantizationType[ggml_type]
         return gguf.quants.quantize(rng.standard_normal((rows, columns)).astype(np.float32), kind).view(np.uint8)
     raw = random_bytes(rng, ggml_type, rows, columns)
-    blocks = raw.reshape(-1, BLOCK_BYTES[ggml_type])
+    blocks = raw.reshape(-1, TYPE_SIZES[ggml_type][1])
     largest = 2.0 ** (LAYOUTS[ggml_type].low_bits + LAYOUTS[ggml_type].high_bits - 1)
     if LAYOUTS[ggml_type].table is not None:
         largest = 127.0

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -31,6 +30,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from rooflama.loaders.checkpoint import TensorInfo
 
 SIZES = {
     "vocab_size": 96,
@@ -380,8 +381,7 @@ class MemoryCheckpoint:
     def __init__(self, metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarray]):
         self.metadata, self.arrays = dict(metadata), dict(arrays)
         self.tensors = {
-            name: SimpleNamespace(name=name, ggml_type="F32", shape=array.shape, nbytes=array.nbytes)
-            for name, array in arrays.items()
+            name: TensorInfo(name, "F32", array.shape, array.nbytes, 0, 0) for name, array in arrays.items()
         }
         self.interleaved_rope_rows = metadata["general.architecture"] == "llama"
         self.norm_offset = 0.0

@@ -3,6 +3,6 @@
 from .errors import GGUFError, MissingKeyError
 from .file import GGUFFile, read_gguf
 from .metadata import Metadata
-from .types import StringArray, TensorInfo
+from .types import StringArray
 
-__all__ = ["GGUFError", "GGUFFile", "Metadata", "MissingKeyError", "StringArray", "TensorInfo", "read_gguf"]
+__all__ = ["GGUFError", "GGUFFile", "Metadata", "MissingKeyError", "StringArray", "read_gguf"]

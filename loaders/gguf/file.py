@@ -1,7 +1,7 @@
 """GGUF files: one or a split set, opened read-only, header checked, tensors memory-mapped.
 
     with read_gguf("model.gguf") as file:
-        file.metadata.require("llama.block_count", int, positive=True)
+        file.metadata["llama.block_count"]
         file.tensors["blk.0.attn_q.weight"].shape          # (out, in)
         file.data("blk.0.attn_q.weight")                   # uint8 [out, bytes of a row], the file's own pages
 
@@ -27,10 +27,11 @@ from typing import NoReturn
 
 import numpy as np
 
+from ..checkpoint import TensorInfo
 from .errors import GGUFError, close_names
 from .metadata import Metadata
 from .parse import DAMAGED, parse_header
-from .types import TYPE_SIZES, ByteOrder, Header, TensorInfo
+from .types import TYPE_SIZES, ByteOrder, Header
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
 
@@ -40,15 +41,13 @@ _WIDE_FIELDS: dict[str, tuple[int, ...]] = {
     "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0, 2), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (),
     "Q1_0": (0,),
 }  # fmt: skip
-_PLAIN_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+_PLAIN_ITEMSIZE = {name: nbytes for name, (block, nbytes) in TYPE_SIZES.items() if block == 1}
 INTERLEAVED = {
     "arcee", "arctic", "baichuan", "bailingmoe", "chameleon", "chatglm", "cohere2", "command-r", "deci", "deepseek",
     "deepseek2", "ernie4_5", "glm4", "granite", "granitehybrid", "granitemoe", "internlm2", "llada", "llama", "llama4",
     "minicpm", "mistral3", "olmo", "plm", "smollm3", "xverse",
 }  # fmt: skip
 """Architectures whose q and k rows files hold as rotary pairs (2j, 2j+1): those that llama.cpp rotates as such."""
-
-_FLOAT_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class GGUFFile:
@@ -119,25 +118,6 @@ class GGUFFile:
         if self.byte_order == "big":
             raw = self._little_endian(raw, info)
         return raw.reshape(info.rows, info.row_nbytes)
-
-    def array(self, name: str) -> np.ndarray:
-        """A plain float tensor as float32 of its shape: norms, biases, RoPE factors. A copy.
-
-        Raises:
-            GGUFError: no such tensor, the file is closed, or the type is not F32, F16 or BF16.
-        """
-        info = self._info(name)
-        if info.ggml_type not in _FLOAT_DTYPES:
-            self._refuse(
-                info,
-                f"type {info.ggml_type}",
-                f"array() reads {', '.join(_FLOAT_DTYPES)}",
-                "Read quantised tensors with data() and repack()",
-            )
-        values = self.data(name).reshape(-1).view(_FLOAT_DTYPES[info.ggml_type])
-        if info.ggml_type == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32).reshape(info.shape)
 
     def close(self) -> None:
         """Let go of the mappings. Idempotent. A mapping ends when the last array made from it does."""
@@ -214,7 +194,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     mapped, header = _open(first, 0)
     paths, maps, headers = [first], [mapped], [header]
     split = Metadata(header.metadata, header.value_offsets, str(first))
-    count = split.optional("split.count", int, 0)
+    count = split.integer("split.count", 0)
     if count > 1:
         for index, shard in enumerate(_shards(first, split, count)[1:], start=1):
             mapped, header = _open(shard, index)
@@ -222,7 +202,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
             paths.append(shard)
             maps.append(mapped)
             headers.append(header)
-        total, expected = sum(len(h.tensors) for h in headers), split.require("split.tensors.count", int)
+        total, expected = sum(len(h.tensors) for h in headers), split.integer("split.tensors.count")
         if total != expected:
             split.refuse("split.tensors.count", f"{expected}", f"the {count} files hold {total} tensors")
     return GGUFFile(paths, headers, maps)
@@ -264,7 +244,7 @@ def _shards(first: Path, split: Metadata, count: int) -> list[Path]:
             "Give the files back the names they were published under",
         )
     shards = [first.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
-    number = split.require("split.no", int)
+    number = split.integer("split.no")
     if number != 0 or first != shards[0]:
         split.refuse(
             "split.no",
@@ -278,10 +258,10 @@ def _shards(first: Path, split: Metadata, count: int) -> list[Path]:
 def _check_shard(path: Path, header: Header, index: int, before: list[Header]) -> None:
     """A later file of a split set agrees with the first and repeats no tensor."""
     metadata = Metadata(header.metadata, header.value_offsets, str(path))
-    if metadata.require("split.no", int) != index:
+    if metadata.integer("split.no") != index:
         metadata.refuse("split.no", f"{metadata['split.no']}", f"by its name this is file {index} counted from 0")
     count = before[0].metadata["split.count"]
-    if metadata.optional("split.count", int, count) != count:
+    if metadata.integer("split.count", count) != count:
         metadata.refuse("split.count", f"{metadata['split.count']}", f"the first file says {count}")
     if header.byte_order != before[0].byte_order:
         raise GGUFError(

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ..checkpoint import TensorInfo
 from .errors import GGUFError
 from .types import (
     ARRAY,
@@ -33,7 +34,6 @@ from .types import (
     ByteOrder,
     Header,
     StringArray,
-    TensorInfo,
     Value,
 )
 
@@ -294,7 +294,6 @@ class _ListedTensor:
     name: str
     ggml_type: str
     shape: tuple[int, ...]
-    n_elements: int
     nbytes: int
     offset: int
     offset_at: int
@@ -329,7 +328,7 @@ def _tensor_info(cursor: _Cursor, index: int) -> _ListedTensor:
             f"rows of {dims[0]} elements in type {type_name}", f"a row holds whole blocks of {block}", at=dims_at
         )
     nbytes = n_elements // block * block_bytes
-    return _ListedTensor(start, name, type_name, tuple(reversed(dims)), n_elements, nbytes, offset, offset_at)
+    return _ListedTensor(start, name, type_name, tuple(reversed(dims)), nbytes, offset, offset_at)
 
 
 def _refuse_type(cursor: _Cursor, kind: int, at: int) -> NoReturn:
@@ -370,13 +369,7 @@ def _place(cursor: _Cursor, listed: list[_ListedTensor], alignment: int, file_in
             )
         cursor.need(tensor.nbytes, "its data")
         tensors[tensor.name] = TensorInfo(
-            tensor.name,
-            tensor.ggml_type,
-            tensor.shape,
-            tensor.n_elements,
-            tensor.nbytes,
-            file_index,
-            cursor.position,
+            tensor.name, tensor.ggml_type, tensor.shape, tensor.nbytes, file_index, cursor.position
         )
         cursor.position += tensor.nbytes
         padding = -tensor.nbytes % alignment

@@ -19,26 +19,9 @@ import torch
 from rooflama.kernels import LAYOUTS, KernelInputError, Weight
 from rooflama.kernels.reference.quant_layouts import QuantLayout
 
-RUN_WEIGHTS = 1 << 18  # weights repacked at a time by one thread
+from .types import TYPE_SIZES, row_nbytes
 
-# ggml type -> bytes of one block; the number of weights in it is LAYOUTS[type].quant_block
-BLOCK_BYTES = {
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "Q4_0": 18,
-    "Q4_1": 20,
-    "Q5_0": 22,
-    "Q5_1": 24,
-    "Q8_0": 34,
-    "IQ4_NL": 18,
-    "Q2_K": 84,
-    "Q3_K": 110,
-    "Q4_K": 144,
-    "Q5_K": 176,
-    "Q6_K": 210,
-    "IQ4_XS": 136,
-}
+RUN_WEIGHTS = 1 << 18  # weights repacked at a time by one thread
 
 
 def repack(raw: np.ndarray, ggml_type: str, columns: int) -> Weight:
@@ -57,12 +40,11 @@ def repack(raw: np.ndarray, ggml_type: str, columns: int) -> Weight:
         raise KernelInputError(
             f"ggml type {ggml_type!r}", rule=f"repacked types are {', '.join(LAYOUTS)}", remedy="Dequantise it instead"
         )
-    row_bytes = columns // layout.quant_block * BLOCK_BYTES[ggml_type]
-    if columns % layout.quant_block or raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] != row_bytes:
+    block, block_nbytes = TYPE_SIZES[ggml_type]
+    if columns % block or raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] != row_nbytes(ggml_type, columns):
         raise KernelInputError(
             f"{raw.dtype} bytes of shape {list(raw.shape)} for {columns} columns of {ggml_type}",
-            rule=f"{layout.quant_block} weights of {ggml_type} take {BLOCK_BYTES[ggml_type]} bytes; "
-            "rows hold whole blocks",
+            rule=f"{block} weights of {ggml_type} take {block_nbytes} bytes, rows hold whole blocks",
             remedy="Check the tensor's shape and type in the file",
         )
     shape = (len(raw), columns)
@@ -90,7 +72,7 @@ def _float_rows(raw: np.ndarray, ggml_type: str) -> torch.Tensor:
 
 
 def _repack_rows(raw: np.ndarray, ggml_type: str, layout: QuantLayout) -> dict[str, np.ndarray]:
-    blocks = np.ascontiguousarray(raw).reshape(-1, BLOCK_BYTES[ggml_type])
+    blocks = np.ascontiguousarray(raw).reshape(-1, TYPE_SIZES[ggml_type][1])
     codes = _READERS[ggml_type](blocks)
     if layout.high_bits:
         high = pack_high(codes.pop("codes_high"), layout.low_bits, layout.high_bits)

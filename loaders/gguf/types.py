@@ -10,6 +10,8 @@ from typing import Literal, overload
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from ..checkpoint import TensorInfo
+
 ByteOrder = Literal["little", "big"]
 
 STRING, ARRAY, BOOL = 8, 9, 7
@@ -23,7 +25,7 @@ VALUE_TYPES = {
 
 # Q8_1 lives in activations only; its 40 bytes in gguf's table are not the 36 of ggml's struct.
 GGML_TYPES = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType if kind.name != "Q8_1"}
-TYPE_SIZES = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}  # elements, bytes of a block
+TYPE_SIZES = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}  # elements, bytes per block
 REMOVED_GGML_TYPES = {
     4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
@@ -46,6 +48,12 @@ MISTAKEN = [
     (b"FUGG", "GGUF's first bytes in reverse order", "Its writer is at fault: convert the checkpoint again"),
     (b"{", "JSON", "Name the .gguf file itself"),
 ]
+
+
+def row_nbytes(ggml_type: str, columns: int) -> int:
+    """Bytes of a row of ``columns`` elements, which must be whole blocks."""
+    block, nbytes = TYPE_SIZES[ggml_type]
+    return columns // block * nbytes
 
 
 class StringArray(Sequence[str]):
@@ -97,35 +105,6 @@ class StringArray(Sequence[str]):
 
 
 Value = int | float | bool | str | np.ndarray | StringArray
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies and how it is stored.
-
-    ``shape`` is in NumPy's order, rows first: [out, in] for a matrix. A row is the last dimension: ``columns`` elements
-    in ``row_nbytes`` bytes. ``offset`` counts bytes from the start of file ``file_index``.
-    """
-
-    name: str
-    ggml_type: str
-    shape: tuple[int, ...]
-    n_elements: int
-    nbytes: int
-    file_index: int
-    offset: int
-
-    @property
-    def columns(self) -> int:
-        return self.shape[-1]
-
-    @property
-    def rows(self) -> int:
-        return self.n_elements // self.columns
-
-    @property
-    def row_nbytes(self) -> int:
-        return self.nbytes // self.rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from .hub import (
     repository_files,
     split_set,
 )
+from .safetensors import LENGTH_BYTES, header_nbytes
 
 Piece = tuple[int, bytes]  # an offset in a file, and what stands there
 FIRST_BYTES = 2**14  # asked for of a GGUF file, then as many again until the header ends
@@ -85,9 +86,11 @@ class RemoteFile(NamedTuple):
 
     def _safetensors(self) -> tuple[list[Piece], int]:
         """The header, whose length comes first; one that cannot be right is left to the reader to refuse."""
-        head, size = self.read(0, 8)
-        stop = 8 + int.from_bytes(head, "little")
-        return [(0, head)] + ([(8, self.read(8, stop)[0])] if 8 < stop <= min(size, MOST_BYTES) else []), size
+        head, size = self.read(0, LENGTH_BYTES)
+        stop = LENGTH_BYTES + header_nbytes(head)
+        if not LENGTH_BYTES < stop <= min(size, MOST_BYTES):
+            return [(0, head)], size
+        return [(0, head), (LENGTH_BYTES, self.read(LENGTH_BYTES, stop)[0])], size
 
     def _gguf(self) -> tuple[list[Piece], int]:
         """The header, whose end only reading it tells; a damaged one is left to the reader to refuse."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from rooflama.kernels import LAYOUTS, Weight
-from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
+from rooflama.loaders.gguf.repack import repack
+from rooflama.loaders.gguf.types import row_nbytes
 
 from ..config import ModelConfig
 from ..decoder import Adapter, Decoder
@@ -97,8 +98,8 @@ class DryRunSource(TensorSource):
 
     def host_matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
         info = self.checked_info(name, shape)
-        rows, columns = info.nbytes // _row_nbytes(info.ggml_type, shape[-1]), shape[-1]
-        repack(np.empty((0, _row_nbytes(info.ggml_type, columns)), np.uint8), info.ggml_type, columns)  # its checks
+        rows, columns = info.rows, shape[-1]
+        repack(np.empty((0, row_nbytes(info.ggml_type, columns)), np.uint8), info.ggml_type, columns)  # its checks
         planes = (torch.empty(s, dtype=d, device="meta") for s, d in plane_shapes(info.ggml_type, rows, columns))
         return Weight(info.ggml_type, tuple(planes), (rows, columns))
 
@@ -136,11 +137,6 @@ def shapes_only() -> Iterator[None]:
         yield
 
 
-def _row_nbytes(ggml_type: str, columns: int) -> int:
-    """Bytes of a row in the file; 1 where the type has no layout, which ``repack`` then refuses."""
-    return columns // LAYOUTS[ggml_type].quant_block * BLOCK_BYTES[ggml_type] if ggml_type in LAYOUTS else 1
-
-
 def checkpoint_weights(
     reader: CheckpointReader, config: ModelConfig, adapter: Adapter, backend: Backend
 ) -> WeightBytes:
@@ -168,7 +164,7 @@ def config_weights(config: ModelConfig, type_of: TypeRule, backend: Backend) -> 
     for name, shape in config_tensors(config):
         ggml_type = type_of(name, shape) if len(shape) == 2 else "F32"
         rows, columns = shape if len(shape) == 2 else (1, *shape)
-        stored[ggml_type] += rows * _row_nbytes(ggml_type, columns)
+        stored[ggml_type] += rows * row_nbytes(ggml_type, columns)
         resident_type = "F32" if backend == "numpy" else ggml_type
         sizes = [rows * c * dtype.itemsize for (rows, c), dtype in plane_shapes(resident_type, rows, columns)]
         resident[ggml_type] += sum(sizes)

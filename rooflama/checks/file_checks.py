@@ -17,7 +17,8 @@ import numpy as np
 
 from rooflama.kernels import LAYOUTS, reference
 from rooflama.loaders.checkpoint import Checkpoint
-from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
+from rooflama.loaders.gguf.repack import repack
+from rooflama.loaders.gguf.types import TYPE_SIZES
 from rooflama.loaders.opening import Location, locate
 from rooflama.loaders.text import Tokenizer, open_tokenizer
 from rooflama.models import Adapter, CheckpointReader, ConfigError, ModelConfig, checkpoint_weights, rope_tables
@@ -226,7 +227,7 @@ def _scan(raw: np.ndarray, ggml_type: str) -> tuple[np.ndarray, bool]:
 def _numbers(rows: np.ndarray, ggml_type: str) -> list[np.ndarray]:
     """The floats that decide whether weights are finite: scales of blocks, or the weights themselves."""
     if ggml_type in SCALE_OFFSETS:
-        blocks = rows.reshape(len(rows), -1, BLOCK_BYTES[ggml_type])
+        blocks = rows.reshape(len(rows), -1, TYPE_SIZES[ggml_type][1])
         return [blocks[..., at : at + 2].copy().view(np.float16)[..., 0] for at in SCALE_OFFSETS[ggml_type]]
     if ggml_type == "BF16":
         return [(rows.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)]

@@ -17,7 +17,8 @@ from rooflama import ArgumentError, demo_checkpoint, plan_memory
 from rooflama.kernels import LAYOUTS, reference, use_backend
 from rooflama.loaders.device import DeviceUnavailable
 from rooflama.loaders.gguf import read_gguf
-from rooflama.loaders.gguf.repack import BLOCK_BYTES, repack
+from rooflama.loaders.gguf.repack import repack
+from rooflama.loaders.gguf.types import TYPE_SIZES, row_nbytes
 from rooflama.loaders.opening import UnknownCheckpointError
 from rooflama.models import (
     CheckpointReader,
@@ -112,7 +113,7 @@ def test_known_kv_pools():
 @given(kind=st.sampled_from(sorted(LAYOUTS)), rows=st.integers(1, 4), blocks=st.integers(1, 3))
 def test_planes_are_those_of_repack(kind, rows, blocks):
     columns = blocks * LAYOUTS[kind].quant_block
-    raw = np.zeros((rows, columns // LAYOUTS[kind].quant_block * BLOCK_BYTES[kind]), np.uint8)
+    raw = np.zeros((rows, row_nbytes(kind, columns)), np.uint8)
     repacked = repack(raw, kind, columns)
     assert [(tuple(p.shape), p.dtype) for p in repacked.planes] == plane_shapes(kind, rows, columns)
 
@@ -181,7 +182,7 @@ def test_a_plan_says_in_what_form_weights_are_held(tmp_path, backend, forms):
         if form == "as they are":
             assert lines[kind].nbytes == stored
         if form == "as float32":
-            assert lines[kind].nbytes == 4 * stored // BLOCK_BYTES[kind] * layout.quant_block
+            assert lines[kind].nbytes == 4 * stored // TYPE_SIZES[kind][1] * layout.quant_block
 
 
 def test_pictures():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedMo
 from quant_blocks import HALVES, TYPES, gguf_dequantize, random_blocks
 from rooflama.kernels import LAYOUTS, use_backend
 from rooflama.loaders.gguf import read_gguf
-from rooflama.loaders.gguf.repack import BLOCK_BYTES
+from rooflama.loaders.gguf.types import TYPE_SIZES
 from running_models import assert_parity, decode_logits, prefill_logits, running
 from tiny_checkpoints import (
     SIZES,
@@ -71,7 +71,7 @@ def scaled(raw: np.ndarray, kind: str, factor: float) -> np.ndarray:
     if LAYOUTS[kind].is_float:
         floats = raw.view(np.float32 if kind == "F32" else np.float16)
         return (floats * floats.dtype.type(factor)).view(np.uint8)
-    blocks = raw.reshape(-1, BLOCK_BYTES[kind]).copy()
+    blocks = raw.reshape(-1, TYPE_SIZES[kind][1]).copy()
     for offset in HALVES[kind]:
         halves = np.ascontiguousarray(blocks[:, offset : offset + 2]).view(np.float16) * np.float16(factor)
         blocks[:, offset : offset + 2] = halves.view(np.uint8)

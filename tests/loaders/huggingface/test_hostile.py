@@ -103,7 +103,7 @@ def test_odd_values_in_the_tokenizers_files(tmp_path):
     ids=["name", "unknown", "dtype", "shape", "offsets"],
 )
 def test_errors_about_long_headers_are_short(header, tmp_path, monkeypatch):
-    monkeypatch.setattr("rooflama.loaders.huggingface.folder.SMALL_HEADER", 2**24)
+    monkeypatch.setattr("rooflama.loaders.huggingface.safetensors.SMALL_HEADER", 2**24)
     folder = write_case("llama3", tmp_path, "safetensors")
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
