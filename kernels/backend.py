@@ -18,10 +18,13 @@ import triton
 from torch import Tensor
 
 from .errors import KernelInputError
+from .interpreter import repair_loop_bounds
 
 Backend = Literal["triton", "numpy"]
 
 INTERPRETED = triton.knobs.runtime.interpret
+if INTERPRETED:
+    repair_loop_bounds()
 
 _forced: ContextVar[Backend | None] = ContextVar("rooflama_forced_backend", default=None)
 

@@ -22,6 +22,7 @@ KERNEL_TESTS: dict[str, tuple[str, ...]] = {
     "dequantize": ("dequantize",),
     "embedding": ("embedding",),
     "errors": ("norm",),
+    "interpreter": ("attention_edges", "paged_cache"),
     "mlp": ("mlp", "beyond_int32_outputs"),
     "norm": ("norm", "beyond_int32_outputs"),
     "operators": ("operators", "norm"),
