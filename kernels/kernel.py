@@ -29,6 +29,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from . import launch as configurations
 from .backend import as_array, as_tensor, forced_backend, runs_numpy
 from .bound import BoundLaunches, Launch, launch, scratch, signature_of, tensors_in
 from .checks import check
@@ -120,7 +121,7 @@ class Kernel(Generic[P, Out]):
     def _run(self, values: tuple, device: torch.device) -> Any:
         replayed = device.type == "cuda" and forced_backend() != "numpy"
         if replayed:
-            signature = signature_of(values)
+            signature = (configurations.version, signature_of(values))
             if (bound := self._bound.get(signature)) is not None:
                 return bound(values)
         arguments = dict(zip(self._names, values, strict=True))

@@ -21,8 +21,8 @@ from torch import Tensor
 from . import reference
 from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
 from .kernel import Launch, kernel, launch, like
+from .launch import configuration
 
-BLOCK = 1024
 _TWICE_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 
 
@@ -60,10 +60,9 @@ def _check(gate: Tensor, up: Tensor) -> None:
 
 def _launch(out: Tensor, gate: Tensor, up: Tensor, *, gelu: bool) -> Launch:
     num_tokens, intermediate = gate.shape
-    grid = (num_tokens, triton.cdiv(intermediate, BLOCK))
-    return launch(
-        _gated_kernel, grid, gate, up, out, gate.stride(0), up.stride(0), intermediate, GELU=gelu, BLOCK=BLOCK
-    )
+    chosen = configuration("gated", gate.device)
+    grid = (num_tokens, triton.cdiv(intermediate, chosen["BLOCK"]))
+    return launch(_gated_kernel, grid, gate, up, out, gate.stride(0), up.stride(0), intermediate, GELU=gelu, **chosen)
 
 
 @kernel(checks=_check, output=like("gate"), definition=reference.swiglu)

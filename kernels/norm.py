@@ -27,6 +27,7 @@ from .checks import (
     check_shape,
 )
 from .kernel import Launch, kernel, launch, like
+from .launch import configuration
 
 
 @triton.jit
@@ -61,7 +62,6 @@ def _launch(
     out: Tensor, total: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> Launch:
     num_tokens, hidden = x.shape
-    block = triton.next_power_of_2(hidden)
     return launch(
         _rms_norm_kernel,
         (num_tokens,),
@@ -75,8 +75,8 @@ def _launch(
         hidden,
         eps,
         ADD=residual is not None,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        BLOCK=triton.next_power_of_2(hidden),
+        **configuration("norm", x.device, hidden=hidden),
     )
 
 

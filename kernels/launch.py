@@ -1,0 +1,194 @@
+"""Launch configurations: one table for every kernel and GPU.
+
+``TABLE[kernel][gpu]`` lists rows; the first row whose limits all hold gives the configuration. A limit is the largest
+value that the row serves: ``Row(dict(BLOCK_N=64), head_dim=128)`` serves head_dim 1 to 128. The last row has no limits,
+or limits that the kernel's checks guarantee.
+
+To serve a new GPU, add a key to the kernels that were tuned on it: ``python benchmarks/tune.py KERNEL`` times the
+candidates there and prints rows in this form. A GPU without a key of its own is served by its family (``gpu_names``).
+No configuration changes what a kernel computes; some change the order of its sums, and so its bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+WHOLE = 4096  # BLOCK_K that holds a whole row of most models: the launchers cut it to the row's own power of two
+
+
+class Row(NamedTuple):
+    """A configuration, and the largest values of a call's facts that it serves."""
+
+    configuration: dict[str, int]
+    limits: dict[str, int]
+
+
+def row(limits: dict[str, int] | None = None, /, **configuration: int) -> Row:
+    return Row(configuration, limits or {})
+
+
+TABLE: dict[str, dict[str, list[Row]]] = {
+    # Facts: itemsize (bytes per element of q), head_dim. Never the length: a row's bits depend on BLOCK_N.
+    "attention_decode": {
+        "interpreter": [row(BLOCK_N=32, num_warps=4, num_stages=1)],
+        "sm90": [
+            row({"itemsize": 2, "head_dim": 128}, BLOCK_N=64, num_warps=4, num_stages=5),
+            row({"itemsize": 2}, BLOCK_N=32, num_warps=4, num_stages=5),
+            row({"head_dim": 128}, BLOCK_N=16, num_warps=4, num_stages=3),
+            row(BLOCK_N=16, num_warps=4, num_stages=2),
+        ],
+        "sm80": [
+            row({"itemsize": 2, "head_dim": 128}, BLOCK_N=64, num_warps=4, num_stages=5),
+            row({"itemsize": 2}, BLOCK_N=32, num_warps=4, num_stages=5),
+            row({"head_dim": 128}, BLOCK_N=16, num_warps=4, num_stages=3),
+            row(BLOCK_N=16, num_warps=4, num_stages=2),
+        ],
+        "hip": [
+            row({"itemsize": 2, "head_dim": 128}, BLOCK_N=64, num_warps=4, num_stages=1),
+            row({"itemsize": 2}, BLOCK_N=32, num_warps=4, num_stages=1),
+            row({"head_dim": 128}, BLOCK_N=32, num_warps=4, num_stages=1),
+            row(BLOCK_N=16, num_warps=4, num_stages=1),
+        ],
+    },
+    # MIN_SPLIT in tokens, a multiple of every BLOCK_N of attention_decode; MAX_SPLITS a power of two.
+    "attention_splits": {
+        "interpreter": [row(MIN_SPLIT=64, MAX_SPLITS=4)],
+        "sm90": [row(MIN_SPLIT=256, MAX_SPLITS=32)],
+        "sm80": [row(MIN_SPLIT=256, MAX_SPLITS=32)],
+        "hip": [row(MIN_SPLIT=256, MAX_SPLITS=32)],
+    },
+    # Facts: itemsize (bytes per element of q), head_dim.
+    "attention_prefill": {
+        "interpreter": [row(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=1)],
+        "sm90": [
+            row({"itemsize": 2, "head_dim": 128}, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=5),
+            row({"itemsize": 2}, BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2),
+            row({"head_dim": 64}, BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2),
+            row(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),
+        ],
+        "sm80": [
+            row({"itemsize": 2, "head_dim": 64}, BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=5),
+            row({"itemsize": 2, "head_dim": 128}, BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=5),
+            row({"itemsize": 2}, BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=3),
+            row({"head_dim": 64}, BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2),
+            row(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2),
+        ],
+        "hip": [
+            row({"itemsize": 2, "head_dim": 64}, BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=1),
+            row({"itemsize": 2, "head_dim": 128}, BLOCK_M=128, BLOCK_N=32, num_warps=4, num_stages=1),
+            row({"itemsize": 2}, BLOCK_M=64, BLOCK_N=16, num_warps=4, num_stages=1),
+            row({"head_dim": 128}, BLOCK_M=32, BLOCK_N=32, num_warps=4, num_stages=1),
+            row(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
+        ],
+    },
+    # The most tokens that each regime of quantized_matmul serves. Facts: is_float (of the weight).
+    "quantized_matmul": {
+        "any": [row({"is_float": 0}, fixed_point=2, gemv=8, dot=64), row(fixed_point=0, gemv=8, dot=8)],
+        "hip": [row({"is_float": 0}, fixed_point=0, gemv=8, dot=64), row(fixed_point=0, gemv=8, dot=8)],
+    },
+    # Facts: columns, rows, tokens (1 or 2), bits per code, normed. From fixed_point_tiles.csv, H100. Whole rows in one
+    # tile ask for every byte of the weight at once. Shorter tiles are for long rows, and for a number of rows that
+    # would leave the chip half empty at the end.
+    "fixed_point": {
+        "any": [
+            row({"columns": 4096, "rows": 4096, "tokens": 1, "bits": 5}, BLOCK_N=16, BLOCK_K=WHOLE, num_warps=4),
+            row({"columns": 4096, "rows": 4096}, BLOCK_N=16, BLOCK_K=WHOLE, num_warps=8),
+            row({"columns": 4096, "rows": 16384, "tokens": 1, "bits": 4}, BLOCK_N=8, BLOCK_K=1024, num_warps=4),
+            row({"columns": 4096, "rows": 16384, "tokens": 1, "bits": 5}, BLOCK_N=16, BLOCK_K=1024, num_warps=4),
+            row({"columns": 4096, "rows": 16384, "tokens": 1}, BLOCK_N=8, BLOCK_K=1024, num_warps=2),
+            row({"columns": 4096, "tokens": 1}, BLOCK_N=16, BLOCK_K=WHOLE, num_warps=8),
+            row({"columns": 4096, "bits": 7}, BLOCK_N=16, BLOCK_K=1024, num_warps=4),
+            row({"columns": 4096}, BLOCK_N=8, BLOCK_K=1024, num_warps=4),
+            row({"tokens": 1}, BLOCK_N=16, BLOCK_K=2048, num_warps=8),
+            row({"bits": 5, "normed": 0}, BLOCK_N=16, BLOCK_K=2048, num_warps=4),
+            row(BLOCK_N=8, BLOCK_K=2048, num_warps=8),
+        ],
+    },
+    # Facts: itemsize (of x), tokens, rows, columns, bits per code or number. From gemv_tiles.csv, H100. BLOCK_K gives
+    # each lane 16 bytes of codes, and never fewer than eight columns: a sum across lanes would round differently in
+    # each, since every lane contracts its own product into a fused multiply-add.
+    "gemv": {
+        "any": [
+            row({"itemsize": 2, "tokens": 2, "rows": 2048, "bits": 4}, BLOCK_N=4, BLOCK_K=1024, num_warps=4),
+            row({"itemsize": 2, "tokens": 2, "bits": 4}, BLOCK_N=8, BLOCK_K=1024, num_warps=4),
+            row({"itemsize": 2, "tokens": 2, "rows": 2048, "bits": 8}, BLOCK_N=4, BLOCK_K=512, num_warps=4),
+            row({"itemsize": 2, "tokens": 2, "bits": 8}, BLOCK_N=8, BLOCK_K=512, num_warps=4),
+            row({"itemsize": 2, "tokens": 2, "rows": 2048, "columns": 1023}, BLOCK_N=4, BLOCK_K=256, num_warps=4),
+            row({"itemsize": 2, "tokens": 2, "columns": 1023}, BLOCK_N=8, BLOCK_K=256, num_warps=4),
+            row({"itemsize": 2, "tokens": 2, "rows": 65536, "bits": 16}, BLOCK_N=4, BLOCK_K=1024, num_warps=4),
+            row({"itemsize": 2, "tokens": 2, "bits": 16}, BLOCK_N=8, BLOCK_K=1024, num_warps=4),
+            row({"itemsize": 2, "tokens": 2, "rows": 2048}, BLOCK_N=4, BLOCK_K=256, num_warps=4),
+            row({"itemsize": 2, "tokens": 2}, BLOCK_N=8, BLOCK_K=256, num_warps=4),
+            row({"bits": 4}, BLOCK_N=4, BLOCK_K=1024, num_warps=4),
+            row({"bits": 8}, BLOCK_N=4, BLOCK_K=512, num_warps=4),
+            row(BLOCK_N=4, BLOCK_K=256, num_warps=4),
+        ],
+    },
+    # Facts: itemsize (of x).
+    "dot": {
+        "any": [row({"itemsize": 2}, BLOCK_N=32, BLOCK_K=128, num_warps=4), row(BLOCK_N=32, BLOCK_K=64, num_warps=4)],
+    },
+    "gated": {"any": [row(BLOCK=1024, num_warps=4)]},
+    # Facts: hidden. One program holds a row.
+    "norm": {
+        "any": [
+            row({"hidden": 1023}, num_warps=1),
+            row({"hidden": 1024}, num_warps=2),
+            row({"hidden": 2048}, num_warps=4),
+            row({"hidden": 4096}, num_warps=8),
+            row(num_warps=16),
+        ],
+    },
+}
+
+
+@functools.cache
+def gpu_names(device: torch.device) -> tuple[str, ...]:
+    """The keys of ``TABLE`` that serve a device, best first: its own, its family's, "any".
+
+    Families: "sm90" for Nvidia's data-centre chips from Hopper on, "sm80" for other Nvidia, "hip" for AMD.
+    """
+    if device.type == "cpu":
+        return "interpreter", "any"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0], "hip", "any"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}", "sm90" if major in (9, 10) else "sm80", "any"
+
+
+_overridden: dict[str, dict[str, int]] = {}
+version = 0  # changes with every override: launches bound before are bound anew
+
+
+def configuration(kernel: str, device: torch.device, **facts: int) -> dict[str, int]:
+    """How to launch ``kernel`` on ``device`` for a call of these facts."""
+    if kernel in _overridden:
+        return _overridden[kernel]
+    by_gpu = TABLE[kernel]
+    rows = next(by_gpu[name] for name in gpu_names(device) if name in by_gpu)
+    return next(r.configuration for r in rows if all(facts[name] <= most for name, most in r.limits.items()))
+
+
+@contextmanager
+def override(kernel: str, **chosen: int) -> Iterator[None]:
+    """Launch ``kernel`` with this configuration inside the ``with`` block, whatever the table says: to tune, to test.
+
+    Holds for the whole process, not for one thread.
+    """
+    global version
+    before = _overridden.get(kernel)
+    _overridden[kernel] = chosen
+    version += 1
+    try:
+        yield
+    finally:
+        version += 1
+        if before is None:
+            del _overridden[kernel]
+        else:
+            _overridden[kernel] = before
