@@ -27,8 +27,8 @@ import memory_plan_check
 from memory_plan_check import RandomSource, ShapesOnly, config_of
 from rooflama.loaders.device import open_device
 from rooflama.loading import start_runner
-from rooflama.models import CheckpointReader, Decoder, SamplingParams, adapter_for
-from rooflama.models.serving.runner import DecodeBatch
+from rooflama.models import CheckpointReader, Decoder, ModelConfig, SamplingParams, adapter_for
+from rooflama.models.serving.runner import DecodeBatch, ModelRunner
 from rooflama.planning import plan_for_device
 from timing import ceilings, provenance, write_rows
 
@@ -66,17 +66,27 @@ def types_of(case: Case) -> Callable[..., Callable[[str, tuple[int, ...]], str]]
 
 
 @contextmanager
-def ready(case: Case) -> Iterator[tuple[DecodeBatch, int]]:
-    """A batch whose step has been captured, and the bytes that a step must read in the middle of STEPS steps."""
-    length = max(1, case.context)
-    config = dataclasses.replace(config_of(case.model), context_length=length + STEPS + WARM_UP + 64)
+def random_runner(case: Case, spare_tokens: int) -> Iterator[tuple[ModelRunner, int, ModelConfig]]:
+    """A runner of the case's model with random weights, the bytes of the weights that a step reads, and the config.
+
+    Its pages hold ``spare_tokens`` tokens per sequence more than the case's context.
+    """
+    config = dataclasses.replace(config_of(case.model), context_length=max(1, case.context) + spare_tokens)
     with mock.patch.object(memory_plan_check, "type_of", types_of(case)), open_device("cuda") as device:
         reader = CheckpointReader(ShapesOnly(config))
         plan = plan_for_device(reader, config, device, context=config.context_length, dtype="auto", kv_dtype="auto")
         decoder = Decoder.load(RandomSource(reader, device), config, adapter_for("llama"))
         read = (b for b in device.held() if config.tied_embeddings or b.label != "token_embd.weight")
         weights = sum(buffer.nbytes for buffer in read)
-        runner = start_runner(decoder, plan.but(sequences=case.sequences), device)
+        with torch.inference_mode():
+            yield start_runner(decoder, plan.but(sequences=case.sequences), device), weights, config
+
+
+@contextmanager
+def ready(case: Case) -> Iterator[tuple[DecodeBatch, int]]:
+    """A batch whose step has been captured, and the bytes that a step must read in the middle of STEPS steps."""
+    length = max(1, case.context)
+    with random_runner(case, STEPS + WARM_UP + 64) as (runner, weights, config):
         ids = []
         for _ in range(case.sequences):
             ids.append(runner.cache.add())
@@ -86,12 +96,11 @@ def ready(case: Case) -> Iterator[tuple[DecodeBatch, int]]:
         count = len(ids)
         lengths = [config.context_length] * count
         batch = DecodeBatch(runner, ids, lengths, lengths, [SamplingParams()] * count, [[0]] * count, [[]] * count)
-        with torch.inference_mode():
-            for _ in range(WARM_UP):
-                batch.step()
-            torch.cuda.synchronize()
-            cached = count * (length + WARM_UP + STEPS // 2) * config.kv_bytes_per_token(2)
-            yield batch, weights + int(cached)
+        for _ in range(WARM_UP):
+            batch.step()
+        torch.cuda.synchronize()
+        cached = count * (length + WARM_UP + STEPS // 2) * config.kv_bytes_per_token(2)
+        yield batch, weights + int(cached)
 
 
 def run_case(case: Case) -> dict[str, float]:

@@ -119,7 +119,7 @@ class Kernel(Generic[P, Out]):
             return self._run(values, device)
 
     def _run(self, values: tuple, device: torch.device) -> Any:
-        replayed = device.type == "cuda" and forced_backend() != "numpy"
+        replayed = replays(device)
         if replayed:
             signature = (configurations.version, signature_of(values))
             if (bound := self._bound.get(signature)) is not None:
@@ -134,7 +134,7 @@ class Kernel(Generic[P, Out]):
         if launches is None:
             return out
         launches = [one for one in ([launches] if isinstance(launches, Launch) else launches) if all(one.grid)]
-        compiled = [one.kernel[one.grid](*one.args, **one.options) for one in launches]
+        compiled = [run(one) for one in launches]
         if replayed and (bound := BoundLaunches.bind(values, out, scratch.taken, launches, compiled)) is not None:
             if len(self._bound) >= MOST_BOUND:
                 self._bound.clear()
@@ -228,6 +228,16 @@ def swap(**replacements: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         _swapped.reset(token)
+
+
+def replays(device: torch.device) -> bool:
+    """Whether calls for tensors on this device are bound and replayed."""
+    return device.type == "cuda" and forced_backend() != "numpy"
+
+
+def run(one: Launch) -> Any:
+    """Launch as Triton does; returns the compiled kernel."""
+    return one.kernel[one.grid](*one.args, **one.options)
 
 
 def is_traced() -> bool:
