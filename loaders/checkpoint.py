@@ -10,6 +10,8 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+MOST_LAYERS = 10_000  # of a model; a damaged file must not ask for a table of billions
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:

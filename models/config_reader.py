@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from rooflama.loaders.checkpoint import MOST_LAYERS
+
 from .config import ModelConfig
 from .hyperparameters import LARGEST_INTEGER, Hyperparameters
 from .rope.metadata import read_local_rope, read_rope
 from .rope.spec import Yarn
 from .weights import CheckpointReader
 
-MOST_LAYERS = 10_000  # so that a damaged header asks for no table of billions
 HF_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",

@@ -135,10 +135,9 @@ def parse_header(data: memoryview, path: str, file_index: int = 0, *, size: int 
     cursor.reading = "the padding after the header"
     padding = -cursor.position % alignment
     cursor.zeros(padding if infos else min(padding, cursor.size - cursor.position), "the padding before the tensors")
-    data_start = cursor.position
     cursor.size = cursor.size if size is None else size
     tensors = _place(cursor, infos, alignment, file_index)
-    return Header(version, cursor.order, alignment, metadata, value_offsets, tensors, data_start)
+    return Header(version, cursor.order, metadata, value_offsets, tensors)
 
 
 def _magic(cursor: _Cursor) -> None:

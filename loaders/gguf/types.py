@@ -113,8 +113,6 @@ class Header:
 
     version: int
     byte_order: ByteOrder
-    alignment: int
     metadata: Mapping[str, Value]
     value_offsets: Mapping[str, int]
     tensors: Mapping[str, TensorInfo]
-    data_start: int

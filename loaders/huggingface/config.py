@@ -13,12 +13,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from ..checkpoint import MOST_LAYERS
 from .json_files import HuggingFaceError
 from .rope import rope_arguments
 from .unread import check_unread
 
 LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")  # one spelling for each layer
-MOST_LAYERS = 100_000
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 LEFTOVERS = re.compile(
     r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(.+\.)?(position_ids|masked_bias|_extra_state)"

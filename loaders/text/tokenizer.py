@@ -129,10 +129,6 @@ class Tokenizer:
         stream = self.stream(skip_special=skip_special)
         return "".join([stream.feed(token_id) for token_id in ids]) + stream.flush()
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that the ids spell, one after the other, with nothing removed or replaced."""
-        return b"".join(self.piece(token_id).data for token_id in ids)
-
     def stream(self, *, skip_special: bool = True, after: int | None = None) -> StreamDecoder:
         """A decoder to feed ids one by one as they are generated.
 
