@@ -198,7 +198,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     if count > 1:
         for index, shard in enumerate(_shards(first, split, count)[1:], start=1):
             mapped, header = _open(shard, index)
-            _check_shard(shard, header, index, headers)
+            _check_shard(shard, header, index, count, headers)
             paths.append(shard)
             maps.append(mapped)
             headers.append(header)
@@ -255,12 +255,11 @@ def _shards(first: Path, split: Metadata, count: int) -> list[Path]:
     return shards
 
 
-def _check_shard(path: Path, header: Header, index: int, before: list[Header]) -> None:
+def _check_shard(path: Path, header: Header, index: int, count: int, before: list[Header]) -> None:
     """A later file of a split set agrees with the first and repeats no tensor."""
     metadata = Metadata(header.metadata, header.value_offsets, str(path))
     if metadata.integer("split.no") != index:
         metadata.refuse("split.no", f"{metadata['split.no']}", f"by its name this is file {index} counted from 0")
-    count = before[0].metadata["split.count"]
     if metadata.integer("split.count", count) != count:
         metadata.refuse("split.count", f"{metadata['split.count']}", f"the first file says {count}")
     if header.byte_order != before[0].byte_order:
