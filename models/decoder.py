@@ -15,16 +15,26 @@ from rooflama.kernels import (
     embedding,
     quantized_matmul,
     rms_norm,
+    rope,
     rope_and_cache_write,
     write_kv,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .config import ModelConfig
     from .kv_cache import PagedKVCache
     from .weights import CheckpointReader, TensorSource
+
+
+class Observer(Protocol):
+    """Sees named intermediates of a prefill pass. What a pass hands over may be overwritten later: copy what you keep.
+
+    "q", "k", "v" [num_tokens, heads, head_dim] are rotated, and keys and values are as stored: rounded to the pages'
+    dtype, codes times their scale. "hidden" [num_tokens, hidden_size] is the residual stream after the layer.
+    """
+
+    def __call__(self, name: str, layer: int, tensor: Tensor, /) -> object: ...
+
 
 LOGITS_ROWS = 8  # tokens whose logits are made at a time where all are asked for: float32 rows of a whole vocabulary
 
@@ -37,6 +47,8 @@ class Step:
         config, cache: the model's numbers, and the pages it reads and writes.
         cos, sin: rotary tables, float32 [rows, rotary_dim / 2].
         local_rotation: cos, sin and rope_rows of layers with ``config.local_rope``; None if there are none.
+        fused: whether norms, rotation and cache write run within larger kernels (``Decoder.fused``).
+        observe: is called with the intermediates of each layer, None for no observer.
         token_ids: int32 [num_tokens], all sequences' new tokens one after the other.
         rope_rows: int32 [num_tokens], each token's row in the tables: its position, unless tables are stacked.
         slot_mapping: int64 [num_tokens], where each token's key and value go; negative for nowhere.
@@ -56,6 +68,8 @@ class Step:
     seq_lens: Tensor
     query_start_loc: Tensor | None = None
     local_rotation: tuple[Tensor, Tensor, Tensor] | None = None
+    fused: bool = True
+    observe: Observer | None = None
 
     def attention(
         self, layer: int, qkv: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None
@@ -75,14 +89,22 @@ class Step:
         q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         k_pages, v_pages = cache.k_pages[layer], cache.v_pages[layer]
         scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
-        if layer in config.unrotated_layers:
-            q, k = self._normed(q, q_norm), self._normed(k, k_norm)
-            write_kv(k, v, k_pages, v_pages, self.slot_mapping, **scales)
-        else:
+        rotated = layer not in config.unrotated_layers
+        if rotated and self.fused:
             q = rope_and_cache_write(
                 q, k, v, *self.rotation(layer), self.slot_mapping, k_pages, v_pages, q_norm, k_norm,
                 eps=config.rms_norm_eps, interleaved=config.rope_interleaved, **scales,
             )  # fmt: skip
+        else:
+            q, k = self._normed(q, q_norm), self._normed(k, k_norm)
+            if rotated:
+                angles = self.rotation(layer)
+                q, k = (rope(heads, *angles, interleaved=config.rope_interleaved) for heads in (q, k))
+            write_kv(k, v, k_pages, v_pages, self.slot_mapping, **scales)
+        if self.observe is not None:
+            self.observe("q", layer, q)
+            self.observe("k", layer, self._stored(k_pages, cache.k_scale[layer]))
+            self.observe("v", layer, self._stored(v_pages, cache.v_scale[layer]))
         options = {
             "softmax_scale": config.softmax_scale,
             "sliding_window": config.sliding_windows[layer],
@@ -102,6 +124,11 @@ class Step:
         if self.local_rotation is not None and self.config.rope_of(layer) is self.config.local_rope:
             return self.local_rotation
         return self.cos, self.sin, self.rope_rows
+
+    def _stored(self, pages: Tensor, scale: Tensor | None) -> Tensor:
+        """This step's keys or values as the pages hold them, [num_tokens, num_kv_heads, head_dim]."""
+        stored = pages.flatten(0, 1)[self.slot_mapping]
+        return stored if scale is None else stored.float() * scale.flatten(0, 1)[self.slot_mapping].unsqueeze(-1)
 
     def _normed(self, heads: Tensor, weight: Tensor | None) -> Tensor:
         """[num_tokens, heads, head_dim], each head normed where there is a weight."""
@@ -134,6 +161,7 @@ class Decoder:
     output_norm: Tensor  # [hidden_size]
     output: Weight  # [vocab_size, hidden_size], the embedding itself where tied
     batch_invariant: bool  # whether its products are, see quantized_matmul
+    fused: bool  # whether norms, activations and additions run within the products, see Projection
 
     @classmethod
     def load(cls, source: TensorSource, config: ModelConfig, adapter: Adapter) -> Decoder:
@@ -144,31 +172,28 @@ class Decoder:
         output_norm = source.vector("output_norm.weight", config.hidden_size)
         output = token_embedding if config.tied_embeddings else source.matrix("output.weight", *shape)
         source.refuse_untaken()
-        return cls(config, adapter, token_embedding, layers, output_norm, output, source.batch_invariant)
+        return cls(config, adapter, token_embedding, layers, output_norm, output, source.batch_invariant, source.fused)
 
-    def hidden_states(
-        self, step: Step, dtype: torch.dtype, observe: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
-        """The residual stream after the last layer, [num_tokens, hidden_size] in ``dtype``.
-
-        ``observe(index, hidden)`` is called after each layer, to compare layer by layer.
-        """
+    def hidden_states(self, step: Step, dtype: torch.dtype) -> Tensor:
+        """The residual stream after the last layer, [num_tokens, hidden_size] in ``dtype``."""
         hidden = embedding(step.token_ids, self.token_embedding, dtype)
         if self.config.embedding_scale != 1:
             hidden *= self.config.embedding_scale
         for index, layer in enumerate(self.layers):
             hidden = self.adapter.block(layer, hidden, step)
-            if observe is not None:
-                observe(index, hidden)
+            if step.observe is not None:
+                step.observe("hidden", index, hidden)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
-        config = self.config
+        config, norm_weight = self.config, self.output_norm if self.fused else None
+        if not self.fused:
+            hidden = rms_norm(hidden, self.output_norm, config.rms_norm_eps)
         logits = quantized_matmul(
             hidden,
             self.output,
-            norm_weight=self.output_norm,
+            norm_weight=norm_weight,
             eps=config.rms_norm_eps,
             batch_invariant=self.batch_invariant,
             resident=True,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, swiglu
+from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, rms_norm, swiglu
 from rooflama.loaders.gguf.metadata import place
 from rooflama.loaders.gguf.repack import repack
 
@@ -30,11 +30,12 @@ class Projection:
     """y = x Wᵀ + bias, where W may be stacked from parts whose quantisations differ.
 
     Neighbouring parts of one ggml type were joined at load, so that most projections are one launch.
-    ``batch_invariant`` is that of ``quantized_matmul``.
+    ``batch_invariant`` is that of ``quantized_matmul``. With ``fused`` False, the norm, the activation and the addition
+    of the residual run on their own, each rounding its result.
     """
 
-    def __init__(self, parts: list[Weight], bias: Tensor | None, *, batch_invariant: bool = False):
-        self.parts, self.batch_invariant = parts, batch_invariant
+    def __init__(self, parts: list[Weight], bias: Tensor | None, *, batch_invariant: bool = False, fused: bool = True):
+        self.parts, self.batch_invariant, self.fused = parts, batch_invariant, fused
         self.biases = [None] * len(parts) if bias is None else bias.split([part.shape[0] for part in parts])
 
     def __call__(
@@ -52,11 +53,13 @@ class Projection:
             x, residual, norm_weight, eps: as for ``quantized_matmul``.
             gate: activation of the first half of the rows, whose product with the second half is returned.
         """
+        if norm_weight is not None and not self.fused:
+            x, norm_weight = rms_norm(x, norm_weight, eps), None
         norm: dict[str, Any] = {"norm_weight": norm_weight, "eps": eps, "batch_invariant": self.batch_invariant}
         norm["resident"] = True  # uploaded long before any step
-        if len(self.parts) == 1 and gate in (None, "silu"):
-            fused = gate is not None
-            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=fused, **norm)
+        if self.fused and len(self.parts) == 1 and gate in (None, "silu"):
+            gated = gate is not None
+            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=gated, **norm)
         parts = [quantized_matmul(x, part, bias, **norm) for part, bias in zip(self.parts, self.biases, strict=True)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if gate is not None:
@@ -159,6 +162,7 @@ class TensorSource(CheckpointReader):
         device: where weights go.
         progress: called with the number of the file's bytes that each upload finished.
         batch_invariant: whether the model's products are to be.
+        fused: whether norms, activations and additions run within the products.
     """
 
     def __init__(
@@ -168,9 +172,10 @@ class TensorSource(CheckpointReader):
         progress: Callable[[int], None] | None = None,
         *,
         batch_invariant: bool = False,
+        fused: bool = True,
     ):
         super().__init__(checkpoint)
-        self.device, self.batch_invariant = device, batch_invariant
+        self.device, self.batch_invariant, self.fused = device, batch_invariant, fused
         self._progress = progress or (lambda num_bytes: None)
 
     def _upload(self, weight: Weight, label: str) -> Weight:
@@ -234,7 +239,7 @@ class TensorSource(CheckpointReader):
             biases = torch.cat([self.host_vector(name, size) for name, size in bias_sizes.items()])
             stacked_bias = self._place(biases if row_order is None else biases[torch.from_numpy(row_order)], label)
         uploaded = [self._upload(part, label) for part in parts]
-        projection = Projection(uploaded, stacked_bias, batch_invariant=self.batch_invariant)
+        projection = Projection(uploaded, stacked_bias, batch_invariant=self.batch_invariant, fused=self.fused)
         self._done(*weight_names, *bias_sizes)
         return projection
 

@@ -28,12 +28,14 @@ __all__ = [
     "Report",
     "RooflamaError",
     "Summary",
+    "Trace",
     "check",
     "demo_checkpoint",
     "inspect",
     "load",
     "load_tokenizer",
     "plan_memory",
+    "trace",
 ]
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from .planning import plan_memory
     from .results import Generation
     from .summary import Summary, inspect
+    from .tracing import Trace, trace
 else:
     _ROOMS = ("kernels", "loaders", "models")
     _NAMES = {
@@ -60,6 +63,7 @@ else:
         "planning": ("plan_memory",),
         "results": ("Generation",),
         "summary": ("Summary", "inspect"),
+        "tracing": ("Trace", "trace"),
     }
     _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

@@ -48,6 +48,7 @@ def load(
     longrope: FactorSetPolicy = "auto",
     rope: Mapping[str, Any] | str | None = None,
     batch_invariant: bool = False,
+    fused: bool = True,
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint onto a device.
@@ -76,6 +77,9 @@ def load(
             chunks its prompt is read. Without it they agree up to rounding, since products of few and of many tokens
             take different kernels. Costs most of the prompt's speed. A promise of the Triton kernels: refused where
             the NumPy definitions run.
+        fused: False runs norm, projection, rotation, cache write, activation and addition as kernels of their own, so
+            that an implementation given to ``rooflama.swap`` for any of them is called. Results agree up to rounding;
+            decoding is slower. See docs/SWAP_AND_TRACE.md.
         progress: show a bar on standard error.
 
     Raises:
@@ -91,6 +95,7 @@ def load(
     limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
     limit = arguments.whole_or_none("memory_limit", limit, "memory_limit is bytes, or text such as 8GiB")
     batch_invariant = arguments.flag("batch_invariant", batch_invariant)
+    fused = arguments.flag("fused", fused)
     choose_dtypes(dtype, kv_dtype, find_device(str(device))[1])  # slips are named before anything is read or downloaded
     if max_context is not None and max_context < 1:
         raise ArgumentError(
@@ -108,7 +113,17 @@ def load(
                     remedy="Load on a GPU, or without batch_invariant",
                 )
             return _load(
-                checkpoint, tokenizer, owner, dtype, kv_dtype, max_context, longrope, rope, batch_invariant, progress
+                checkpoint,
+                tokenizer,
+                owner,
+                dtype,
+                kv_dtype,
+                max_context,
+                longrope,
+                rope,
+                batch_invariant,
+                fused,
+                progress,
             )
         except BaseException:
             owner.close()
@@ -125,6 +140,7 @@ def _load(
     longrope: FactorSetPolicy,
     rope: Mapping[str, Any] | str | None,
     batch_invariant: bool,
+    fused: bool,
     progress: bool,
 ) -> Model:
     adapter = adapter_of(checkpoint)
@@ -132,7 +148,7 @@ def _load(
     with _bar(progress) as bar:
         task = bar.add_task(checkpoint.name, total=total)
         source = TensorSource(
-            checkpoint, device, lambda nbytes: bar.advance(task, nbytes), batch_invariant=batch_invariant
+            checkpoint, device, lambda nbytes: bar.advance(task, nbytes), batch_invariant=batch_invariant, fused=fused
         )
         config = with_rope(adapter.read_config(source), rope)
         check_vocabulary(tokenizer, config.vocab_size)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import secrets
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from rooflama.models import (
     SamplingParams,
     TokenRun,
 )
-from rooflama.models.decoder import LOGITS_ROWS
+from rooflama.models.decoder import LOGITS_ROWS, Observer
 
 from . import arguments
 from .arguments import Prompt
@@ -69,14 +70,13 @@ class Model:
         """Tokens a sequence may reach, prompt included."""
         return self.plan.context
 
-    def logits(
-        self, token_ids: Sequence[int] | Tensor, *, observe: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
+    def logits(self, token_ids: Sequence[int] | Tensor, *, observe: Observer | None = None) -> Tensor:
         """Teacher-forced logits: row i scores the token after ``token_ids[: i + 1]``.
 
         Args:
             token_ids: 1 to ``max_context`` ids of this model's vocabulary, as a sequence or an array.
-            observe: called with (layer index, residual stream) after each layer.
+            observe: called with (name, layer index, tensor) for each layer's "q", "k", "v" and "hidden", on the
+                device and one prefill pass at a time; ``rooflama.trace`` collects them.
 
         Returns:
             float32 [num_tokens, vocab_size] on the CPU.
@@ -84,26 +84,37 @@ class Model:
         Raises:
             ArgumentError: no tokens, an unknown token, or more tokens than the context.
         """
-        request = Request(arguments.token_ids(token_ids), 0, SamplingParams())
+        with self.prefill(arguments.token_ids(token_ids), observe) as passes:
+            rows = (part for hidden in passes for part in hidden.split(LOGITS_ROWS))
+            return torch.cat([self.runner.decoder.logits(part).cpu() for part in rows])
+
+    @contextmanager
+    def prefill(self, token_ids: list[int], observe: Observer | None) -> Iterator[Iterator[Tensor]]:
+        """The prefill passes over one prompt: the residual stream [num_tokens, hidden_size] after the last layer.
+
+        A pass runs when the iterator reaches it. Other requests wait until the ``with`` block ends.
+        """
+        request = Request(token_ids, 0, SamplingParams())
         with self._turns.turn():
             self._check_open()
             request.check(self.runner)
             self._wait_for_pages(len(request.prompt))
-
-            def watch(layer: int, hidden: Tensor) -> None:
-                if observe is not None:
-                    observe(layer, hidden)
-                    self._check_open()  # the weights of the next layer are gone if it closed the model
-
             cache = self.runner.cache
             sequence_id = cache.add()
             try:
-                passes = self.runner.prefill([sequence_id], [request.prompt], [len(request.prompt)], watch)
+                watched = None if observe is None else self._watched(observe)
+                passes = self.runner.prefill([sequence_id], [request.prompt], [len(request.prompt)], watched)
                 with self.device.guard("logits"):
-                    rows = (part for _, hidden in passes for part in hidden.split(LOGITS_ROWS))
-                    return torch.cat([self.runner.decoder.logits(part).cpu() for part in rows])
+                    yield (hidden for _, hidden in passes)
             finally:
                 cache.free(sequence_id)
+
+    def _watched(self, observe: Observer) -> Observer:
+        def watch(name: str, layer: int, tensor: Tensor) -> None:
+            observe(name, layer, tensor)
+            self._check_open()  # the weights of the next layer are gone if it closed the model
+
+        return watch
 
     def _wait_for_pages(self, num_tokens: int) -> None:
         pool, needed = self.runner.cache.pool, self.runner.cache.pages_for(num_tokens)

@@ -27,11 +27,12 @@ def running(
     kv_dtype: torch.dtype | None = None,
     longrope: str = "auto",
     batch_invariant: bool = False,
+    fused: bool = True,
 ) -> Iterator[ModelRunner]:
     """The checkpoint's runner, with pages (of ``kv_dtype``) for ``num_seqs`` sequences of ``max_context`` tokens."""
     adapter = adapter_for(checkpoint.metadata["general.architecture"])
     with open_device(device) as owner:
-        source = TensorSource(checkpoint, owner, batch_invariant=batch_invariant)
+        source = TensorSource(checkpoint, owner, batch_invariant=batch_invariant, fused=fused)
         config = adapter.read_config(source)
         decoder = Decoder.load(source, config, adapter)
         num_pages = num_seqs * -(-max_context // PAGE_SIZE)

@@ -91,7 +91,7 @@ class DryRunSource(TensorSource):
         CheckpointReader.__init__(self, reader.checkpoint)
         self._taken |= reader._taken
         self._progress = lambda num_bytes: None
-        self._backend, self.batch_invariant = backend, False
+        self._backend, self.batch_invariant, self.fused = backend, False, True
         self.resident: Counter[str] = Counter()
         self.allocations: list[int] = []
         self.matrices: list[Matrix] = []

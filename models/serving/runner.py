@@ -6,7 +6,7 @@ device, the sampler included. So on a GPU the step is captured once as a CUDA gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..decoder import Decoder, Step
+from ..decoder import Decoder, Observer, Step
 from ..kv_cache import PagedKVCache
 from ..rope.rotation import make_rotation
 from ..rope.spec import FactorSetPolicy
@@ -97,13 +97,13 @@ class ModelRunner:
         sequence_ids: list[int],
         prompts: list[list[int]],
         planned: list[int],
-        observe: Callable[[int, Tensor], None] | None = None,
+        observe: Observer | None = None,
     ) -> Iterator[tuple[list[Span], Tensor]]:
         """Run prompts through the layers, appending to the cache.
 
         Yields for each chunk which tokens it held, and their residual stream [num_tokens, hidden_size] after the last
         layer. ``planned`` is how many tokens each sequence may reach; it pins the sequence's rotation. ``observe`` is
-        passed on to ``Decoder.hidden_states``.
+        called with the intermediates of each layer.
         """
         pins = self.rotation.pin(planned)
         cached = [self.cache.length(sequence_id) for sequence_id in sequence_ids]
@@ -122,16 +122,17 @@ class ModelRunner:
                 "block_table": self.block_table([sequence_ids[span.index] for span in chunk]),
                 "seq_lens": self._int32([cached[span.index] + span.end for span in chunk]),
                 "query_start_loc": self._int32(starts),
+                "observe": observe,
             }
-            yield chunk, self.hidden_states(observe, **batch)  # not kept here while the next chunk runs
+            yield chunk, self.hidden_states(**batch)  # not kept here while the next chunk runs
 
-    def hidden_states(self, observe: Callable[[int, Tensor], None] | None = None, **batch: Any) -> Tensor:
+    def hidden_states(self, **batch: Any) -> Tensor:
         """One pass through the layers: the residual stream [num_tokens, hidden_size] after the last.
 
         ``batch`` holds what changes in ``Step`` from one pass to the next.
         """
-        step = Step(config=self.decoder.config, cache=self.cache, **batch)
-        return self.decoder.hidden_states(step, self.dtype, observe)
+        step = Step(config=self.decoder.config, cache=self.cache, fused=self.decoder.fused, **batch)
+        return self.decoder.hidden_states(step, self.dtype)
 
     def _int32(self, values: list[int] | np.ndarray) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int32), device=self.device)
@@ -216,7 +217,6 @@ class DecodeBatch:
         slot = page.long() * page_size + position % page_size
         self.lengths += active
         hidden = runner.hidden_states(
-            None,
             token_ids=self.token_ids,
             **runner.rotation.rows(self.pins, position),
             slot_mapping=torch.where(active, slot, -1),

@@ -16,6 +16,7 @@ from rooflama.models.memory.amounts import size
 from ..model import Model
 from ..planning import plan_memory
 from ..results import Generation
+from ..tracing import trace
 from .definition import Definition
 from .file_checks import CONTEXT, Finding, Status, Subject
 
@@ -58,8 +59,8 @@ def forward(subject: Subject) -> Finding:
     """
     model, config = subject.model, subject.config
     ids = model.tokenizer.encode(TEXT)[: min(TOKENS, model.max_context)]
-    states: list[np.ndarray] = []
-    logits = model.logits(ids, observe=lambda index, hidden: states.append(hidden.detach().cpu().double().numpy()))
+    traced = trace(model, ids, ["hidden", "logits"])
+    states = traced["hidden"].double().numpy()
     definition = Definition(subject.file, config, len(ids))
     allowed = tolerance(model.runner.dtype, max(config.hidden_size, config.intermediate_size))
     errors = []
@@ -74,7 +75,7 @@ def forward(subject: Subject) -> Finding:
     if not errors[-1] <= allowed:
         finite = "not finite" if not np.isfinite(states[len(errors) - 1]).all() else f"off by {errors[-1]:.2e}"
         return Finding("FAIL", f"layer {len(errors) - 1} is {finite}, relative; allowed {allowed:.1e}", details)
-    error = _relative_error(logits.double().numpy(), definition.logits(states[-1]))
+    error = _relative_error(traced["logits"].double().numpy(), definition.logits(states[-1]))
     details["logits error"] = error
     if not error <= allowed:
         return Finding("FAIL", f"the layers agree, the logits are off by {error:.2e}; allowed {allowed:.1e}", details)

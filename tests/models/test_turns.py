@@ -89,7 +89,7 @@ def test_a_stream_that_nobody_reads_makes_way_for_another_thread(model):
 
 
 def test_a_request_within_an_observer_finds_no_room_and_says_so(model):
-    def observe(layer, hidden):
+    def observe(name, layer, tensor):
         model.generate(PROMPT, max_new_tokens=80)
 
     with pytest.raises(OutOfPages):
@@ -100,13 +100,13 @@ def test_a_request_within_an_observer_finds_no_room_and_says_so(model):
 def test_an_observer_that_closes_the_model_ends_the_request(model):
     seen = []
 
-    def observe(layer, hidden):
-        seen.append(layer)
+    def observe(name, layer, tensor):
+        seen.append((name, layer))
         model.close()
 
     with pytest.raises(ModelClosed, match="is closed"):
         model.logits([5, 6, 7], observe=observe)
-    assert seen == [0]
+    assert seen == [("q", 0)]
     assert model.device.held_bytes == 0
 
 
