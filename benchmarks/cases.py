@@ -35,6 +35,7 @@ class Case:
         num_bytes: device memory that must move, each input read once, each output written once.
         num_flops: operations that must be done on tensor cores.
         implementations: name -> calls on different buffers; ``rooflama`` and its peers.
+        facts: what kernels/launch.py may ask about the case.
     """
 
     kernel: str
@@ -42,6 +43,7 @@ class Case:
     num_bytes: int
     num_flops: int
     implementations: dict[str, Calls] = field(repr=False)
+    facts: dict[str, int] = field(default_factory=dict)
 
 
 def random_weight(ggml_type: str, rows: int, columns: int) -> Weight:
@@ -155,6 +157,7 @@ def attention_decode_cases() -> Iterator[Case]:
                     "rooflama": [lambda p=p, f=ours: f(p) for p in pools],
                     "torch SDPA": [lambda p=p, f=sdpa: f(p) for p in dense],
                 },
+                {"itemsize": 2, "head_dim": head_dim},
             )
 
 
@@ -188,6 +191,7 @@ def attention_prefill_cases() -> Iterator[Case]:
                     "rooflama": [lambda p=p, f=ours: f(p) for p in pools],
                     "torch SDPA": [lambda p=p, f=sdpa: f(p) for p in dense],
                 },
+                {"itemsize": 2, "head_dim": head_dim},
             )
 
 
@@ -206,6 +210,7 @@ def elementwise_cases() -> Iterator[Case]:
                     "rooflama": [lambda x=x, w=weight: kernels.rms_norm(x, w, 1e-5) for x in xs],
                     "torch": [lambda x=x, w=weight.to(BF16): F.rms_norm(x, w.shape, w, 1e-5) for x in xs],
                 },
+                {"hidden": hidden},
             )  # fmt: skip
             yield Case(
                 "norm", f"add_rms_norm [{tokens}, {hidden}]", 8 * tokens * hidden, 0,
@@ -313,6 +318,20 @@ def table_cases() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def penalty_cases() -> Iterator[Case]:
+    """Penalties on the logits of a vocabulary of 128,256."""
+    for num_seqs in (1, 64):
+        num_bytes = 12 * num_seqs * 128256
+        logits = [torch.randn(num_seqs, 128256, device=CUDA) for _ in range(_copies(num_bytes))]
+        seen = torch.zeros(num_seqs, 128256, dtype=torch.int32, device=CUDA)
+        seen[:, :1000] = 3
+        rest = (seen, *(torch.full((num_seqs,), value, device=CUDA) for value in (1.1, 0.1, 0.1)))
+        yield Case(
+            "penalties", f"penalise [{num_seqs}, 128256]", num_bytes, 0,
+            {"rooflama": [lambda x=x, rest=rest: kernels.penalise(x, *rest) for x in logits]},
+        )  # fmt: skip
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "quantized_matmul": quantized_matmul_cases,
     "regimes": regime_cases,
@@ -321,4 +340,5 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "elementwise": elementwise_cases,
     "rotary_and_pages": rotary_and_page_cases,
     "tables": table_cases,
+    "penalties": penalty_cases,
 }

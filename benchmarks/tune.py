@@ -1,111 +1,168 @@
-"""The fastest tiles for few tokens: ``python benchmarks/tune.py REGIME [--types Q4_K ...] --out FILE.csv``.
+"""The fastest launch configurations: ``python benchmarks/tune.py KERNEL [--types Q4_K ...] --out FILE.csv``.
 
-REGIME is ``fixed_point`` or ``gemv``. Every tile of a list is tried for each type, shape and number of tokens, through
-the public function with the launcher's own choice replaced, in a CUDA graph over weights that do not fit L2. Kernels
-are compiled first, in as many processes as there are cores. All tiles are written, with what they were measured on;
-what the launcher should choose is for whoever reads them to decide.
+KERNEL is a name of ``kernels/launch.py``. Every candidate is timed for every problem, through the public function with
+the table overridden, in a CUDA graph over buffers that do not fit L2. Candidates are compiled first, in as many
+processes as there are cores. FILE.csv gets all of them, with what they were measured on. The fastest of each problem is
+printed as a row of the table: which rows to join, and under which limits, is for whoever reads them to decide.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from cases import random_weight
+import cases
 from rooflama.kernels import LAYOUTS, quantized_matmul
+from rooflama.kernels.launch import override
 from timing import ceilings, measure, provenance, write_rows
 
-MODULES = {"fixed_point": "rooflama.kernels.quantized_fixed_point", "gemv": "rooflama.kernels.quantized_gemv"}
 SHAPES = [(6144, 4096, True), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, True)]
-CACHE_BYTES = 200e6  # weights in turn, several times the L2 cache
+PRODUCTS = {"fixed_point": (1, 2), "gemv": (1,), "dot": (16, 64)}  # the regime's tokens per call, by default
 
-Tile = tuple[int, int, int]  # BLOCK_N, BLOCK_K, num_warps
+Configuration = dict[str, int]
 
 
-def tiles(columns: int, bits: int) -> Iterator[Tile]:
+@dataclass(frozen=True)
+class Problem:
+    """Calls that do the same work on different buffers, what the table may ask about them, and the bytes of one."""
+
+    label: str
+    facts: dict[str, int]
+    calls: cases.Calls
+    num_bytes: int
+
+
+def products(regime: str, types: list[str], tokens: list[int]) -> Iterator[Problem]:
+    """The quantised product, held to one regime."""
+    for num_tokens, ggml_type, (rows, columns, normed) in itertools.product(tokens, types, SHAPES):
+        layout = LAYOUTS[ggml_type]
+        num_bytes = cases.random_weight(ggml_type, rows, columns).nbytes
+        weights = [cases.random_weight(ggml_type, rows, columns) for _ in range(cases._copies(num_bytes))]
+        x = torch.randn(num_tokens, columns, device=cases.CUDA, dtype=cases.BF16)
+        norm_weight = torch.ones(columns, device=cases.CUDA) if normed else None
+        bits = layout.low_bits + layout.high_bits or 8 * weights[0].planes[0].element_size()
+        facts = {"rows": rows, "columns": columns, "tokens": num_tokens, "bits": bits, "normed": normed, "itemsize": 2}
+        calls = [
+            partial(_in_regime, regime, x, weight, norm_weight=norm_weight, eps=1e-5, resident=True)
+            for weight in weights
+        ]
+        yield Problem(f"{ggml_type} [{rows}, {columns}] tokens={num_tokens}", facts, calls, num_bytes)
+
+
+def _in_regime(regime: str, *args: object, **kwargs: object) -> torch.Tensor:
+    most = {name: 1 << 30 if name == regime else 0 for name in PRODUCTS}
+    with override("quantized_matmul", **most):
+        return quantized_matmul(*args, **kwargs)
+
+
+def registered(group: str, kernel: str) -> Iterator[Problem]:
+    """The cases of one kernel in the registry of ``cases.py``."""
+    for case in cases.CASES[group]():
+        if case.label.startswith(kernel):
+            yield Problem(case.label, case.facts, case.implementations["rooflama"], case.num_bytes)
+
+
+def _grid(**choices: tuple[int, ...]) -> Iterator[Configuration]:
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
+
+
+def product_tiles(facts: dict[str, int]) -> Iterator[Configuration]:
     """Tiles in which a thread holds 32 to 512 weights, in at most 64 registers."""
-    whole = 1 << (columns - 1).bit_length()
-    for block_n, block_k, num_warps in itertools.product((4, 8, 16), {1024, 2048, min(whole, 4096)}, (2, 4, 8)):
-        weights = block_n * block_k // (32 * num_warps)
-        if 32 <= weights <= 512 and weights * min(bits, 16) <= 64 * 32:
-            yield block_n, block_k, num_warps
+    whole = 1 << (facts["columns"] - 1).bit_length()
+    for tile in _grid(BLOCK_N=(4, 8, 16), BLOCK_K=tuple({1024, 2048, min(whole, 4096)}), num_warps=(2, 4, 8)):
+        weights = tile["BLOCK_N"] * tile["BLOCK_K"] // (32 * tile["num_warps"])
+        if 32 <= weights <= 512 and weights * min(facts["bits"], 16) <= 64 * 32:
+            yield tile
 
 
-def product(regime: str, x: torch.Tensor, weight, tile: Tile, norm_weight: torch.Tensor | None) -> torch.Tensor:
-    module = importlib.import_module(MODULES[regime])
-    with mock.patch.object(module, "tile", return_value=tile):
-        return quantized_matmul(x, weight, norm_weight=norm_weight, eps=1e-5, resident=True)
+CANDIDATES: dict[str, Callable[[dict[str, int]], Iterator[Configuration]]] = {
+    "fixed_point": product_tiles,
+    "gemv": product_tiles,
+    "dot": lambda facts: _grid(BLOCK_N=(32, 64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8)),
+    "attention_decode": lambda facts: _grid(BLOCK_N=(16, 32, 64, 128), num_warps=(2, 4, 8), num_stages=(1, 2, 3, 5)),
+    "attention_splits": lambda facts: _grid(MIN_SPLIT=(128, 256, 512, 1024), MAX_SPLITS=(16, 32, 64, 128)),
+    "attention_prefill": lambda facts: _grid(
+        BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 5)
+    ),
+    "gated": lambda facts: _grid(BLOCK=(256, 512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
+    "norm": lambda facts: _grid(num_warps=(1, 2, 4, 8, 16)),
+}
+
+REGISTERED = {
+    "attention_decode": ("attention_decode", ""),
+    "attention_splits": ("attention_decode", ""),
+    "attention_prefill": ("attention_prefill", ""),
+    "gated": ("elementwise", "swiglu"),
+    "norm": ("elementwise", "rms_norm"),
+}
 
 
-def operands(columns: int, tokens: int, normed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-    return x, torch.ones(columns, device="cuda") if normed else None
+def problems(kernel: str, types: list[str], tokens: list[int]) -> Iterator[Problem]:
+    return products(kernel, types, tokens) if kernel in PRODUCTS else registered(*REGISTERED[kernel])
 
 
-def compile_one(job: tuple[str, str, int, int, bool, Tile]) -> str:
-    """What went wrong, or nothing. Rows are no part of what is compiled."""
-    regime, ggml_type, columns, tokens, normed, tile = job
-    try:
-        x, norm_weight = operands(columns, tokens, normed)
-        product(regime, x, random_weight(ggml_type, 64, columns), tile, norm_weight)
-        torch.cuda.synchronize()
-    except Exception as error:  # a tile that does not compile is a finding, not an end
-        return f"{ggml_type} {columns} {tile}: {type(error).__name__}: {str(error).splitlines()[0]}"
-    return ""
+def compile_one(kernel: str, types: list[str], tokens: list[int], number: int) -> list[str]:
+    """What went wrong with the candidates of one problem."""
+    troubles = []
+    with mock.patch.object(cases, "_copies", return_value=1):
+        problem = next(itertools.islice(problems(kernel, types, tokens), number, None))
+    for configuration in CANDIDATES[kernel](problem.facts):
+        try:
+            with override(kernel, **configuration):
+                problem.calls[0]()
+                torch.cuda.synchronize()
+        except Exception as error:  # a candidate that does not compile is a finding, not an end
+            troubles.append(f"{problem.label} {configuration}: {type(error).__name__}: {str(error).splitlines()[0]}")
+    return troubles
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("regime", choices=MODULES)
-    parser.add_argument("--types", nargs="+", choices=LAYOUTS, default=[n for n in LAYOUTS if not LAYOUTS[n].is_float])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
+    parser.add_argument("kernel", choices=CANDIDATES)
+    quantised = [name for name in LAYOUTS if not LAYOUTS[name].is_float]
+    parser.add_argument("--types", nargs="+", choices=LAYOUTS, default=quantised, help="of the weights of products")
+    parser.add_argument("--tokens", nargs="+", type=int, help="per product")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    asked = (options.kernel, options.types, options.tokens or list(PRODUCTS.get(options.kernel, ())))
 
-    plan = []
-    for tokens, ggml_type, (rows, columns, normed) in itertools.product(options.tokens, options.types, SHAPES):
-        layout = LAYOUTS[ggml_type]
-        plan.append((ggml_type, rows, columns, normed, tokens, list(tiles(columns, layout.low_bits or 16))))
-    jobs = {(options.regime, t, columns, tokens, normed, x) for t, _, columns, normed, tokens, xs in plan for x in xs}
+    with mock.patch.object(cases, "_copies", return_value=1):
+        count = sum(1 for _ in problems(*asked))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for trouble in pool.map(compile_one, sorted(jobs), chunksize=4):
-            if trouble:
-                print(trouble, file=sys.stderr)
+        for troubles in pool.map(partial(compile_one, *asked), range(count)):
+            print(*troubles, sep="\n", end="\n" if troubles else "", file=sys.stderr)
 
     (rate, _), where = ceilings(), provenance()
     torch.cuda.empty_cache()
     table: list[dict[str, object]] = []
-    for ggml_type, rows, columns, normed, tokens, choices in plan:
-        first = random_weight(ggml_type, rows, columns)
-        weights = [first] + [random_weight(ggml_type, rows, columns) for _ in range(int(CACHE_BYTES // first.nbytes))]
-        x, norm_weight = operands(columns, tokens, normed)
-        best = None
-        for tile in choices:
-            calls = [partial(product, options.regime, x, weight, tile, norm_weight) for weight in weights * 2]
+    for problem in problems(*asked):
+        timed: list[tuple[float, Configuration]] = []
+        for configuration in CANDIDATES[options.kernel](problem.facts):
             try:
-                microseconds = measure(calls, replays=5).p50
+                with override(options.kernel, **configuration):
+                    timed.append((measure(problem.calls * 2, replays=5).p50, configuration))
             except Exception as error:
-                print(f"{ggml_type} [{rows}, {columns}] {tile}: {type(error).__name__}", file=sys.stderr)
-                continue
-            row = {"regime": options.regime, "type": ggml_type, "rows": rows, "columns": columns, "tokens": tokens}
-            row |= dict(zip(("BLOCK_N", "BLOCK_K", "num_warps"), tile, strict=True))
-            row |= {"us": f"{microseconds:.2f}", "gb_per_s": f"{first.nbytes / microseconds / 1e3:.0f}"}
-            row |= {"of_copy": f"{first.nbytes / microseconds * 1e6 / rate:.3f}", **where}
-            table.append(row)
-            best = row if best is None or microseconds < float(best["us"]) else best
-        if best is not None:
-            print(*list(best.values())[:11], flush=True)
-        write_rows(options.out, table)
+                print(f"{problem.label} {configuration}: {type(error).__name__}", file=sys.stderr)
+        for microseconds, configuration in timed:
+            share = problem.num_bytes / microseconds * 1e6 / rate
+            row = {"kernel": options.kernel, "problem": problem.label, **configuration}
+            table.append(row | {"us": f"{microseconds:.2f}", "of_copy": f"{share:.3f}", **where})
+        if timed:
+            microseconds, configuration = min(timed, key=lambda pair: pair[0])
+            words = ", ".join(f"{name}={value}" for name, value in configuration.items())
+            print(f"row({problem.facts}, {words}),  # {problem.label}: {microseconds:.1f} us", flush=True)
+            write_rows(options.out, table)
     return 0
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rooflama.kernel_card import CARDS, MEASUREMENTS
+from rooflama.kernels.launch import TABLE, configuration
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -39,6 +40,18 @@ def test_cases_without_an_equal_peer_run(cases, numpy_backend, group):
     assert case.num_bytes > 0
     for calls in case.implementations.values():
         assert torch.isfinite(calls[0]()).all()
+
+
+@pytest.mark.parametrize("kernel", sorted(TABLE.keys() - {"quantized_matmul"}))  # regimes are cases, not candidates
+def test_the_tuner_tries_what_the_table_holds(cases, kernel):
+    """Every kernel of the table has candidates with the keys of its rows, and a problem that states its facts."""
+    tune = importlib.import_module("tune")
+    problem = next(tune.problems(kernel, ["Q4_K"], [1]))
+    chosen = configuration(kernel, torch.device("cpu"), **problem.facts)
+    candidates = list(tune.CANDIDATES[kernel](problem.facts))
+    assert len(candidates) > 2
+    for candidate in candidates:
+        assert set(candidate) == set(chosen)
 
 
 UNMEASURED = {"penalties"}  # written when no GPU was at hand; benchmarks/cases.py has no case for it yet
