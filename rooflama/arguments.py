@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from rooflama.models import ArgumentError, SamplingParams
 
 Prompt = str | Sequence[int] | np.ndarray | torch.Tensor
 
+MOST_RESULTS = 2**16  # of one prompt in one call
 TOP_K_MAX = 2**31 - 1  # no vocabulary has so many tokens, so larger ones keep as much
 SHOWN = 80  # characters of a value in an error
 
@@ -67,44 +69,68 @@ def stops(stop: Any) -> list[str]:
     return found
 
 
-def biases(logit_bias: Any) -> dict[int, float]:
+def biases(name: str, value: Any, rule: str) -> dict[int, float]:
     """Token id -> what is added to its logit; None for none."""
-    if logit_bias is None:
+    if value is None:
         return {}
-    if not isinstance(logit_bias, Mapping):
-        raise _refused("logit_bias", logit_bias, "logit_bias maps token ids to numbers")
+    if not isinstance(value, Mapping):
+        raise _refused(name, value, rule)
     return {
-        whole("token id of logit_bias", token, "token ids are whole numbers"): number(
-            f"logit_bias of token {_short(token)}", bias, "a bias is a finite number"
+        whole(f"token id of {name}", token, "token ids are whole numbers"): number(
+            f"{name} of token {_short(token)}", bias, "a bias is a finite number"
         )
-        for token, bias in logit_bias.items()
+        for token, bias in value.items()
     }
 
 
-def sampling(
-    *,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    repetition_penalty: Any,
-    frequency_penalty: Any,
-    presence_penalty: Any,
-    logit_bias: Any,
-    logprobs: Any,
-) -> SamplingParams:
-    """The parameters of a draw, without its seed."""
-    return SamplingParams(
-        temperature=number("temperature", temperature, "temperature is a number; 0 takes the likeliest token"),
-        top_k=min(whole("top_k", top_k, "top_k is a whole number; 0 is off"), TOP_K_MAX),
-        top_p=number("top_p", top_p, "top_p is a number above 0 and at most 1; 1 is off"),
-        min_p=number("min_p", min_p, "min_p is a number from 0 to 1; 0 is off"),
-        repetition_penalty=number("repetition_penalty", repetition_penalty, "it is a positive number; 1 is off"),
-        frequency_penalty=number("frequency_penalty", frequency_penalty, "it is a number; 0 is off"),
-        presence_penalty=number("presence_penalty", presence_penalty, "it is a number; 0 is off"),
-        logit_bias=biases(logit_bias),
-        logprobs=whole_or_none("logprobs", logprobs, "logprobs is a whole number, or None"),
-    )
+def top_k(name: str, value: Any, rule: str) -> int:
+    return min(whole(name, value, rule), TOP_K_MAX)
+
+
+SAMPLING: dict[str, tuple[Callable[[str, Any, str], Any], str]] = {
+    "temperature": (number, "temperature is a number; 0 takes the likeliest token"),
+    "top_k": (top_k, "top_k is a whole number; 0 is off"),
+    "top_p": (number, "top_p is a number above 0 and at most 1; 1 is off"),
+    "min_p": (number, "min_p is a number from 0 to 1; 0 is off"),
+    "repetition_penalty": (number, "it is a positive number; 1 is off"),
+    "frequency_penalty": (number, "it is a number; 0 is off"),
+    "presence_penalty": (number, "it is a number; 0 is off"),
+    "logit_bias": (biases, "logit_bias maps token ids to numbers"),
+    "logprobs": (whole_or_none, "logprobs is a whole number, or None"),
+}
+"""Parameter of ``SamplingParams`` -> the check of its type, and the rule that an error states."""
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """The options of ``Model.generate`` and ``Model.stream``, each of the right type and in its range.
+
+    Attributes:
+        params: how tokens are drawn, without the seed.
+        max_new_tokens, seed, stop, n: as for ``Model.generate``.
+    """
+
+    params: SamplingParams
+    max_new_tokens: int | None
+    seed: int | None
+    stop: list[str]
+    n: int
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> RequestOptions:
+        """The options among ``given``, which maps names to values. Raises ArgumentError."""
+        n = whole("n", given.get("n", 1), "n is a whole number, 1 or more")
+        if not 1 <= n <= MOST_RESULTS:
+            rule = f"n is from 1 to {MOST_RESULTS:,}"
+            raise ArgumentError(f"n {n}", rule=rule, remedy="Ask for more in several calls")
+        limit_rule = "max_new_tokens is a whole number, or None for as many as the context holds"
+        return cls(
+            SamplingParams(**{name: check(name, given[name], rule) for name, (check, rule) in SAMPLING.items()}),
+            whole_or_none("max_new_tokens", given["max_new_tokens"], limit_rule),
+            whole_or_none("seed", given["seed"], "a seed is a whole number, or None"),
+            stops(given["stop"]),
+            n,
+        )
 
 
 def token_ids(value: Any) -> list[int]:

@@ -28,12 +28,10 @@ from rooflama.models import (
 from rooflama.models.decoder import LOGITS_ROWS, Observer
 
 from . import arguments
-from .arguments import Prompt
-from .results import Generation, Stream
-from .text_stream import TextStream
+from .arguments import Prompt, RequestOptions
+from .results import Generation, Stream, TextStream
 
 MOST_SEEDS = 2**63
-MOST_RESULTS = 2**16  # of one prompt in one call
 
 
 class Model:
@@ -169,24 +167,10 @@ class Model:
             ArgumentError: an empty prompt, a parameter of a wrong type or out of range, or more tokens than the context
                 holds.
         """
+        options = RequestOptions.of(locals())
         prompts, single = arguments.prompts(prompt)
-        n = arguments.whole("n", n, "n is a whole number, 1 or more")
-        if not 1 <= n <= MOST_RESULTS:
-            rule = f"n is from 1 to {MOST_RESULTS:,}"
-            raise ArgumentError(f"n {n}", rule=rule, remedy="Ask for more in several calls")
-        params = arguments.sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            logit_bias=logit_bias,
-            logprobs=logprobs,
-        )
-        repeated = [item for item in prompts for _ in range(n)]
-        run, streams = self._start(repeated, max_new_tokens, params, seed, stop)
+        repeated = [item for item in prompts for _ in range(options.n)]
+        run, streams = self._start(repeated, options)
         texts = ["" for _ in repeated]
         token_ids: list[list[int]] = [[] for _ in repeated]
         try:
@@ -203,7 +187,7 @@ class Model:
                 texts, token_ids, streams, run.timings, run.requests, run.logprobs, strict=True
             )
         ]
-        return results[0] if single and n == 1 else results
+        return results[0] if single and options.n == 1 else results
 
     def stream(
         self,
@@ -223,23 +207,13 @@ class Model:
         logprobs: int | None = None,
     ) -> Stream:
         """Like ``generate`` for a single prompt, yielding text as it is produced: iterate over what this returns."""
+        options = RequestOptions.of(locals())
         prompts, single = arguments.prompts(prompt)
         if not single:
             raise ArgumentError(
                 f"a list of {len(prompts)} prompts", rule="a stream continues one", remedy="Open a stream for each"
             )
-        params = arguments.sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            frequency_penalty=frequency_penalty,
-            presence_penalty=presence_penalty,
-            logit_bias=logit_bias,
-            logprobs=logprobs,
-        )
-        run, (text_stream,) = self._start(prompts, max_new_tokens, params, seed, stop)
+        run, (text_stream,) = self._start(prompts, options)
         return Stream(run, text_stream)
 
     def chat(
@@ -273,32 +247,21 @@ class Model:
         options = {name: value for name, value in options.items() if name in known}
         return self.generate(ids, **options)
 
-    def _start(
-        self,
-        prompts: Sequence[str | list[int]],
-        max_new_tokens: int | None,
-        params: SamplingParams,
-        seed: int | None,
-        stop: str | Iterable[str] | None,
-    ) -> tuple[TokenRun, list[TextStream]]:
+    def _start(self, prompts: Sequence[str | list[int]], options: RequestOptions) -> tuple[TokenRun, list[TextStream]]:
         self._check_open()
-        rule = "max_new_tokens is a whole number, or None for as many as the context holds"
-        limit = arguments.whole_or_none("max_new_tokens", max_new_tokens, rule)
-        first = arguments.whole_or_none("seed", seed, "a seed is a whole number, or None")
-        stops = arguments.stops(stop)
         requests = []
         for row, prompt in enumerate(prompts):
             ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
-            if first is None:
-                of_row = secrets.randbits(32) if params.temperature > 0 else 0
+            if options.seed is None:
+                seed = secrets.randbits(32) if options.params.temperature > 0 else 0
             else:
-                of_row = first if row == 0 else (first + row) % MOST_SEEDS
-            requests.append(Request(ids, limit, replace(params, seed=of_row)))
+                seed = options.seed if row == 0 else (options.seed + row) % MOST_SEEDS
+            requests.append(Request(ids, options.max_new_tokens, replace(options.params, seed=seed)))
         with self._turns.turn():
             self._check_open()
             run = TokenRun(self.runner, requests, self.tokenizer.eos_ids)
             self._runs.add(run)
-        return run, [TextStream(self.tokenizer, stops, after=request.prompt[-1]) for request in requests]
+        return run, [TextStream(self.tokenizer, options.stop, after=request.prompt[-1]) for request in requests]
 
     def describe(self) -> str:
         """Where it runs and in what, for people: device, activations, weights' bytes, context."""

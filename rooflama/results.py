@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rooflama.models import Timings, TokenLogprob, TokenRun
-
-from .text_stream import TextStream
+from rooflama.loaders.text.tokenizer import Tokenizer
+from rooflama.models import ModelClosed, Timings, TokenLogprob, TokenRun
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Generation:
 
 
 class Stream:
-    """Pieces of one generation's text, none of which ends inside a character.
+    """The text of one generation, in pieces as it is produced. No piece ends inside a character.
 
     Attributes:
         timings, finish_reason, logprobs: as in Generation, final once the iteration has ended.
@@ -51,6 +50,7 @@ class Stream:
 
     def __init__(self, run: TokenRun, text: TextStream):
         self._run, self._text = run, text
+        self._closed = False
         self.seed = run.requests[0].params.seed
 
     @property
@@ -65,6 +65,11 @@ class Stream:
     def finish_reason(self) -> str:
         return self._text.finish_reason
 
+    def close(self) -> None:
+        """End the generation and give its pages back; iterating ends. May be called again, and from another thread."""
+        self._closed = True
+        self._run.close()
+
     def __iter__(self) -> Iterator[str]:
         try:
             for number, token in self._run:
@@ -76,5 +81,81 @@ class Stream:
         except GeneratorExit:  # abandoned
             self._run.close()
             raise
+        except ModelClosed:
+            if not self._closed:
+                raise
+            return
         if rest := self._text.flush():
             yield rest
+
+
+class TextStream:
+    """Feeds tokens through the detokeniser and holds back text that may be the beginning of a stop string.
+
+    The text of tokens that are not shown, such as ``<|im_end|>``, counts where stop strings are looked for.
+
+    Args:
+        tokenizer: the model's.
+        stops: strings that end the text, none of them empty.
+        after: the prompt's last token, which decides whether a first space is text.
+
+    Attributes:
+        finished: an end token or a stop string was seen.
+        finish_reason: ``stop`` once finished, ``length`` until then.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], *, after: int | None = None):
+        self._tokenizer = tokenizer
+        self._decode = tokenizer.stream(skip_special=True, after=after)
+        self._stops = stops
+        self._held = ""
+        self._is_shown: list[bool] = []  # of each character held
+        self.finished = False
+
+    @property
+    def finish_reason(self) -> str:
+        return "stop" if self.finished else "length"
+
+    def feed(self, token: int) -> str:
+        """The text that is certain after this token; empty once finished."""
+        if self.finished:
+            return ""
+        piece = self._tokenizer.piece(token)
+        shown = self._decode.feed(token)  # nothing for a special token
+        self._hold(piece.data.decode("utf-8", "replace") if piece.special else shown, is_shown=not piece.special)
+        text = self._release()
+        self.finished |= token in self._tokenizer.eos_ids
+        return text
+
+    def flush(self) -> str:
+        """What was held back, once no token follows."""
+        text = ""
+        if not self.finished:
+            self._hold(self._decode.flush(), is_shown=True)
+            text = self._release()
+        return text + self._take(len(self._held))
+
+    def _hold(self, text: str, *, is_shown: bool) -> None:
+        self._held += text
+        self._is_shown += [is_shown] * len(text)
+
+    def _release(self) -> str:
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.finished = True
+            text = self._take(min(found))
+            self._held, self._is_shown = "", []
+            return text
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        return self._take(len(self._held) - keep)
+
+    def _take(self, count: int) -> str:
+        """The shown ones of the first ``count`` characters held, which are held no more."""
+        text = "".join(character for character, shown in zip(self._held[:count], self._is_shown, strict=False) if shown)
+        self._held, self._is_shown = self._held[count:], self._is_shown[count:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -99,11 +99,11 @@ NEUTRAL_LAYERS: dict[str, object] = {"layer_types": "full_attention", "no_rope_l
 
 CHANGES_RESULT = {
     *NEUTRAL, *NEUTRAL_LAYERS, "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
-    "query_pre_attn_scalar", "sliding_window",
+    "query_pre_attn_scalar",
 }  # fmt: skip
 
-WINDOW_SHAPE = {"max_window_layers", "use_sliding_window"}
-"""They change nothing but where ``sliding_window`` holds, which is judged for itself."""
+WINDOW_KEYS = {"max_window_layers", "sliding_window", "use_sliding_window"}
+"""Passed over where a model type does not define them: fine-tunes of Mistral as ``llama`` still carry them."""
 
 
 def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: bool) -> None:
@@ -119,7 +119,7 @@ def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: 
     """
     left = {key: value for key, value in config.items() if value is not None and key not in read}
     left = {key: value for key, value in left.items() if key not in NO_EFFECT and not key.startswith("_")}
-    refused = {key: value for key, value in left.items() if not _is_neutral(key, value, config, windowed)}
+    refused = {key: value for key, value in left.items() if not _is_neutral(key, value, windowed)}
     model_type = config.get("model_type")
     if refused:
         raise HuggingFaceError(
@@ -129,7 +129,7 @@ def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: 
             remedy="Use another model, or teach its family the key (docs/ADAPTER_PATTERN_GUIDE.md); if the key says "
             "nothing about the model, remove it",
         )
-    if unread := sorted(key for key in left if key not in CHANGES_RESULT - {"sliding_window"}):
+    if unread := sorted(key for key in left if key not in CHANGES_RESULT):
         warnings.warn(
             f"config.json has keys that model_type {model_type} does not define, and that are not read: "
             f"{shorten(', '.join(unread))}",
@@ -137,14 +137,10 @@ def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: 
         )
 
 
-def _is_neutral(key: str, value: object, config: Mapping[str, Any], windowed: bool) -> bool:
+def _is_neutral(key: str, value: object, windowed: bool) -> bool:
     """Whether the value asks for what is done anyway."""
-    if key in WINDOW_SHAPE:
+    if key in WINDOW_KEYS:
         return True
-    if key == "sliding_window":
-        context = config["max_position_embeddings"]
-        wide = isinstance(value, int) and isinstance(context, int) and value >= context
-        return not value or wide or config.get("use_sliding_window") is False
     if key in NEUTRAL_LAYERS and isinstance(value, list):
         return all(entry == NEUTRAL_LAYERS[key] for entry in value) and not (key == "layer_types" and windowed)
     if key in CHANGES_RESULT:

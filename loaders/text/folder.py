@@ -40,15 +40,10 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         return read_tokenizer_json(path, settings)
     metadata = sentencepiece_metadata(path, settings)
     vocabulary = Vocabulary.from_metadata(metadata, models=MODELS)
-    if outside := [i for i in settings.eos_ids if i >= len(vocabulary.tokens)]:
-        refuse(
-            path,
-            f"{len(vocabulary.tokens)} tokens, and id {outside[0]} in another file",
-            "special ids are ids of the vocabulary",
-        )
+    eos_ids = vocabulary.eos_ids | settings.eos_ids_within(len(vocabulary.tokens), path)
     text_model = GGUFText(vocabulary, metadata)
     return Tokenizer(
-        replace(vocabulary, eos_ids=vocabulary.eos_ids | settings.eos_ids),
+        replace(vocabulary, eos_ids=eos_ids),
         text_model,
         add_bos=text_model.add_bos if settings.add_bos is None else settings.add_bos,
         add_eos=bool(settings.add_eos),

@@ -94,6 +94,13 @@ class TokenizerSettings:
             return None
         return min(roles)
 
+    def eos_ids_within(self, size: int, path: Path) -> frozenset[int]:
+        """``eos_ids`` of a vocabulary of ``size`` tokens. Warns of ids beyond it: no token can end a text there."""
+        if outside := sorted(index for index in self.eos_ids if index >= size):
+            shown = ", ".join(map(str, outside))
+            warnings.warn(f"{path}: {size} tokens, and eos_token_id {shown} in another file; not used", stacklevel=6)
+        return self.eos_ids.difference(outside)
+
     @classmethod
     def read(cls, folder: Path) -> TokenizerSettings:
         """Read them; each file may be missing.
@@ -115,10 +122,7 @@ class TokenizerSettings:
             add_bos=_flag(own, "add_bos_token", path),
             add_eos=_flag(own, "add_eos_token", path),
             bos_id=_bos_id(model, folder / "config.json"),
-            eos_ids=frozenset(
-                _ids(ends, generation, "eos_token_id")
-                or _ids(model.get("eos_token_id"), folder / "config.json", "eos_token_id")
-            ),
+            eos_ids=_eos_ids(ends, generation) or _eos_ids(model.get("eos_token_id"), folder / "config.json"),
             chat_templates=_chat_templates(own, folder),
             arch=family.architecture if family else "",
         )
@@ -215,6 +219,17 @@ def _bos_id(model: Mapping[str, Any], path: Path) -> int | None:
         return None
     ids = _ids(value, path, "bos_token_id")
     return ids[0] if ids else None
+
+
+def _eos_ids(value: Any, path: Path) -> frozenset[int]:
+    """One id or a list of them. Negative numbers and null are no ids: a warning names them, and they are not used."""
+    entries = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(entry is None or type(entry) is int for entry in entries):
+        refuse(path, f"eos_token_id = {value!r}", "it is an id, or a list of ids")
+    ids = frozenset(entry for entry in entries if entry is not None and entry >= 0)
+    if none := [entry for entry in entries if entry not in ids]:
+        warnings.warn(f"{path}: {none[0]} in eos_token_id = {value} is no id and is not used", stacklevel=5)
+    return ids
 
 
 def _ids(value: Any, path: Path, key: str) -> list[int]:

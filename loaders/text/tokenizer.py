@@ -124,10 +124,10 @@ class Tokenizer:
             skip_special: leave end tokens, and control, unknown and unused ones, out.
 
         Raises:
-            TokenizerError: an id is not in the vocabulary.
+            TokenizerError: no ids, or one that is not in the vocabulary.
         """
         stream = self.stream(skip_special=skip_special)
-        return "".join([stream.feed(token_id) for token_id in ids]) + stream.flush()
+        return "".join([stream.feed(token_id) for token_id in _each(ids)]) + stream.flush()
 
     def stream(self, *, skip_special: bool = True, after: int | None = None) -> StreamDecoder:
         """A decoder to feed ids one by one as they are generated.
@@ -140,9 +140,12 @@ class Tokenizer:
 
     def piece(self, token_id: int) -> Piece:
         """What one id contributes to the text."""
-        piece = self._pieces.get(token_id)
+        try:
+            piece = self._pieces.get(token_id)
+            index = operator.index(token_id) if piece is None else 0
+        except TypeError:
+            raise _no_ids(token_id) from None
         if piece is None:
-            index = operator.index(token_id)
             if not 0 <= index < self.vocab_size:
                 raise TokenizerError(
                     f"token id {index}",
@@ -238,6 +241,17 @@ def _addition(name: str, added: bool, token_id: int | None) -> list[int]:
             remedy=f"Set it, or set add_{name}_token to false, in the file's tokenizer metadata",
         )
     return [token_id]
+
+
+def _each(ids: Iterable[int]) -> Iterable[int]:
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable) or getattr(ids, "ndim", 1) == 0:
+        raise _no_ids(ids)
+    return ids
+
+
+def _no_ids(value: Any) -> TokenizerError:
+    found = f"{value!r:.80} ({type(value).__name__}) in place of token ids"
+    return TokenizerError(found, rule="token ids are whole numbers", remedy="Pass a list of them, such as [1, 2]")
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -264,11 +264,10 @@ def _vocabulary(
         named["unk"] = ids.get(unknown)
     if unknown is not None and unknown in ids:
         types[ids[unknown]] = TokenType.UNKNOWN
-    ends = {*settings.eos_ids, named["eos"]} | end_ids(ids, types, named["bos"])
-    if outside := [i for i in ends if i is not None and i >= size]:
-        refuse(path, f"{size} tokens, and id {outside[0]} in another file", "special ids are ids of the vocabulary")
-    if named["eos"] is None and settings.eos_ids:
-        named["eos"] = min(settings.eos_ids)
+    eos_ids = settings.eos_ids_within(size, path)
+    if named["eos"] is None and eos_ids:
+        named["eos"] = min(eos_ids)
+    ends = {*eos_ids, named["eos"]} | end_ids(ids, types, named["bos"])
     return Vocabulary(
         tokens=tokens,
         ids=ids,

@@ -72,6 +72,8 @@ class Scaling:
                 check(isinstance(value, bool), f"{field.name} is {value!r}", f"{field.name} is true or false")
             elif value is not None and not (value == 0 and field.name in self.zero_allowed):
                 check_positive(field.name, value)
+                whole = field.type != "int" or value % 1 == 0
+                check(whole, f"{field.name} is {value!r}", f"{field.name} counts tokens: it is a whole number")
 
     def frequencies(self, spec: RopeSpec, factor_set: FactorSet | None, seq_len: int | None) -> np.ndarray:
         return spec.plain_frequencies()

@@ -135,6 +135,20 @@ def test_closing_a_model_ends_its_streams_and_frees_everything(model):
         next(stream)
 
 
+def test_a_closed_stream_ends_and_gives_its_pages_back(model):
+    free = model.runner.cache.pool.num_free
+    stream = model.stream(PROMPT, max_new_tokens=50)
+    pieces = iter(stream)
+    first = next(pieces)
+    assert model.runner.cache.pool.num_free < free
+    stream.close()
+    stream.close()
+    assert model.runner.cache.pool.num_free == free
+    assert [*pieces] == [*stream] == []
+    assert model.generate(PROMPT, max_new_tokens=50).text.startswith(first)
+    assert (stream.finish_reason, stream.timings.decode_steps) == ("length", 0)
+
+
 def test_a_limit_may_be_text(tmp_path, numpy_backend):
     path = write_small(tmp_path / "small.gguf")
     with rooflama.load(path, device="cpu", max_context=96, memory_limit="8GiB", progress=False) as model:

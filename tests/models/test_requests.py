@@ -8,7 +8,7 @@ import rooflama
 from rooflama import ArgumentError, RooflamaError
 from rooflama.loaders.text.vocabulary import TokenizerError
 from rooflama.models.serving import generate
-from rooflama.text_stream import TextStream
+from rooflama.results import TextStream
 from small_checkpoint import TOKENS, Parts, write_small
 
 PROMPT = "ab ab"

@@ -185,6 +185,7 @@ def test_part_of_a_head_rotates_alike_from_both_formats(folder, file):
         ({"kind": "yarn", "factor": -1}, "above 0"),
         ({"kind": "yarn", "factor": float("nan")}, "factor is nan"),
         ({"kind": "yarn", "rope_type": "linear", "factor": 4}, "'kind' twice"),
+        ({"kind": "yarn", "factor": 4, "original_context": 2.5}, "original_context counts tokens: it is a whole"),
         ({"base": 0.5}, "the base is above 1"),
         ({"rotary_dim": 3}, "rotary_dim is even"),
         ({"rotary_dim": 4.0}, "whole number"),

@@ -243,6 +243,21 @@ def test_a_bos_id_that_is_none_and_not_added_is_not_used(value, tmp_path):
         assert read_folder_tokenizer(tmp_path).bos_id is None
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([7, 9999], "tokens, and eos_token_id 9999 in another file; not used"),
+        ([7, None], r"None in eos_token_id = \[7, None\] is no id and is not used"),
+        ([-1, 7], r"-1 in eos_token_id = \[-1, 7\] is no id and is not used"),
+    ],
+)
+def test_ends_of_generation_config_that_are_no_tokens_are_not_used(value, said, folder):
+    own = read_folder_tokenizer(folder).eos_ids
+    change(folder, "generation_config.json", eos_token_id=value)
+    with pytest.warns(UserWarning, match=said):
+        assert read_folder_tokenizer(folder).eos_ids == own | {7}
+
+
 def test_end_tokens_that_are_not_special_end_and_are_not_shown(tmp_path):
     made = byte_level_json(special=["<|begin|>"], user_defined=["<|im_end|>", "<|stop|>"])
     made.save(str(tmp_path / "tokenizer.json"))
@@ -383,7 +398,7 @@ def word_as_control(content, word="the"):
         (lambda f: change(f, "tokenizer_config.json", chat_template=[{"name": "rag"}]),
          "chat_template = [{'name': 'rag'}]: it is a string, or a list of objects with name and template"),
         (lambda f: change(f, "tokenizer_config.json", chat_template=3), "chat_template = 3: it is a string"),
-        (lambda f: change(f, "generation_config.json", eos_token_id=[1, 9999]), "and id 9999 in another file"),
+        (lambda f: change(f, "generation_config.json", eos_token_id=[1, "x"]), "eos_token_id = [1, 'x']"),
         (lambda f: change(f, "generation_config.json", eos_token_id="</s>"), "eos_token_id = '</s>'"),
         (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "it is text in UTF-8"),
     ],

@@ -95,7 +95,6 @@ def model_and(trainer=None, normalizer=None, pieces=()):
         ({"config": {"added_tokens_decoder": {"440": {"content": "<x>"}}}}, "the end, 430 pieces at id 440"),
         ({"config": {"added_tokens_decoder": {"430": {"content": "<x>", "rstrip": True}}}}, "strips spaces"),
         ({"added_tokens": {"<x>": "430"}}, "'<x>' has id '430'"),
-        ({"generation_config": {"eos_token_id": 430}}, "430 tokens, and id 430 in another file"),
     ],
 )
 def test_bad_tokenizer_models_are_refused(content, message, tmp_path):
@@ -125,6 +124,12 @@ def test_damaged_bytes_of_a_tokenizer_model_are_refused_or_read(data):
 def test_every_end_of_generation_config_counts_beside_a_model_file(tmp_path):
     ours = read_folder_tokenizer(write_model(tmp_path, generation_config={"eos_token_id": [2, 7]}))
     assert ours.eos_ids == {2, 7, ours.tokens.index("<|end|>")}
+
+
+def test_an_end_beyond_the_vocabulary_of_a_model_file_is_not_used(tmp_path):
+    with pytest.warns(UserWarning, match="430 tokens, and eos_token_id 430 in another file; not used"):
+        ours = read_folder_tokenizer(write_model(tmp_path, generation_config={"eos_token_id": [2, 430]}))
+    assert ours.eos_ids == {2, ours.tokens.index("<|end|>")}
 
 
 def test_settings_of_the_model_file_decide_about_the_space_before_a_text(tmp_path):

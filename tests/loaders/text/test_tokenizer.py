@@ -238,6 +238,12 @@ def test_ids_out_of_range_are_refused(bad):
         bpe.decode([bad])
 
 
+@pytest.mark.parametrize("bad", [None, 5, "ab", np.int64(5), [None], ["a"], [[1]]], ids=repr)
+def test_what_is_no_ids_is_refused(bad):
+    with pytest.raises(TokenizerError, match="in place of token ids: token ids are whole numbers"):
+        bpe.decode(bad)
+
+
 def _with(**keys):
     changes = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     changed = bpe_metadata(list(BYTE_ALPHABET), []) | changes
