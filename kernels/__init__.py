@@ -6,6 +6,7 @@ from .backend import INTERPRETED, backend_for, use_backend
 from .dequantize import dequantize
 from .embedding import embedding
 from .errors import KernelInputError, RooflamaError
+from .kernel import current_swaps, swap, swapped_only
 from .mlp import geglu, swiglu
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
@@ -27,6 +28,7 @@ __all__ = [
     "attention_prefill",
     "backend_for",
     "copy_pages",
+    "current_swaps",
     "dequantize",
     "embedding",
     "gather_kv",
@@ -38,6 +40,8 @@ __all__ = [
     "rope",
     "rope_and_cache_write",
     "sample",
+    "swap",
+    "swapped_only",
     "swiglu",
     "use_backend",
     "write_kv",

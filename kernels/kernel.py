@@ -77,8 +77,7 @@ class Kernel(Generic[P, Out]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Out:
         if is_traced():
             return self._operator(*args, **kwargs)
-        swapped = _swapped.get()
-        if self.name in swapped:
+        if swapped := _swapped.get():
             return self._call_swapped(swapped, args, kwargs)
         values = self._values(args, kwargs)
         if torch.is_grad_enabled():
@@ -103,12 +102,16 @@ class Kernel(Generic[P, Out]):
         raise AssertionError("the signature must have refused these arguments")
 
     def _call_swapped(self, swapped: Mapping[str, Callable], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The replacement's result. Inside the replacement, this kernel is itself again."""
-        token = _swapped.set({name: function for name, function in swapped.items() if name != self.name})
-        try:
+        """The replacement's result, or this kernel's if it has none.
+
+        Inside its replacement this kernel is itself. Inside a kernel all kernels are, so that a replacement's calls do
+        not depend on which kernels another one is made of.
+        """
+        if self.name not in swapped:
+            with swapped_only({}):
+                return self(*args, **kwargs)
+        with swapped_only({name: function for name, function in swapped.items() if name != self.name}):
             return swapped[self.name](*args, **kwargs)
-        finally:
-            _swapped.reset(token)
 
     def run(self, values: tuple) -> Any:
         """Check, then compute, whatever is current: device, gradients, swaps."""
@@ -214,7 +217,8 @@ def swap(**replacements: Callable[..., Any]) -> Iterator[None]:
         replacements: kernel name -> a callable with that kernel's signature (``rooflama kernel NAME`` shows it), which
             returns tensors of the same shapes and dtypes. Called inside a replacement, the kernel is itself.
 
-    A swap holds for the thread (or asyncio task) that entered it. Blocks may be nested: the inner one wins, by name.
+    A swap holds for the thread (or asyncio task) that entered it. Blocks may be nested: the inner one wins, by name. A
+    model's stream or generation keeps the swaps under which it was started, also when the block has ended.
 
     Raises:
         KernelInputError: no kernel has that name, or the replacement cannot be called.
@@ -223,7 +227,19 @@ def swap(**replacements: Callable[..., Any]) -> Iterator[None]:
         known = ", ".join(sorted(KERNELS))
         check(name in KERNELS, f"no kernel is named {name}", f"the kernels are {known}", "Name one of these")
         check(callable(function), f"{name}={function!r}", "a replacement is callable", "Pass a function")
-    token = _swapped.set({**_swapped.get(), **replacements})
+    with swapped_only({**_swapped.get(), **replacements}):
+        yield
+
+
+def current_swaps() -> Mapping[str, Callable[..., Any]]:
+    """The replacements that hold here, by kernel name: what ``swapped_only`` takes."""
+    return _swapped.get()
+
+
+@contextmanager
+def swapped_only(replacements: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Exactly these replacements inside the ``with`` block, whatever holds around it."""
+    token = _swapped.set(replacements)
     try:
         yield
     finally:

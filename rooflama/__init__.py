@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "plan_memory",
+    "swap",
     "trace",
 ]
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from rooflama import kernels as kernels
     from rooflama import loaders as loaders
     from rooflama import models as models
-    from rooflama.kernels import KernelInputError, RooflamaError
+    from rooflama.kernels import KernelInputError, RooflamaError, swap
     from rooflama.models import ArgumentError, ConfigError, MemoryPlan, ModelClosed
 
     from .checks.checklist import Report, check
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 else:
     _ROOMS = ("kernels", "loaders", "models")
     _NAMES = {
-        "kernels": ("KernelInputError", "RooflamaError"),
+        "kernels": ("KernelInputError", "RooflamaError", "swap"),
         "models": ("ArgumentError", "ConfigError", "MemoryPlan", "ModelClosed"),
         "checks.checklist": ("Report", "check"),
         "loading": ("demo_checkpoint", "load", "load_tokenizer"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rooflama.kernels import RooflamaError
+from rooflama.kernels import RooflamaError, current_swaps, swapped_only
 
 from ..errors import ArgumentError, ModelClosed
 from .runner import DecodeBatch, ModelRunner
@@ -158,6 +158,7 @@ class TokenRun(Iterator[tuple[int, int]]):
                 )
         self.runner, self.end_ids = runner, frozenset(end_ids)
         self.requests, self._turns = requests, runner.turns
+        self._swaps = current_swaps()
         self._tasks = [_Task(request, Timings(len(request.prompt))) for request in requests]
         self.timings = [task.timings for task in self._tasks]
         self.logprobs = [None if task.request.params.logprobs is None else task.logprobs for task in self._tasks]
@@ -183,8 +184,8 @@ class TokenRun(Iterator[tuple[int, int]]):
     def __next__(self) -> tuple[int, int]:
         self._turns.wake(self)
         try:
-            with self._turns.turn(), torch.inference_mode(False):  # else a later token could not change what it leaves
-                return self._next()
+            with self._turns.turn(), swapped_only(self._swaps), torch.inference_mode(False):
+                return self._next()  # not in inference mode: else a later token could not change what it leaves
         except StopIteration:
             raise
         except BaseException:
