@@ -71,7 +71,7 @@ class Kernel(Generic[P, Out]):
         self._names = tuple(parameter.name for parameter in parameters)
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         self._positional = sum(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters)
-        self._bound: dict[Any, BoundLaunches] = {}
+        self._bound: dict[Any, BoundLaunches | None] = {}  # per signature that passed the checks; None: not replayed
         self._operator = _register(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Out:
@@ -122,23 +122,24 @@ class Kernel(Generic[P, Out]):
             return self._run(values, device)
 
     def _run(self, values: tuple, device: torch.device) -> Any:
-        replayed = replays(device)
-        if replayed:
-            signature = (configurations.version, signature_of(values))
-            if (bound := self._bound.get(signature)) is not None:
-                return bound(values)
+        signature = (configurations.version, signature_of(values)) if replays(device) else None
+        if bound := self._bound.get(signature):
+            return bound(values)
         arguments = dict(zip(self._names, values, strict=True))
-        self.checks(**arguments)
+        if signature not in self._bound:
+            self.checks(**arguments)
         if runs_numpy(*tensors_in(values)):
             return self._by_definition(self, arguments)
         out = self.output(**arguments)
         scratch.taken = []
         launches = self.body(out, **arguments)
-        if launches is None:
-            return out
-        launches = [one for one in ([launches] if isinstance(launches, Launch) else launches) if all(one.grid)]
-        compiled = [run(one) for one in launches]
-        if replayed and (bound := BoundLaunches.bind(values, out, scratch.taken, launches, compiled)) is not None:
+        bound = None
+        if launches is not None:
+            launches = [one for one in ([launches] if isinstance(launches, Launch) else launches) if all(one.grid)]
+            compiled = [run(one) for one in launches]
+            if signature is not None:
+                bound = BoundLaunches.bind(values, out, scratch.taken, launches, compiled)
+        if signature is not None:
             if len(self._bound) >= MOST_BOUND:
                 self._bound.clear()
             self._bound[signature] = bound
