@@ -66,13 +66,14 @@ def calls(device: str) -> dict[str, Callable[[], Any]]:
 
 
 def host_microseconds(call: Callable[[], Any]) -> float:
-    """The median over repetitions of a call's time until it returns."""
+    """The median over repetitions of a call's time until it returns; without a GPU, of the process's own time."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     times = []
     for _ in range(9):
-        started = time.perf_counter()
+        started = clock()
         for _ in range(CALLS):
             call()
-        times.append((time.perf_counter() - started) / CALLS * 1e6)
+        times.append((clock() - started) / CALLS * 1e6)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     return statistics.median(times[2:])
@@ -85,10 +86,16 @@ def without_a_gpu(stack: ExitStack) -> None:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *args: None
 
+    def no(*tensors: torch.Tensor) -> bool:
+        return False
+
+    def yes(device: torch.device) -> bool:
+        return True
+
     stack.enter_context(mock.patch("cases.CUDA", "cpu"))
     stack.enter_context(mock.patch("rooflama.kernels.kernel.run", return_value=Compiled()))
-    stack.enter_context(mock.patch("rooflama.kernels.kernel.replays", return_value=True))
-    stack.enter_context(mock.patch("rooflama.kernels.kernel.runs_numpy", return_value=False))
+    stack.enter_context(mock.patch("rooflama.kernels.kernel.replays", yes))
+    stack.enter_context(mock.patch("rooflama.kernels.kernel.runs_numpy", no))
 
 
 def prompt_milliseconds(model: str, types: str, tokens: int) -> tuple[float, float]:

@@ -258,7 +258,7 @@ def run(one: Launch) -> Any:
 
 
 def is_traced() -> bool:
-    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+    return bool(torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack())
 
 
 def _arrays(value: Any) -> Any:
