@@ -5,7 +5,7 @@
     python benchmarks/compile_matrix.py --fast             each kernel once, for two targets; nothing written
     python benchmarks/compile_matrix.py --check            is the table of today's launches? nothing compiled or written
 
-What is compiled comes from the launchers themselves. ``model_calls`` calls each public function with the shapes of a
+What is compiled comes from the launchers themselves. ``registry`` calls each kernel with the shapes of a
 model, on tensors that say they live on a GPU but have no memory; a launch is caught on its way to Triton, with the
 arguments, tile sizes and options that the launcher chose for that target. So the matrix cannot drift from the code.
 
@@ -50,7 +50,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, MockTensor
 
 from compile_table import Row, differences, launches_in, summary, write
-from model_calls import EVERYTHING, calls
+from model_calls import EVERYTHING
+from registry import calls
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "compile_matrix.csv"
@@ -238,14 +239,12 @@ class Recorder:
 
 def record(target: Target, models: list[str]) -> tuple[list[Launch], list[str]]:
     """(every launch that the calls of ``models`` lead to on ``target``, each specialisation once; failed calls)."""
-    from rooflama import kernels
-
     recorder, failed = Recorder(), []
     with pretend_device(target), recorder.recording():
         for model, call in calls(models):
-            recorder.call = " ".join(filter(None, (model, call.function, call.note)))
+            recorder.call = " ".join(filter(None, (model, call.function.__name__, call.note)))
             try:
-                getattr(kernels, call.function)(*call.args, **call.kwargs)
+                call.function(*call.args, **call.kwargs)
             except Exception as error:
                 failed.append(f"{recorder.call}: {type(error).__name__}: {error}")
     return list(recorder.launches.values()), failed
@@ -387,7 +386,7 @@ def main() -> int:
         f"{row.kernel} {row.target} ({row.call}): {row.problem}\n    {row.arguments}" for row in rows if row.problem
     ]
     missed = {name for name in all_kernels() if re.search(options.kernels, name)} - {row.kernel for row in rows}
-    problems += [f"{name}: no call in model_calls reaches it" for name in sorted(missed)]
+    problems += [f"{name}: no call in benchmarks/registry reaches it" for name in sorted(missed)]
     print(f"{len(rows)} specialisations in {time.perf_counter() - start:.0f} s, {len(problems)} problems")
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -1,11 +1,12 @@
-"""The shapes of real models, and the calls into rooflama.kernels that running them makes.
+"""The shapes of real models, and the arguments that calls into rooflama.kernels share at those shapes.
 
-Numbers from the models' published configurations. Nothing here chooses a tile: that is the launchers' own business.
+Numbers from the models' published configurations. The calls themselves are in ``registry``, one file per kernel; none
+chooses a tile, which is the launchers' own business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,9 +78,9 @@ EVERYTHING = "Llama-3-8B"  # the model that also meets every weight type and eve
 
 
 class Call(NamedTuple):
-    """``rooflama.kernels.<function>(*args, **kwargs)``; ``note`` tells it from the function's other calls."""
+    """``function(*args, **kwargs)``; ``note`` tells it from the function's other calls."""
 
-    function: str
+    function: Callable[..., Any]
     note: str
     args: tuple = ()
     kwargs: dict[str, Any] = {}  # noqa: RUF012
@@ -116,66 +117,29 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def embedding_calls(model: Model, everything: bool) -> Iterator[Call]:
-    types = LAYOUTS if everything else weight_types(model)[-1:]
-    for ggml_type in types:
-        table = weight(ggml_type, model.vocab_size, model.hidden_size)
-        yield Call("embedding", ggml_type, (empty(8, dtype=INT32), table, BF16))
+def weight_types(model: Model) -> tuple[str, str]:
+    """The two types that most of a Q4_K_M file holds: rows that are not whole blocks of 256 fall back."""
+    return ("Q5_0", "Q8_0") if model.hidden_size % 256 else ("Q4_K", "Q6_K")
 
 
-def norm_calls(model: Model, everything: bool) -> Iterator[Call]:
-    gamma, x = empty(model.hidden_size, dtype=F32), empty(8, model.hidden_size)
-    yield Call("rms_norm", "", (x, gamma, 1e-5))
-    yield Call("add_rms_norm", "", (x, x, gamma, 1e-5))
+# (note, q of whole prompts, (k_pages, v_pages), block_table, seq_lens, query_start_loc, options)
+Attention = tuple[str, Tensor, tuple[Tensor, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]
 
 
-def rope_calls(model: Model, everything: bool) -> Iterator[Call]:
-    half = (model.rotary_dim or model.head_dim) // 2
-    cos, sin = empty(CONTEXT, half, dtype=F32), empty(CONTEXT, half, dtype=F32)
-    norms: dict[str, Any] = {}
-    if model.qk_norm:
-        norms = {"q_norm": empty(model.head_dim, dtype=F32), "k_norm": empty(model.head_dim, dtype=F32), "eps": 1e-6}
-    for tokens in BATCHES:
-        qkv = empty(tokens, model.num_heads + 2 * model.num_kv_heads, model.head_dim)
-        q, k, v = qkv.split([model.num_heads, model.num_kv_heads, model.num_kv_heads], dim=1)
-        positions, slots = empty(tokens, dtype=INT32), empty(tokens, dtype=INT64)
-        yield Call("rope", f"{tokens} tokens", (q, cos, sin, positions))
-        if everything:
-            yield Call("rope", f"{tokens} tokens interleaved", (q, cos, sin, positions), {"interleaved": True})
-        for dtype in page_dtypes(everything):
-            kv, scales = pages(model, dtype)
-            yield Call(
-                "rope_and_cache_write",
-                f"{tokens} tokens {short(dtype)} pages",
-                (q, k, v, cos, sin, positions, slots, *kv),
-                {**norms, **scales},
-            )
-
-
-def page_calls(model: Model, everything: bool) -> Iterator[Call]:
-    k, v = (empty(8, model.num_kv_heads, model.head_dim) for _ in range(2))
-    for dtype in page_dtypes(everything):
-        (k_pages, v_pages), scales = pages(model, dtype)
-        yield Call("write_kv", f"{short(dtype)} pages", (k, v, k_pages, v_pages, empty(8, dtype=INT64)), scales)
-        yield Call("copy_pages", f"{short(dtype)} pages", (k_pages, empty(4, dtype=INT64), empty(4, dtype=INT64)))
-        table, lens = empty(4, CONTEXT // PAGE_SIZE, dtype=INT32), empty(4, dtype=INT32)
-        keys = (k_pages, table, lens, scales.get("k_scale"))
-        yield Call("gather_kv", f"{short(dtype)} pages", keys, {"num_keys": 4 * CHUNK})
-
-
-def attention_calls(model: Model, everything: bool) -> Iterator[Call]:
+def attentions(model: Model, everything: bool) -> Iterator[Attention]:
+    """The arguments of every attention call of ``model``."""
     for dtype in page_dtypes(everything):
         for window in sorted({0, model.sliding_window}):
             for num_seqs in BATCHES:
                 note = f"{num_seqs} sequences {short(dtype)} pages" + (f" window {window}" if window else "")
-                yield from both_attentions(model, note, num_seqs, page_dtype=dtype, sliding_window=window)
+                yield attention(model, note, num_seqs, page_dtype=dtype, sliding_window=window)
     if everything:
-        yield from both_attentions(model, "1 sequence softcap", 1, softcap=50.0)
-        yield from both_attentions(model, "1 sequence float16", 1, dtype=F16, page_dtype=F16)
-        yield from both_attentions(model, "1 sequence pages of 16", 1, page_size=16)
+        yield attention(model, "1 sequence softcap", 1, softcap=50.0)
+        yield attention(model, "1 sequence float16", 1, dtype=F16, page_dtype=F16)
+        yield attention(model, "1 sequence pages of 16", 1, page_size=16)
 
 
-def both_attentions(
+def attention(
     model: Model,
     note: str,
     num_seqs: int,
@@ -184,90 +148,9 @@ def both_attentions(
     page_dtype: torch.dtype = BF16,
     page_size: int = PAGE_SIZE,
     **options: float,
-) -> Iterator[Call]:
+) -> Attention:
     kv, scales = pages(model, page_dtype, page_size)
     table, lens = empty(num_seqs, CONTEXT // page_size, dtype=INT32), empty(num_seqs, dtype=INT32)
     starts = empty(num_seqs + 1, dtype=INT32)
     q = empty(num_seqs * CHUNK, model.num_heads, model.head_dim, dtype=dtype)
-    options = {"softmax_scale": model.head_dim**-0.5, **options, **scales}
-    yield Call("attention_decode", note, (q.narrow(0, 0, num_seqs), *kv, table, lens), options)
-    yield Call("attention_prefill", note, (q, *kv, table, lens, starts), options)
-
-
-def mlp_calls(model: Model, everything: bool) -> Iterator[Call]:
-    gate, up = empty(8, 2 * model.intermediate_size).chunk(2, dim=-1)
-    yield Call("swiglu", "", (gate, up))
-    yield Call("geglu", "", (gate, up))
-
-
-def weight_types(model: Model) -> tuple[str, str]:
-    """The two types that most of a Q4_K_M file holds: rows that are not whole blocks of 256 fall back."""
-    return ("Q5_0", "Q8_0") if model.hidden_size % 256 else ("Q4_K", "Q6_K")
-
-
-def matmul_calls(model: Model, everything: bool) -> Iterator[Call]:
-    hidden, attended = model.hidden_size, model.num_heads * model.head_dim
-    matrices = {  # rows, columns, what joins
-        "qkv": (model.qkv_rows, hidden, "norm"),
-        "attn_output": (hidden, attended, "residual"),
-        "gate_up": (2 * model.intermediate_size, hidden, "norm and swiglu"),
-        "ffn_down": (hidden, model.intermediate_size, "residual"),
-    }
-    for tokens in (1, 2, 8, 64, CHUNK):
-        for name, (rows, columns, joined) in matrices.items():
-            options = {"residual": empty(tokens, rows) if joined == "residual" else None, "resident": True}
-            if joined != "residual":
-                options |= {"norm_weight": empty(columns, dtype=F32), "eps": 1e-5, "swiglu": "swiglu" in joined}
-            types = tuple(LAYOUTS) if everything and name == "attn_output" else weight_types(model)
-            for ggml_type in types:
-                if columns % LAYOUTS[ggml_type].quant_block:
-                    continue
-                made = weight(ggml_type, rows, columns)
-                note = f"{name} {ggml_type} {tokens} tokens"
-                yield Call("quantized_matmul", note, (empty(tokens, columns), made), options)
-                if everything and tokens == 1:
-                    invariant = {**options, "batch_invariant": True}
-                    yield Call("quantized_matmul", f"{note} invariant", (empty(tokens, columns), made), invariant)
-    for tokens in BATCHES:
-        made = weight(weight_types(model)[-1], model.vocab_size, hidden)
-        normed = {"norm_weight": empty(hidden, dtype=F32), "eps": 1e-5}
-        normed |= {"resident": True, "out_dtype": F32}
-        yield Call("quantized_matmul", f"output {tokens} tokens", (empty(tokens, hidden), made), normed)
-
-
-def sampling_calls(model: Model, everything: bool) -> Iterator[Call]:
-    for num_seqs in BATCHES:
-        logits = empty(num_seqs, model.vocab_size, dtype=F32)
-        drawn = {"temperature": empty(num_seqs, dtype=F32)}
-        drawn |= {name: empty(num_seqs, dtype=INT64) for name in ("seeds", "steps")}
-        narrowed = {name: empty(num_seqs, dtype=F32) for name in ("top_p", "min_p", "penalty")}
-        narrowed |= {"top_k": empty(num_seqs, dtype=INT32)}
-        narrowed |= {"seen": empty(num_seqs, model.vocab_size, dtype=torch.bool)}
-        columns = [empty(num_seqs, dtype=F32) for _ in range(3)]
-        counts = empty(num_seqs, model.vocab_size, dtype=INT32)
-        yield Call("penalise", f"{num_seqs} sequences", (logits, counts, *columns))
-        yield Call("sample", f"greedy {num_seqs} sequences", (logits,))
-        yield Call("sample", f"drawn {num_seqs} sequences", (logits,), drawn)
-        if everything:
-            yield Call("sample", f"narrowed {num_seqs} sequences", (logits,), {**drawn, **narrowed})
-
-
-FAMILIES = (
-    embedding_calls,
-    norm_calls,
-    rope_calls,
-    page_calls,
-    attention_calls,
-    mlp_calls,
-    matmul_calls,
-    sampling_calls,
-)
-
-
-def calls(names: list[str]) -> Iterator[tuple[str, Call]]:
-    """(model, call) for each call that the named models, or all of them, make."""
-    for name, model in MODELS.items():
-        if not names or name in names:
-            for family in FAMILIES:
-                for call in family(model, name == EVERYTHING):
-                    yield name, call
+    return note, q, kv, table, lens, starts, {"softmax_scale": model.head_dim**-0.5, **options, **scales}

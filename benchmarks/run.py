@@ -1,10 +1,10 @@
-"""Measure kernels against the roofline and their peers: ``python benchmarks/run.py [GROUP ...] [--out FILE.csv]``.
+"""Measure kernels against the roofline and their peers: ``python benchmarks/run.py [KERNEL ...] [--out FILE.csv]``.
 
 Needs a CUDA GPU. Writes one row for each case and implementation: percentiles, and what fraction of the roofline it
 reaches (the slower of bytes over memory rate and operations over bf16 matrix rate, both measured in the same run).
 
-A run of everything writes the file anew. A run of named groups replaces the rows of the cases it measures and keeps the
-others; each row says of which commit and date it is.
+A run of everything writes the file anew. A run of named kernels replaces the rows of the cases it measures and keeps
+the others. Each row names its commit and date.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cases import CASES
+from registry import MEASURED
 from timing import ceilings, measure, provenance, read_rows, write_rows
 
 Row = Mapping[str, str]
@@ -37,11 +37,11 @@ def replaced(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="*", help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("kernels", nargs="*", help=f"of {', '.join(MEASURED)}; all by default")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.csv")
     arguments = parser.parse_args()
-    if unknown := set(arguments.groups) - set(CASES):
-        parser.error(f"unknown groups {sorted(unknown)}; there are {', '.join(CASES)}")
+    if unknown := set(arguments.kernels) - set(MEASURED):
+        parser.error(f"unknown kernels {sorted(unknown)}; there are {', '.join(MEASURED)}")
     if not torch.cuda.is_available():
         sys.exit("a benchmark needs a CUDA GPU; the interpreter's time says nothing")
 
@@ -50,15 +50,15 @@ def main() -> None:
     print(
         f"{origin['gpu']}: memory {memory_rate / 1e12:.2f} TB/s, bf16 matrix product {matrix_rate / 1e12:.0f} TFLOP/s"
     )
-    kept = read_rows(arguments.out) if arguments.groups else []
+    kept = read_rows(arguments.out) if arguments.kernels else []
     rows: list[Row] = []
-    for group in arguments.groups or CASES:
-        for case in CASES[group]():
+    for kernel in arguments.kernels or MEASURED:
+        for case in MEASURED[kernel]():
             floor_us = 1e6 * max(case.num_bytes / memory_rate, case.num_flops / matrix_rate)
             for name, calls in case.implementations.items():
                 time = measure(calls)
                 row = {
-                    "kernel": case.kernel,
+                    "kernel": kernel,
                     "case": case.label,
                     "implementation": name,
                     "us_p20": f"{time.p20:.2f}",
@@ -71,7 +71,7 @@ def main() -> None:
                 }
                 rows.append(row)
                 print(
-                    f"{case.kernel:18s} {case.label:40s} {name:12s} {time.p50:9.1f} us "
+                    f"{kernel:18s} {case.label:40s} {name:12s} {time.p50:9.1f} us "
                     f"{row['gb_per_s']:>6s} GB/s {row['tflop_per_s']:>6s} TFLOP/s {float(row['of_roofline']):6.1%}",
                     flush=True,
                 )

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 
 import cases
+from registry import MEASURED
 from rooflama.kernels import LAYOUTS, quantized_matmul
 from rooflama.kernels.launch import override
 from timing import ceilings, measure, provenance, write_rows
@@ -47,7 +48,7 @@ def products(regime: str, types: list[str], tokens: list[int]) -> Iterator[Probl
     for num_tokens, ggml_type, (rows, columns, normed) in itertools.product(tokens, types, SHAPES):
         layout = LAYOUTS[ggml_type]
         num_bytes = cases.random_weight(ggml_type, rows, columns).nbytes
-        weights = [cases.random_weight(ggml_type, rows, columns) for _ in range(cases._copies(num_bytes))]
+        weights = [cases.random_weight(ggml_type, rows, columns) for _ in range(cases.copies(num_bytes))]
         x = torch.randn(num_tokens, columns, device=cases.CUDA, dtype=cases.BF16)
         norm_weight = torch.ones(columns, device=cases.CUDA) if normed else None
         bits = layout.low_bits + layout.high_bits or 8 * weights[0].planes[0].element_size()
@@ -65,10 +66,10 @@ def _in_regime(regime: str, *args: object, **kwargs: object) -> torch.Tensor:
         return quantized_matmul(*args, **kwargs)
 
 
-def registered(group: str, kernel: str) -> Iterator[Problem]:
-    """The cases of one kernel in the registry of ``cases.py``."""
-    for case in cases.CASES[group]():
-        if case.label.startswith(kernel):
+def registered(kernel: str, prefix: str) -> Iterator[Problem]:
+    """The cases of one kernel in ``registry`` whose label begins so."""
+    for case in MEASURED[kernel]():
+        if case.label.startswith(prefix):
             yield Problem(case.label, case.facts, case.implementations["rooflama"], case.num_bytes)
 
 
@@ -103,8 +104,8 @@ REGISTERED = {
     "attention_decode": ("attention_decode", ""),
     "attention_splits": ("attention_decode", ""),
     "attention_prefill": ("attention_prefill", ""),
-    "gated": ("elementwise", "swiglu"),
-    "norm": ("elementwise", "rms_norm"),
+    "gated": ("mlp", "swiglu"),
+    "norm": ("norm", "rms_norm"),
 }
 
 
@@ -115,7 +116,7 @@ def problems(kernel: str, types: list[str], tokens: list[int]) -> Iterator[Probl
 def compile_one(kernel: str, types: list[str], tokens: list[int], number: int) -> list[str]:
     """What went wrong with the candidates of one problem."""
     troubles = []
-    with mock.patch.object(cases, "_copies", return_value=1):
+    with mock.patch.object(cases, "copies", return_value=1):
         problem = next(itertools.islice(problems(kernel, types, tokens), number, None))
     for configuration in CANDIDATES[kernel](problem.facts):
         try:
@@ -137,7 +138,7 @@ def main() -> int:
     options = parser.parse_args()
     asked = (options.kernel, options.types, options.tokens or list(PRODUCTS.get(options.kernel, ())))
 
-    with mock.patch.object(cases, "_copies", return_value=1):
+    with mock.patch.object(cases, "copies", return_value=1):
         count = sum(1 for _ in problems(*asked))
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for troubles in pool.map(partial(compile_one, *asked), range(count)):

@@ -20,26 +20,36 @@ def cases():
         patch.syspath_prepend(FOLDER)
         module = importlib.import_module("cases")
         patch.setattr(module, "CUDA", "cpu")
-        patch.setattr(module, "_copies", lambda num_bytes: 1)
+        patch.setattr(module, "copies", lambda num_bytes: 1)
         yield module
 
 
-@pytest.mark.parametrize("group", ["attention_decode", "attention_prefill", "elementwise", "tables"])
-def test_peers_compute_the_same(cases, numpy_backend, group):
-    case = next(case for case in cases.CASES[group]() if len(case.implementations) > 1)
+@pytest.fixture(scope="module")
+def measured(cases):
+    return importlib.import_module("registry").MEASURED
+
+
+@pytest.mark.parametrize("kernel", ["attention_decode", "attention_prefill", "norm", "mlp", "sampling"])
+def test_peers_compute_the_same(measured, numpy_backend, kernel):
+    case = next(case for case in measured[kernel]() if len(case.implementations) > 1)
     ours, peer = (calls[0]() for calls in case.implementations.values())
     ours = (ours[0] if isinstance(ours, tuple) else ours).double().flatten()
     peer = peer.transpose(1, 2).double().flatten() if peer.dim() == 4 else peer.double().flatten()
     assert float((ours - peer).norm()) <= 0.01 * float(peer.norm()), case.label
 
 
-@pytest.mark.parametrize("group", ["quantized_matmul", "rotary_and_pages"])
-def test_cases_without_an_equal_peer_run(cases, numpy_backend, group):
-    case = next(cases.CASES[group]())
-    assert case.kernel in CARDS
+@pytest.mark.parametrize("kernel", CARDS)
+def test_the_first_case_of_each_kernel_runs(measured, numpy_backend, kernel):
+    case = next(measured[kernel]())
     assert case.num_bytes > 0
     for calls in case.implementations.values():
-        assert torch.isfinite(calls[0]()).all()
+        result = calls[0]()
+        for tensor in result if isinstance(result, tuple) else () if result is None else (result,):
+            assert torch.isfinite(tensor).all()
+
+
+def test_each_file_of_the_registry_is_a_kernels(measured):
+    assert set(measured) == set(CARDS)
 
 
 @pytest.mark.parametrize("kernel", sorted(TABLE.keys() - {"quantized_matmul"}))  # regimes are cases, not candidates
@@ -54,53 +64,50 @@ def test_the_tuner_tries_what_the_table_holds(cases, kernel):
         assert set(candidate) == set(chosen)
 
 
-UNMEASURED = {"penalties"}  # written when no GPU was at hand; benchmarks/cases.py has no case for it yet
-
-
-def test_every_kernel_has_a_committed_measurement():
+def test_committed_measurements_are_of_todays_kernels():
     with MEASUREMENTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert set(CARDS) - {row["kernel"] for row in rows} == UNMEASURED
+    assert {row["kernel"] for row in rows} <= set(CARDS)
     assert all(float(row["us_p50"]) > 0 and row["gpu"] and row["commit"] for row in rows)
 
 
-def test_a_run_of_one_group_keeps_the_rows_of_the_others(cases, monkeypatch, tmp_path):
+def test_a_run_of_one_kernel_keeps_the_rows_of_the_others(cases, monkeypatch, tmp_path):
     run, timing = (importlib.import_module(name) for name in ("run", "timing"))
     table = tmp_path / "kernels.csv"
     clock = {"ours": 1.0, "peer": 2.0}
 
-    def case(kernel, label, *names):
-        return cases.Case(kernel, label, 1, 1, {name: [name] for name in names})
+    def case(label, *names):
+        return cases.Case(label, 1, 1, {name: [name] for name in names})
 
-    def run_groups(*groups):
-        monkeypatch.setattr(sys, "argv", ["run.py", *groups, "--out", str(table)])
+    def run_kernels(*kernels):
+        monkeypatch.setattr(sys, "argv", ["run.py", *kernels, "--out", str(table)])
         run.main()
         with table.open(newline="") as file:
             return [(r["kernel"], r["case"], r["implementation"], float(r["us_p50"])) for r in csv.DictReader(file)]
 
-    groups = {
-        "a": lambda: [case("norm", "first", "ours", "peer"), case("norm", "second", "ours")],
-        "b": lambda: [case("norm", "third", "ours")],
+    registry = {
+        "a": lambda: [case("first", "ours", "peer"), case("second", "ours")],
+        "b": lambda: [case("third", "ours")],
     }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run, "CASES", groups)
+    monkeypatch.setattr(run, "MEASURED", registry)
     monkeypatch.setattr(run, "ceilings", lambda: (1e12, 1e15))
     monkeypatch.setattr(run, "provenance", lambda: {"gpu": "none", "commit": "none"})
     monkeypatch.setattr(run, "measure", lambda calls: timing.Measured(*[clock[calls[0]]] * 3))
-    assert run_groups("a") == [
-        ("norm", "first", "ours", 1.0),
-        ("norm", "first", "peer", 2.0),
-        ("norm", "second", "ours", 1.0),
+    assert run_kernels("a") == [
+        ("a", "first", "ours", 1.0),
+        ("a", "first", "peer", 2.0),
+        ("a", "second", "ours", 1.0),
     ]
-    everything = run_groups()
-    assert run_groups("b") == everything
+    everything = run_kernels()
+    assert run_kernels("b") == everything
 
     clock["ours"] = 3.0
-    groups["a"] = lambda: [case("norm", "first", "ours"), case("norm", "fourth", "ours")]
-    assert run_groups("a") == [
-        ("norm", "first", "ours", 3.0),
-        ("norm", "second", "ours", 1.0),
-        ("norm", "third", "ours", 1.0),
-        ("norm", "fourth", "ours", 3.0),
+    registry["a"] = lambda: [case("first", "ours"), case("fourth", "ours")]
+    assert run_kernels("a") == [
+        ("a", "first", "ours", 3.0),
+        ("a", "second", "ours", 1.0),
+        ("b", "third", "ours", 1.0),
+        ("a", "fourth", "ours", 3.0),
     ]
-    assert {row[1] for row in run_groups()} == {"first", "third", "fourth"}
+    assert {row[1] for row in run_kernels()} == {"first", "third", "fourth"}

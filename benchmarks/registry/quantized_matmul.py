@@ -1,0 +1,105 @@
+"""Quantised products: over all types at one token, over up to 4,096 tokens, and by each regime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+import cases
+from cases import BF16, Case, random_weight
+from model_calls import BATCHES, CHUNK, F32, Call, Model, empty, weight, weight_types
+from rooflama import kernels
+from rooflama.kernels import LAYOUTS
+from rooflama.kernels.quantized_matmul import REGIMES
+
+
+def measured() -> Iterator[Case]:
+    return chain(products(), regimes())
+
+
+def products() -> Iterator[Case]:
+    """Decode (1 token) over every type, then 2 to 4096 tokens over Q4_K; the peer is cuBLAS on bf16 weights."""
+    shapes = [(4096, 4096), (28672, 4096), (4096, 14336)]
+    plan = [(t, n, k, 1) for n, k in shapes for t in LAYOUTS if t != "F32"]
+    plan += [(t, 28672, 4096, m) for t in ("Q4_K", "Q8_0") for m in (2, 4, 8, 16, 32, 64, 128, 512, 4096)]
+    for ggml_type, rows, columns, tokens in plan:
+        weight_bytes = random_weight(ggml_type, rows, columns).nbytes
+        weights = [random_weight(ggml_type, rows, columns) for _ in range(cases.copies(weight_bytes))]
+        dense = [random_weight("BF16", rows, columns) for _ in range(cases.copies(2 * rows * columns))]
+        x = torch.randn(tokens, columns, device=cases.CUDA, dtype=BF16)
+        yield Case(
+            f"{ggml_type} [{rows}, {columns}] tokens={tokens}",
+            weight_bytes + 2 * tokens * (rows + columns),
+            2 * tokens * rows * columns,
+            {
+                "rooflama": [lambda w=w, x=x: kernels.quantized_matmul(x, w) for w in weights],
+                "torch bf16": [lambda w=w, x=x: F.linear(x, w.planes[0]) for w in dense],
+            },
+        )
+
+
+def regimes() -> Iterator[Case]:
+    """Each regime of the quantised product wherever it can run: what ``REGIMES`` should say."""
+    unbounded = 1 << 30
+    limits = {
+        "fixed_point": (8, unbounded, unbounded, unbounded),
+        "gemv": (16, 0, unbounded, unbounded),
+        "dot": (256, 0, 0, unbounded),
+        "matmul": (unbounded, 0, 0, 0),
+    }
+    rows, columns = 28672, 4096
+    for ggml_type in ("Q4_K", "Q8_0", "BF16"):
+        weight_bytes = random_weight(ggml_type, rows, columns).nbytes
+        weights = [random_weight(ggml_type, rows, columns) for _ in range(cases.copies(weight_bytes))]
+        for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            x = torch.randn(tokens, columns, device=cases.CUDA, dtype=BF16)
+
+            def forced(weight, fixed_point, gemv, dot, x=x):
+                own = {"fixed_point": fixed_point, "gemv": gemv, "dot": dot}
+                with mock.patch.dict(REGIMES, {"quantised": own, "float": own}):
+                    return kernels.quantized_matmul(x, weight)
+
+            yield Case(
+                f"{ggml_type} [{rows}, {columns}] tokens={tokens}, regimes",
+                weight_bytes + 2 * tokens * (rows + columns),
+                2 * tokens * rows * columns,
+                {
+                    name: [lambda w=w, own=own, f=forced: f(w, *own) for w in weights]
+                    for name, (most, *own) in limits.items()
+                    if tokens <= most and not (name == "fixed_point" and ggml_type == "BF16")
+                },
+            )
+
+
+def calls(model: Model, everything: bool) -> Iterator[Call]:
+    hidden, attended = model.hidden_size, model.num_heads * model.head_dim
+    matrices = {  # rows, columns, what joins
+        "qkv": (model.qkv_rows, hidden, "norm"),
+        "attn_output": (hidden, attended, "residual"),
+        "gate_up": (2 * model.intermediate_size, hidden, "norm and swiglu"),
+        "ffn_down": (hidden, model.intermediate_size, "residual"),
+    }
+    for tokens in (1, 2, 8, 64, CHUNK):
+        for name, (rows, columns, joined) in matrices.items():
+            options = {"residual": empty(tokens, rows) if joined == "residual" else None, "resident": True}
+            if joined != "residual":
+                options |= {"norm_weight": empty(columns, dtype=F32), "eps": 1e-5, "swiglu": "swiglu" in joined}
+            types = tuple(LAYOUTS) if everything and name == "attn_output" else weight_types(model)
+            for ggml_type in types:
+                if columns % LAYOUTS[ggml_type].quant_block:
+                    continue
+                made = weight(ggml_type, rows, columns)
+                note = f"{name} {ggml_type} {tokens} tokens"
+                yield Call(kernels.quantized_matmul, note, (empty(tokens, columns), made), options)
+                if everything and tokens == 1:
+                    invariant = {**options, "batch_invariant": True}
+                    yield Call(kernels.quantized_matmul, f"{note} invariant", (empty(tokens, columns), made), invariant)
+    for tokens in BATCHES:
+        made = weight(weight_types(model)[-1], model.vocab_size, hidden)
+        normed = {"norm_weight": empty(hidden, dtype=F32), "eps": 1e-5}
+        normed |= {"resident": True, "out_dtype": F32}
+        yield Call(kernels.quantized_matmul, f"output {tokens} tokens", (empty(tokens, hidden), made), normed)
