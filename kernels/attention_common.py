@@ -20,7 +20,7 @@ without effect.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,7 +37,7 @@ from .checks import (
     check_same_device,
     check_shape,
 )
-from .paged_checks import check_block_table, check_kv_pages
+from .paged_checks import check_block_table, check_keys_in_pages, check_kv_pages
 from .paged_common import LIMITS, PagedKV, paged_kv
 
 LOG2_E = 1.4426950408889634
@@ -249,16 +249,6 @@ def natural(lse):
 
 
 @functools.cache
-def target(device: torch.device) -> str:
-    """The row of a tile table that serves ``device``: Hopper's and Blackwell's data-centre chips, other Nvidia, AMD."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return "hip"
-    return "sm90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm80"
-
-
-@functools.cache
 def converts_float8(device: torch.device) -> bool:
     """Whether Triton can convert e4m3 there: Nvidia's from compute capability 8.9 on. Elsewhere ``widen`` does it."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -271,19 +261,25 @@ def attention_kv(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_sca
     return paged_kv(k_pages, v_pages, k_scale, v_scale)
 
 
+def result_like_q(q: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    """(out like q, contiguous; lse float32)."""
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
 def check_attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     softmax_scale: float,
     sliding_window: int,
     softcap: float,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> None:
-    """Everything that can be known without reading device memory."""
+    """Everything that can be known without reading the tensors."""
     check_shape("q", q, (None, None, None))
     num_heads, head_dim = q.shape[1:]
     check_dtype("q", q, FLOATS)
@@ -316,3 +312,9 @@ def check_attention(
     check_number("softmax_scale", softmax_scale, positive=True)
     check_number("softcap", softcap)
     check_count("sliding_window", sliding_window, "tokens, 0 for all")
+
+
+def check_reach(q_lens: Tensor | int, seq_lens: Tensor, block_table: Tensor, k_pages: Tensor, window: int) -> None:
+    """That every key in reach of the queries lies in a page. Reads the tensors: for those on the CPU."""
+    first_keys = (seq_lens - q_lens - window + 1).clamp(min=0) if window else torch.zeros_like(seq_lens)
+    check_keys_in_pages(block_table, seq_lens, first_keys, k_pages.shape[0], k_pages.shape[1])

@@ -17,7 +17,7 @@ Moves: K/V once, and 8 x head_dim bytes a query head and split for the partial r
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -31,49 +31,22 @@ from .attention_common import (
     attention_kv,
     block_dim,
     check_attention,
+    check_reach,
     load_columns,
     log2_sum,
     natural,
     no_keys,
     normalized,
+    result_like_q,
     score_rule,
     store_columns,
-    target,
 )
-from .backend import as_array, as_tensor, runs_numpy
 from .checks import check, check_sequences
-from .operators import operator
-from .paged_checks import check_keys_in_pages
-from .paged_common import compact_pages, heads_of
-
-
-class Tile(NamedTuple):
-    block_n: int  # keys
-    num_warps: int
-    num_stages: int
-
-
-# (target, bytes an element of q) -> largest head_dim: tile. Not chosen by length: a row's bits depend on block_n.
-TILES: dict[tuple[str, int], dict[int, Tile]] = {
-    ("interpreter", 2): {256: Tile(32, 4, 1)},
-    ("interpreter", 4): {256: Tile(32, 4, 1)},
-    ("sm90", 2): {128: Tile(64, 4, 5), 256: Tile(32, 4, 5)},
-    ("sm90", 4): {128: Tile(16, 4, 3), 256: Tile(16, 4, 2)},
-    ("sm80", 2): {128: Tile(64, 4, 5), 256: Tile(32, 4, 5)},
-    ("sm80", 4): {128: Tile(16, 4, 3), 256: Tile(16, 4, 2)},
-    ("hip", 2): {128: Tile(64, 4, 1), 256: Tile(32, 4, 1)},
-    ("hip", 4): {128: Tile(32, 4, 1), 256: Tile(16, 4, 1)},
-}
-
-# target -> (MIN_SPLIT in tokens, a multiple of every BLOCK_N; MAX_SPLITS)
-SPLITS = {"interpreter": (64, 4), "sm90": (256, 32), "sm80": (256, 32), "hip": (256, 32)}
+from .kernel import Launch, kernel, launch, scratch
+from .launch import configuration
+from .paged_common import heads_of, read_by_definition
 
 MERGE_SPLITS = 16  # partial results that the merge holds at once
-
-
-def decode_tile(target_name: str, itemsize: int, head_dim: int) -> Tile:
-    tiles = TILES[target_name, itemsize]
-    return tiles[min(limit for limit in tiles if limit >= head_dim)]
 
 
 @triton.jit
@@ -185,27 +158,29 @@ def _merge_splits_kernel(
     tl.store(result.lse + row, natural(log2_sum(top, total)))
 
 
-def _attention_decode_fake(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    softmax_scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(q.shape[:2], dtype=torch.float32, device=q.device),
+def most_splits(keys: int, num_kv_heads: int, device: torch.device | None = None) -> int:
+    """How many splits a sequence of up to ``keys`` keys may have; without a device, on a data-centre GPU."""
+    splits = configuration("attention_splits", device, num_kv_heads=num_kv_heads)
+    return max(1, min(splits["MAX_SPLITS"], triton.cdiv(keys, splits["MIN_SPLIT"])))
+
+
+def _check(q: Tensor, k_pages: Tensor, block_table: Tensor, seq_lens: Tensor, sliding_window: int, **rest: Any) -> None:
+    check_attention(q, k_pages, block_table=block_table, seq_lens=seq_lens, sliding_window=sliding_window, **rest)
+    num_seqs = q.shape[0]
+    check(
+        block_table.shape[0] == num_seqs,
+        f"{num_seqs} query tokens, {block_table.shape[0]} sequences",
+        "decode takes one token per sequence",
+        "Call attention_prefill for several",
     )
+    check_sequences(num_seqs)
+    if q.device.type == "cpu":
+        check_reach(1, seq_lens, block_table, k_pages, sliding_window)
 
 
-@operator(_attention_decode_fake)
+@kernel(checks=_check, output=result_like_q, definition=reference.attention_decode, by_definition=read_by_definition)
 def attention_decode(
+    out: tuple[Tensor, Tensor],
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -217,7 +192,7 @@ def attention_decode(
     softmax_scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> list[Launch]:
     """Attention of the newest token of each sequence over all its keys, which the pages already hold.
 
     Args:
@@ -241,87 +216,56 @@ def attention_decode(
         KernelInputError: shapes, dtypes, devices or numbers do not fit. That lengths and page numbers fit is checked
             for CPU tensors only: on a GPU it would make every call wait for the device.
     """
-    check_attention(
-        q, k_pages, v_pages, block_table, seq_lens, softmax_scale, sliding_window, softcap, k_scale, v_scale
-    )
     num_seqs, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_pages.shape
-    check(
-        block_table.shape[0] == num_seqs,
-        f"{num_seqs} query tokens, {block_table.shape[0]} sequences",
-        "decode takes one token a sequence",
-        "Call attention_prefill for several",
-    )
-    check_sequences(num_seqs)
-    if q.device.type == "cpu":
-        first_keys = (seq_lens - sliding_window).clamp(min=0) if sliding_window else torch.zeros_like(seq_lens)
-        check_keys_in_pages(block_table, seq_lens, first_keys, k_pages.shape[0], page_size)
-    if runs_numpy(q, k_pages):
-        if k_pages.dtype not in (torch.float32, torch.float16, torch.int8) or k_pages.device.type != "cpu":
-            k_pages, v_pages, k_scale, v_scale, block_table = compact_pages(
-                k_pages, v_pages, k_scale, v_scale, block_table=block_table
-            )
-        values, sums = reference.attention_decode(
-            as_array(q),
-            as_array(k_pages),
-            as_array(v_pages),
-            as_array(block_table),
-            as_array(seq_lens),
-            None if k_scale is None else as_array(k_scale),
-            None if v_scale is None else as_array(v_scale),
-            softmax_scale=softmax_scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-        )
-        return as_tensor(values, like=q), as_tensor(sums, like=q, dtype=torch.float32)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    if num_seqs == 0:
-        return out, lse
-    tile = decode_tile(target(q.device), q.element_size(), head_dim)
-    min_split, max_splits = SPLITS[target(q.device)]
+    tile = configuration("attention_decode", q.device, itemsize=q.element_size(), head_dim=head_dim)
+    splits = configuration("attention_splits", q.device, num_kv_heads=num_kv_heads)
     reach = block_table.shape[1] * page_size
     if sliding_window:
-        reach = min(reach, sliding_window + tile.block_n - 1)
-    grid_splits = max(1, min(max_splits, triton.cdiv(reach, min_split)))
-    partial = torch.empty((num_seqs, num_heads, grid_splits, head_dim), dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty((num_seqs, num_heads, grid_splits), dtype=torch.float32, device=q.device)
+        reach = min(reach, sliding_window + tile["BLOCK_N"] - 1)
+    grid_splits = most_splits(reach, num_kv_heads, q.device)
     group = num_heads // num_kv_heads
     block_m = min(64, max(16, triton.next_power_of_2(group)))
     rule = score_rule(softmax_scale, sliding_window, softcap)
-    _attention_decode_kernel[(num_kv_heads * triton.cdiv(group, block_m), grid_splits, num_seqs)](
+    result = Attended(*out)
+    partial = Attended(
+        scratch(num_seqs, num_heads, grid_splits, head_dim, dtype=torch.float32, device=q.device),
+        scratch(num_seqs, num_heads, grid_splits, dtype=torch.float32, device=q.device),
+    )
+    attended = launch(
+        _attention_decode_kernel,
+        (num_kv_heads * triton.cdiv(group, block_m), grid_splits, num_seqs),
         heads_of(q),
         attention_kv(k_pages, v_pages, k_scale, v_scale),
         block_table,
         block_table.stride(0),
         seq_lens,
-        Attended(out, lse),
-        Attended(partial, partial_lse),
+        result,
+        partial,
         group,
         grid_splits,
         rule,
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
-        BLOCK_N=tile.block_n,
-        MIN_SPLIT=min_split,
-        MAX_SPLITS=max_splits,
-        ONE_PAGE=page_size >= tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        ONE_PAGE=page_size >= tile["BLOCK_N"],
+        **tile,
+        **splits,
     )
-    if grid_splits > 1:
-        _merge_splits_kernel[(num_heads, num_seqs)](
-            Attended(partial, partial_lse),
-            seq_lens,
-            Attended(out, lse),
-            num_heads,
-            grid_splits,
-            rule.window,
-            HEAD_DIM=head_dim,
-            BLOCK_N=tile.block_n,
-            MIN_SPLIT=min_split,
-            MAX_SPLITS=max_splits,
-            BLOCK_S=min(MERGE_SPLITS, max_splits),
-            num_warps=4,
-        )
-    return out, lse
+    if grid_splits == 1:
+        return [attended]
+    merged = launch(
+        _merge_splits_kernel,
+        (num_heads, num_seqs),
+        partial,
+        seq_lens,
+        result,
+        num_heads,
+        grid_splits,
+        rule.window,
+        HEAD_DIM=head_dim,
+        BLOCK_N=tile["BLOCK_N"],
+        BLOCK_S=min(MERGE_SPLITS, splits["MAX_SPLITS"]),
+        num_warps=4,
+        **splits,
+    )
+    return [attended, merged]

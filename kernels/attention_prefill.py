@@ -20,7 +20,7 @@ and key: compute-bound beyond a few hundred keys.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,45 +35,21 @@ from .attention_common import (
     attention_kv,
     block_dim,
     check_attention,
+    check_reach,
     load_columns,
     log2_sum,
     natural,
     no_keys,
     normalized,
+    result_like_q,
     score_rule,
     store_columns,
-    target,
 )
-from .backend import as_array, as_tensor, runs_numpy
+from .backend import as_array
 from .checks import check, check_dtype, check_last_dim_contiguous, check_shape
-from .operators import operator
-from .paged_checks import check_keys_in_pages
-from .paged_common import compact_pages, heads_of
-
-
-class Tile(NamedTuple):
-    block_m: int  # rows, a row being a token and a head of the group
-    block_n: int  # keys
-    num_warps: int
-    num_stages: int
-
-
-# (target, bytes an element of q) -> largest head_dim: tile. Not chosen by length: a row's bits depend on block_n.
-TILES: dict[tuple[str, int], dict[int, Tile]] = {
-    ("interpreter", 2): {256: Tile(64, 32, 4, 1)},
-    ("interpreter", 4): {256: Tile(64, 32, 4, 1)},
-    ("sm90", 2): {128: Tile(128, 64, 8, 5), 256: Tile(64, 32, 8, 2)},
-    ("sm90", 4): {64: Tile(32, 16, 4, 2), 256: Tile(16, 16, 4, 2)},
-    ("sm80", 2): {64: Tile(128, 64, 8, 5), 128: Tile(128, 32, 8, 5), 256: Tile(64, 16, 8, 3)},
-    ("sm80", 4): {64: Tile(32, 16, 4, 2), 256: Tile(16, 16, 4, 2)},
-    ("hip", 2): {64: Tile(128, 64, 4, 1), 128: Tile(128, 32, 4, 1), 256: Tile(64, 16, 4, 1)},
-    ("hip", 4): {128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-}
-
-
-def prefill_tile(target_name: str, itemsize: int, head_dim: int) -> Tile:
-    tiles = TILES[target_name, itemsize]
-    return tiles[min(limit for limit in tiles if limit >= head_dim)]
+from .kernel import Launch, kernel, launch
+from .launch import configuration
+from .paged_common import heads_of, read_by_definition
 
 
 @triton.jit
@@ -195,28 +171,24 @@ def _check_query_start_loc(query_start_loc: Tensor, block_table: Tensor, num_tok
         )
 
 
-def _attention_prefill_fake(
+def _check(
     q: Tensor,
     k_pages: Tensor,
-    v_pages: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
     query_start_loc: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    softmax_scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(q.shape[:2], dtype=torch.float32, device=q.device),
-    )
+    sliding_window: int,
+    **rest: Any,
+) -> None:
+    check_attention(q, k_pages, block_table=block_table, seq_lens=seq_lens, sliding_window=sliding_window, **rest)
+    _check_query_start_loc(query_start_loc, block_table, q.shape[0])
+    if q.device.type == "cpu":
+        check_reach(query_start_loc.diff(), seq_lens, block_table, k_pages, sliding_window)
 
 
-@operator(_attention_prefill_fake)
+@kernel(checks=_check, output=result_like_q, definition=reference.attention_prefill, by_definition=read_by_definition)
 def attention_prefill(
+    out: tuple[Tensor, Tensor],
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -229,7 +201,7 @@ def attention_prefill(
     softmax_scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> Launch:
     """Causal attention of the last tokens of each sequence over all its keys, which the pages already hold.
 
     Args:
@@ -253,62 +225,29 @@ def attention_prefill(
         KernelInputError: shapes, dtypes, devices or numbers do not fit. That lengths and page numbers fit is checked
             for CPU tensors only: on a GPU it would make every call wait for the device.
     """
-    check_attention(
-        q, k_pages, v_pages, block_table, seq_lens, softmax_scale, sliding_window, softcap, k_scale, v_scale
-    )
     num_tokens, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_pages.shape
-    _check_query_start_loc(query_start_loc, block_table, num_tokens)
-    if q.device.type == "cpu":
-        nearest = seq_lens - query_start_loc.diff()
-        first_keys = (nearest - sliding_window + 1).clamp(min=0) if sliding_window else torch.zeros_like(seq_lens)
-        check_keys_in_pages(block_table, seq_lens, first_keys, k_pages.shape[0], page_size)
-    if runs_numpy(q, k_pages):
-        if k_pages.dtype not in (torch.float32, torch.float16, torch.int8) or k_pages.device.type != "cpu":
-            k_pages, v_pages, k_scale, v_scale, block_table = compact_pages(
-                k_pages, v_pages, k_scale, v_scale, block_table=block_table
-            )
-        values, sums = reference.attention_prefill(
-            as_array(q),
-            as_array(k_pages),
-            as_array(v_pages),
-            as_array(block_table),
-            as_array(seq_lens),
-            as_array(query_start_loc),
-            None if k_scale is None else as_array(k_scale),
-            None if v_scale is None else as_array(v_scale),
-            softmax_scale=softmax_scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-        )
-        return as_tensor(values, like=q), as_tensor(sums, like=q, dtype=torch.float32)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    if num_tokens == 0:
-        return out, lse
-    tile = prefill_tile(target(q.device), q.element_size(), head_dim)
+    tile = configuration("attention_prefill", q.device, itemsize=q.element_size(), head_dim=head_dim)
     group = num_heads // num_kv_heads
     num_seqs = block_table.shape[0]
     # a sequence of R rows spans at most R // BLOCK_M + 1 blocks, and so do the tokens that belong to none
-    num_blocks = num_tokens * group // tile.block_m + num_seqs + 1
-    _attention_prefill_kernel[(num_blocks * num_kv_heads,)](
+    num_blocks = num_tokens * group // tile["BLOCK_M"] + num_seqs + 1
+    return launch(
+        _attention_prefill_kernel,
+        (num_blocks * num_kv_heads,),
         heads_of(q),
         attention_kv(k_pages, v_pages, k_scale, v_scale),
         block_table,
         block_table.stride(0),
         seq_lens,
         query_start_loc,
-        Attended(out, lse),
+        Attended(*out),
         num_tokens,
         num_seqs,
         num_blocks,
         group,
         score_rule(softmax_scale, sliding_window, softcap),
         HEAD_DIM=head_dim,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        ONE_PAGE=page_size >= tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        ONE_PAGE=page_size >= tile["BLOCK_N"],
+        **tile,
     )
-    return out, lse

@@ -73,11 +73,11 @@ def backend_for(device: torch.device) -> Backend:
     return "triton"
 
 
-def runs_numpy(*tensors: Tensor | None) -> bool:
-    """Whether the NumPy definition serves these tensors; refuses bfloat16 where the interpreter would mangle it."""
+def runs_numpy(*tensors: Tensor | None, computes: bool = True) -> bool:
+    """Whether the NumPy definition serves these tensors; refuses to compute bfloat16 in Triton's interpreter."""
     present = [t for t in tensors if t is not None]
     backend = backend_for(present[0].device)
-    if backend == "triton" and INTERPRETED and any(t.dtype == torch.bfloat16 for t in present):
+    if computes and backend == "triton" and INTERPRETED and any(t.dtype == torch.bfloat16 for t in present):
         raise KernelInputError(
             "bfloat16 under Triton's interpreter",
             rule="the interpreter computes bfloat16 wrongly, without saying so",

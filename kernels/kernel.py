@@ -57,9 +57,10 @@ class Kernel(Generic[P, Out]):
         definition: Callable[..., Any],
         mutates: tuple[str, ...],
         by_definition: Callable[[Kernel, dict[str, Any]], Any],
+        moves_bits: bool,
     ):
         self.body, self.checks, self.output, self.definition, self.mutates = body, checks, output, definition, mutates
-        self._by_definition = by_definition
+        self._by_definition, self.moves_bits = by_definition, moves_bits
         self.name = self.__name__ = self.__qualname__ = body.__name__
         self.__doc__, self.__module__, self.__wrapped__ = body.__doc__, body.__module__, body
         hints = typing.get_type_hints(body)
@@ -128,9 +129,9 @@ class Kernel(Generic[P, Out]):
         arguments = dict(zip(self._names, values, strict=True))
         if signature not in self._bound:
             self.checks(**arguments)
-        if runs_numpy(*tensors_in(values)):
-            return self._by_definition(self, arguments)
         out = self.output(**arguments)
+        if runs_numpy(*tensors_in((*values, out)), computes=not self.moves_bits):
+            return self._by_definition(self, arguments)
         scratch.taken = []
         launches = self.body(out, **arguments)
         bound = None
@@ -157,6 +158,7 @@ def kernel(
     definition: Callable[..., Any],
     mutates: tuple[str, ...] = (),
     by_definition: Callable[[Kernel, dict[str, Any]], Any] | None = None,
+    moves_bits: bool = False,
 ) -> Callable[[Callable[Concatenate[Out, P], Launch | list[Launch] | None]], Kernel[P, Out]]:
     """Make a kernel of the body that follows.
 
@@ -167,6 +169,7 @@ def kernel(
         definition: the NumPy function of the same parameters; results are rounded once, to the dtypes of ``output``.
         mutates: names of the arguments that the kernel writes.
         by_definition: how the definition is run on tensors, if ``run_definition`` would convert too much.
+        moves_bits: the kernel computes nothing, so Triton's interpreter may run it on bfloat16.
 
     The body returns a ``launch``, or a list of them in order, and does nothing else. Each tensor that it launches with
     is an argument, a result, ``scratch``, or a view of one of these. A body that also calls torch does everything
@@ -174,7 +177,9 @@ def kernel(
     """
 
     def decorate(body: Callable[Concatenate[Out, P], Launch | list[Launch] | None]) -> Kernel[P, Out]:
-        made: Kernel[P, Out] = Kernel(body, checks, output, definition, mutates, by_definition or run_definition)
+        made: Kernel[P, Out] = Kernel(
+            body, checks, output, definition, mutates, by_definition or run_definition, moves_bits
+        )
         KERNELS[made.name] = made
         return made
 
@@ -287,8 +292,12 @@ def _register(made: Kernel) -> Callable[..., Any]:
         else:
             flat.append(parameter)
 
-    def unflatten(values: Iterable[Any]) -> tuple:
-        rest = iter(values)
+    flat_signature = made.__signature__.replace(parameters=flat)
+
+    def unflatten(args: tuple, kwargs: dict[str, Any]) -> tuple:
+        bound = flat_signature.bind(*args, **kwargs)  # torch leaves out arguments that equal their default
+        bound.apply_defaults()
+        rest = iter(bound.arguments.values())
         return tuple(
             p.annotation(*(_as_tuple(next(rest)) for _ in p.annotation._fields))
             if _is_record(p.annotation)
@@ -297,12 +306,12 @@ def _register(made: Kernel) -> Callable[..., Any]:
         )
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        return made.run(unflatten((*args, *kwargs.values())))
+        return made.run(unflatten(args, kwargs))
 
     def fake(*args: Any, **kwargs: Any) -> Any:
-        return made.output(**dict(zip(made._names, unflatten((*args, *kwargs.values())), strict=True)))
+        return made.output(**dict(zip(made._names, unflatten(args, kwargs), strict=True)))
 
-    implementation.__signature__ = made.__signature__.replace(parameters=flat)  # type: ignore[attr-defined]
+    implementation.__signature__ = flat_signature  # type: ignore[attr-defined]
     schema = torch.library.infer_schema(implementation, mutates_args=made.mutates)
     if made.mutates:
         # torch drops trailing arguments that equal their default, and torch 2.11 then fails on a mutated one.

@@ -56,6 +56,7 @@ TABLE: dict[str, dict[str, list[Row]]] = {
         ],
     },
     # MIN_SPLIT in tokens, a multiple of every BLOCK_N of attention_decode; MAX_SPLITS a power of two.
+    # Facts: num_kv_heads.
     "attention_splits": {
         "interpreter": [row(MIN_SPLIT=64, MAX_SPLITS=4)],
         "sm90": [row(MIN_SPLIT=256, MAX_SPLITS=32)],
@@ -148,11 +149,13 @@ TABLE: dict[str, dict[str, list[Row]]] = {
 
 
 @functools.cache
-def gpu_names(device: torch.device) -> tuple[str, ...]:
-    """The keys of ``TABLE`` that serve a device, best first: its own, its family's, "any".
+def gpu_names(device: torch.device | None) -> tuple[str, ...]:
+    """The keys of ``TABLE`` that serve a device, best first: its own, its family's, "any". None is for plans: sm90.
 
     Families: "sm90" for Nvidia's data-centre chips from Hopper on, "sm80" for other Nvidia, "hip" for AMD.
     """
+    if device is None:
+        return "sm90", "any"
     if device.type == "cpu":
         return "interpreter", "any"
     if torch.version.hip:
@@ -165,7 +168,7 @@ _overridden: dict[str, dict[str, int]] = {}
 version = 0  # changes with every override: launches bound before are bound anew
 
 
-def configuration(kernel: str, device: torch.device, **facts: int) -> dict[str, int]:
+def configuration(kernel: str, device: torch.device | None, **facts: int) -> dict[str, int]:
     """How to launch ``kernel`` on ``device`` for a call of these facts."""
     if kernel in _overridden:
         return _overridden[kernel]

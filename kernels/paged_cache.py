@@ -11,6 +11,8 @@ Moves: each value once in and once out: bandwidth-bound.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from . import reference
 from .attention_common import widen
-from .backend import as_array, as_tensor, runs_numpy
+from .backend import as_array
 from .checks import (
     FLOATS,
     INTEGERS,
@@ -31,14 +33,14 @@ from .checks import (
     check_sequences,
     check_shape,
 )
-from .operators import operator
+from .kernel import Kernel, Launch, kernel, launch, nothing, run_definition
 from .paged_checks import check_block_table, check_keys_in_pages, check_pages, check_write
 from .paged_common import (
     LIMITS,
     as_codes,
-    compact_pages,
     heads_of,
     paged_kv,
+    read_by_definition,
     write_blocks,
     write_by_definition,
     write_heads,
@@ -126,20 +128,15 @@ def _copy_pages_kernel(
     tl.store(pages_ptr + target + offs, tl.load(pages_ptr + source + offs, mask=mask), mask=mask)
 
 
-def _write_kv_fake(
-    k: Tensor,
-    v: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    return None
-
-
-@operator(_write_kv_fake, mutates=("k_pages", "v_pages", "k_scale", "v_scale"))
+@kernel(
+    checks=check_write,
+    output=nothing,
+    definition=reference.write_kv,
+    mutates=("k_pages", "v_pages", "k_scale", "v_scale"),
+    by_definition=write_by_definition,
+)
 def write_kv(
+    out: None,
     k: Tensor,
     v: Tensor,
     k_pages: Tensor,
@@ -147,7 +144,7 @@ def write_kv(
     slot_mapping: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-) -> None:
+) -> Launch:
     """Write each token's keys and values to its slot.
 
     Args:
@@ -160,25 +157,13 @@ def write_kv(
         v_scale: the same for V. Written.
 
     Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) a slot lies past the pages.
+        KernelInputError: shapes, dtypes or devices do not fit, or (checked on the CPU only) a slot lies past the pages.
     """
-    check_write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
-    if runs_numpy(k, k_pages):
-        k_array, v_array = as_array(k), as_array(v)
-        write_by_definition(
-            lambda *pages: reference.write_kv(k_array, v_array, *pages),
-            k_pages,
-            v_pages,
-            slot_mapping,
-            k_scale,
-            v_scale,
-        )
-        return
     num_tokens, num_kv_heads, head_dim = k.shape
-    if k.numel() == 0:
-        return
     block_heads, block_dim = write_blocks(num_kv_heads, head_dim)
-    _write_kv_kernel[(num_tokens, triton.cdiv(num_kv_heads, block_heads))](
+    return launch(
+        _write_kv_kernel,
+        (num_tokens, triton.cdiv(num_kv_heads, block_heads)),
         heads_of(k),
         heads_of(v),
         paged_kv(as_codes(k_pages), as_codes(v_pages), k_scale, v_scale),
@@ -190,24 +175,38 @@ def write_kv(
     )
 
 
-def _gather_dtype(pages: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype or (torch.float32 if pages.dtype in LIMITS else pages.dtype)
-
-
-def _gather_kv_fake(
+def _check_gather(
     pages: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
-    scale: Tensor | None = None,
-    *,
+    scale: Tensor | None,
     num_keys: int,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    return torch.empty((num_keys, *pages.shape[2:]), dtype=_gather_dtype(pages, dtype), device=pages.device)
+    dtype: torch.dtype | None,
+) -> None:
+    check_pages("pages", pages, "scale", scale)
+    check_block_table(block_table, seq_lens)
+    check_same_device(pages=pages, block_table=block_table, seq_lens=seq_lens, scale=scale)
+    wanted = dtype or _gathered_dtype(pages)
+    check(wanted in FLOATS, f"dtype is {dtype}", "keys become float32, float16 or bfloat16", "Choose one of them")
+    check_count("num_keys", num_keys, "the keys of all sequences")
+    check_sequences(block_table.shape[0])
+    if pages.device.type == "cpu":
+        check_keys_in_pages(block_table, seq_lens, torch.zeros_like(seq_lens), pages.shape[0], pages.shape[1])
+        total = int(seq_lens.sum())
+        check(num_keys == total, f"num_keys is {num_keys}", f"the sum of seq_lens is {total}", "Pass the sum")
 
 
-@operator(_gather_kv_fake)
+def _gathered_dtype(pages: Tensor) -> torch.dtype:
+    return torch.float32 if pages.dtype in LIMITS else pages.dtype
+
+
+def _gathered(pages: Tensor, num_keys: int, dtype: torch.dtype | None, **_: Any) -> Tensor:
+    return torch.empty((num_keys, *pages.shape[2:]), dtype=dtype or _gathered_dtype(pages), device=pages.device)
+
+
+@kernel(checks=_check_gather, output=_gathered, definition=reference.gather_kv, by_definition=read_by_definition)
 def gather_kv(
+    out: Tensor,
     pages: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
@@ -215,7 +214,7 @@ def gather_kv(
     *,
     num_keys: int,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Launch:
     """The keys (or values) of all sequences, one sequence after the other.
 
     Args:
@@ -223,39 +222,22 @@ def gather_kv(
         block_table: int32 [num_seqs, max_pages_per_seq].
         seq_lens: int32 [num_seqs].
         scale: float32 [num_pages, page_size, num_kv_heads], for int8 and float8 pages only.
-        num_keys: sum of seq_lens; given, so that the host need not wait for the device. On a GPU, where it is not
-            compared with that sum, a smaller one leaves the last keys out and a larger one leaves rows unwritten.
-        dtype: of the result, float32, float16 or bfloat16; that of the pages by default, float32 for int8 and float8.
+        num_keys: the sum of seq_lens, an argument so that the host need not wait for the device. A GPU does not compare
+            it with that sum: a smaller num_keys leaves the last keys out, a larger one leaves rows unwritten.
+        dtype: of the result, float32, float16 or bfloat16; by default that of the pages, float32 for int8 and float8.
 
     Returns:
         [num_keys, num_kv_heads, head_dim].
 
     Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) the table names a page that
+        KernelInputError: shapes, dtypes or devices do not fit, or (checked on the CPU only) the table names a page that
             does not exist or ``num_keys`` is wrong.
     """
-    check_pages("pages", pages, "scale", scale)
-    check_block_table(block_table, seq_lens)
-    check_same_device(pages=pages, block_table=block_table, seq_lens=seq_lens, scale=scale)
-    out_dtype = _gather_dtype(pages, dtype)
-    check(out_dtype in FLOATS, f"dtype is {dtype}", "keys become float32, float16 or bfloat16", "Choose one of them")
-    check_count("num_keys", num_keys, "the keys of all sequences")
-    check_sequences(block_table.shape[0])
-    if pages.device.type == "cpu":
-        check_keys_in_pages(block_table, seq_lens, torch.zeros_like(seq_lens), pages.shape[0], pages.shape[1])
-        total = int(seq_lens.sum())
-        check(num_keys == total, f"num_keys is {num_keys}", f"the sum of seq_lens is {total}", "Pass the sum")
     _, page_size, num_kv_heads, head_dim = pages.shape
-    out = torch.empty((num_keys, num_kv_heads, head_dim), dtype=out_dtype, device=pages.device)
-    if runs_numpy(pages, out):
-        pages, scale, table = compact_pages(pages, scale, block_table=block_table)
-        scale_array = None if scale is None else as_array(scale)
-        rows = reference.gather_kv(as_array(pages), as_array(table), as_array(seq_lens), scale_array)
-        return as_tensor(rows, like=pages, dtype=out_dtype)
-    if out.numel() == 0:
-        return out
     block_rows, _ = write_blocks(page_size * num_kv_heads, head_dim)
-    _gather_kv_kernel[(block_table.shape[1], block_table.shape[0])](
+    return launch(
+        _gather_kv_kernel,
+        (block_table.shape[1], block_table.shape[0]),
         paged_kv(as_codes(pages), None, scale, None),
         block_table,
         block_table.stride(0),
@@ -266,26 +248,9 @@ def gather_kv(
         BLOCK_ROWS=block_rows,
         BLOCK_SEQS=1024,
     )
-    return out
 
 
-def _copy_pages_fake(pages: Tensor, source: Tensor, target: Tensor) -> None:
-    return None
-
-
-@operator(_copy_pages_fake, mutates=("pages",))
-def copy_pages(pages: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy whole pages inside a pool, bit for bit: pages[target[i]] = pages[source[i]].
-
-    Args:
-        pages: [num_pages, ...], any dtype of 1, 2 or 4 bytes, each page contiguous; scales as well as K or V. Written.
-        source: int32 or int64 [num_copies].
-        target: the same, each page at most once, and none that is also a source.
-
-    Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) a page does not exist or is
-            written twice, or read and written.
-    """
+def _check_copy(pages: Tensor, source: Tensor, target: Tensor) -> None:
     check(
         pages.dim() > 1 and pages[:1].is_contiguous() and pages.element_size() in _BITS,
         f"pages is {pages.dtype} {list(pages.shape)} with strides {pages.stride()}",
@@ -299,21 +264,10 @@ def copy_pages(pages: Tensor, source: Tensor, target: Tensor) -> None:
     check_same_device(pages=pages, source=source, target=target)
     check_last_dim_contiguous(source=source, target=target)
     if pages.device.type == "cpu":
-        _check_copies(as_array(source), as_array(target), pages.shape[0])
-    bits = pages.view(_BITS[pages.element_size()])
-    if runs_numpy(bits):
-        array = as_array(bits)
-        reference.copy_pages(array, as_array(source), as_array(target))
-        if pages.device.type != "cpu":
-            bits.copy_(torch.from_numpy(array))
-        return
-    page_elements = pages[:1].numel()
-    if source.numel() and page_elements:
-        grid = (source.shape[0], triton.cdiv(page_elements, COPY_BLOCK))
-        _copy_pages_kernel[grid](bits, source, target, pages.stride(0), page_elements, BLOCK=COPY_BLOCK)
+        _check_copied_pages(as_array(source), as_array(target), pages.shape[0])
 
 
-def _check_copies(source: np.ndarray, target: np.ndarray, num_pages: int) -> None:
+def _check_copied_pages(source: np.ndarray, target: np.ndarray, num_pages: int) -> None:
     both = np.concatenate([source, target])
     check(
         not both.size or (both.min() >= 0 and both.max() < num_pages),
@@ -326,4 +280,45 @@ def _check_copies(source: np.ndarray, target: np.ndarray, num_pages: int) -> Non
         f"targets {target.tolist()} of sources {source.tolist()}",
         "a page is written once, and no page is both read and written",
         "Split the copies over two calls",
+    )
+
+
+def _bits(pages: Tensor) -> Tensor:
+    return pages.view(_BITS[pages.element_size()])
+
+
+def _copy_by_definition(one: Kernel, arguments: dict[str, Any]) -> None:
+    run_definition(one, {**arguments, "pages": _bits(arguments["pages"])})
+
+
+@kernel(
+    checks=_check_copy,
+    output=nothing,
+    definition=reference.copy_pages,
+    mutates=("pages",),
+    by_definition=_copy_by_definition,
+    moves_bits=True,
+)
+def copy_pages(out: None, pages: Tensor, source: Tensor, target: Tensor) -> Launch:
+    """Copy whole pages inside a pool, bit for bit: pages[target[i]] = pages[source[i]].
+
+    Args:
+        pages: [num_pages, ...], any dtype of 1, 2 or 4 bytes, each page contiguous; scales as well as K or V. Written.
+        source: int32 or int64 [num_copies].
+        target: the same, each page at most once, and none that is also a source.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices do not fit, or (checked on the CPU only) a page does not exist or is
+            written twice, or read and written.
+    """
+    page_elements = pages[:1].numel()
+    return launch(
+        _copy_pages_kernel,
+        (source.shape[0], triton.cdiv(page_elements, COPY_BLOCK)),
+        _bits(pages),
+        source,
+        target,
+        pages.stride(0),
+        page_elements,
+        BLOCK=COPY_BLOCK,
     )

@@ -9,16 +9,14 @@ because not every target converts it and Triton's interpreter rounds it wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import as_tensor
+from .kernel import Kernel, run_definition
 
 LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}  # the largest code
 WRITE_ELEMENTS = 1024  # elements of heads x head_dim that one program writes
@@ -53,8 +51,10 @@ def heads_of(x: Tensor) -> Heads:
 
 
 def paged_kv(k_pages: Tensor, v_pages: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> PagedKV:
-    page_shift = k_pages.shape[1].bit_length() - 1
-    return PagedKV(k_pages, v_pages, k_scale, v_scale, *k_pages.stride()[:3], k_pages.shape[2], page_shift)
+    _, page_size, num_kv_heads, _ = k_pages.shape
+    page_stride, slot_stride, head_stride, _ = k_pages.stride()
+    page_shift = page_size.bit_length() - 1
+    return PagedKV(k_pages, v_pages, k_scale, v_scale, page_stride, slot_stride, head_stride, num_kv_heads, page_shift)
 
 
 @triton.jit
@@ -123,47 +123,44 @@ def write_heads(
         tl.store(ptrs, values.to(pages_ptr.dtype.element_ty), mask=mask)
 
 
-def write_by_definition(
-    define: Callable[..., Any],
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Any:
-    """Let a definition write to pages of one slot, one for each token; what it wrote then goes to the slots.
+POOLS = ("k_pages", "v_pages", "k_scale", "v_scale", "pages", "scale")
 
-    NumPy lacks two of the dtypes of pages, and a pool is too large to convert.
 
-    Args:
-        define: called with arrays k_pages, v_pages, slot_mapping, k_scale, v_scale.
-    """
-    num_tokens = slot_mapping.shape[0]
-    written = [
-        None
-        if tensor is None
-        else np.empty((num_tokens, 1, *tensor.shape[2:]), np.int8 if tensor.dtype == torch.int8 else np.float32)
-        for tensor in (k_pages, v_pages, k_scale, v_scale)
-    ]
-    result = define(written[0], written[1], np.arange(num_tokens), written[2], written[3])
+def _needs_copies(pools: dict[str, Tensor]) -> bool:
+    """Whether NumPy cannot work on the pools themselves: it lacks bfloat16 and float8, and sees the CPU alone."""
+    return any(p.device.type != "cpu" or p.dtype in (torch.bfloat16, torch.float8_e4m3fn) for p in pools.values())
+
+
+def _pools(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: arguments[name] for name in POOLS if arguments.get(name) is not None}
+
+
+def read_by_definition(one: Kernel, arguments: dict[str, Any]) -> Any:
+    """Run a definition that reads pages on the pages in its block table alone: a pool is too large to convert."""
+    pools = _pools(arguments)
+    if not _needs_copies(pools):
+        return run_definition(one, arguments)
+    num_pages = next(iter(pools.values())).shape[0]
+    used, table = torch.unique(arguments["block_table"].clamp(0, max(0, num_pages - 1)), return_inverse=True)
+    used = used[:num_pages]  # of an empty pool, none
+    few = {name: as_codes(pool)[used].view(pool.dtype) for name, pool in pools.items()}
+    return run_definition(one, {**arguments, **few, "block_table": table})
+
+
+def write_by_definition(one: Kernel, arguments: dict[str, Any]) -> Any:
+    """Run a definition that writes pages on pages of one slot, one per slot written, and copy them to the pools."""
+    pools, slot_mapping = _pools(arguments), arguments["slot_mapping"]
+    if not _needs_copies(pools):
+        return run_definition(one, arguments)
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
-    page, slot_in_page = slots // k_pages.shape[1], slots % k_pages.shape[1]
-    for tensor, rows in zip((k_pages, v_pages, k_scale, v_scale), written, strict=True):
-        if tensor is not None and rows is not None:
-            tensor[page, slot_in_page] = as_tensor(rows[:, 0], like=tensor)[kept]
+    page_size = pools["k_pages"].shape[1]
+    where = slots // page_size, slots % page_size
+    few = {name: as_codes(pool)[where].unsqueeze(1).view(pool.dtype) for name, pool in pools.items()}
+    result = run_definition(one, {**arguments, **few, "slot_mapping": torch.where(kept, kept.cumsum(0) - 1, -1)})
+    for name, pool in pools.items():
+        as_codes(pool)[where] = as_codes(few[name])[:, 0]
     return result
-
-
-def compact_pages(*tensors: Tensor | None, block_table: Tensor) -> tuple[Any, ...]:
-    """The pages that the table names, alone, and the table that names them there.
-
-    For the NumPy definition, which would otherwise convert or copy whole pools.
-    """
-    num_pages = next(t for t in tensors if t is not None).shape[0]
-    used, table = torch.unique(block_table.clamp(0, max(0, num_pages - 1)), return_inverse=True)
-    used = used[:num_pages]  # which leaves none of an empty pool
-    return *(None if t is None else t.view(torch.uint8)[used].view(t.dtype) for t in tensors), table
 
 
 def write_blocks(num_heads: int, head_dim: int) -> tuple[int, int]:
@@ -173,5 +170,5 @@ def write_blocks(num_heads: int, head_dim: int) -> tuple[int, int]:
 
 
 def as_codes(pages: Tensor) -> Tensor:
-    """Pages as a kernel writes them: e4m3 as its bits."""
+    """e4m3 as its bits, which Triton, unlike its own type, handles on every device; other dtypes as they are."""
     return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages

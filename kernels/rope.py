@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_array, as_tensor, runs_numpy
+from .backend import as_array
 from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
-from .operators import operator
+from .kernel import Launch, kernel, launch, like
 from .paged_common import heads_of, write_blocks
 
 
@@ -159,12 +159,12 @@ def check_rope(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor
         )
 
 
-def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool = False) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> None:
+    check_rope("x", x, cos, sin, positions)
 
 
-@operator(_rope_fake)
-def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool = False) -> Tensor:
+@kernel(checks=_check, output=like("x"), definition=reference.rope)
+def rope(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool = False) -> Launch:
     """Rotate each head by its token's position.
 
     Args:
@@ -178,18 +178,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved:
         Like ``x``, contiguous; dimensions from rotary_dim on are those of ``x``.
 
     Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) a position is past the tables.
+        KernelInputError: shapes, dtypes or devices do not fit, or (on the CPU only) a position is past the tables.
     """
-    check_rope("x", x, cos, sin, positions)
-    if runs_numpy(x):
-        arrays = (as_array(t) for t in (x, cos, sin, positions))
-        return as_tensor(reference.rope(*arrays, interleaved=interleaved), like=x)
     num_tokens, num_heads, head_dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
     block_heads, block_dim = write_blocks(num_heads, head_dim)
-    _rope_kernel[(num_tokens, triton.cdiv(num_heads, block_heads))](
+    return launch(
+        _rope_kernel,
+        (num_tokens, triton.cdiv(num_heads, block_heads)),
         heads_of(x),
         Angles(cos, sin, positions),
         out,
@@ -200,4 +195,3 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved:
         BLOCK_HEADS=block_heads,
         num_warps=max(1, block_heads * block_dim // 256),
     )
-    return out

@@ -11,17 +11,15 @@ Moves: 2 x head_dim x itemsize bytes a head for about 3 flops an element (8 with
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_number, check_same_device, check_shape
-from .operators import operator
+from .kernel import Launch, kernel, launch, like
 from .paged_checks import check_write
 from .paged_common import (
     LIMITS,
@@ -127,29 +125,42 @@ def _rope_and_cache_write_kernel(
             store_parts(slot_ptr, heads * kv.head_stride, mask_heads, parts, HEAD_DIM, HALF, INTERLEAVED)
 
 
-def _rope_and_cache_write_fake(
+def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
-    slot_mapping: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    *,
-    eps: float = 0.0,
-    interleaved: bool = False,
-) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    interleaved: bool,
+    **pages: Any,
+) -> None:
+    check_rope("q", q, cos, sin, positions)
+    check_write(k, v, **pages)
+    num_tokens, _, head_dim = q.shape
+    check_shape("k", k, (num_tokens, None, head_dim))
+    check_dtype("k", k, (q.dtype,))
+    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if weight is not None:
+            check_shape(name, weight, (head_dim,))
+            check_dtype(name, weight, FLOATS)
+            check_last_dim_contiguous(**{name: weight})
+    check_number("eps", eps)
+    check_same_device(q=q, k=k, q_norm=q_norm, k_norm=k_norm)
 
 
-@operator(_rope_and_cache_write_fake, mutates=("k_pages", "v_pages", "k_scale", "v_scale"))
+@kernel(
+    checks=_check,
+    output=like("q"),
+    definition=reference.rope_and_cache_write,
+    mutates=("k_pages", "v_pages", "k_scale", "v_scale"),
+    by_definition=write_by_definition,
+)
 def rope_and_cache_write(
+    out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -166,7 +177,7 @@ def rope_and_cache_write(
     *,
     eps: float = 0.0,
     interleaved: bool = False,
-) -> Tensor:
+) -> Launch:
     """Norm each head of q and k (where weights are given), rotate both, and write k and v to their slots.
 
     Args:
@@ -190,37 +201,14 @@ def rope_and_cache_write(
         The rotated queries, like ``q``, contiguous.
 
     Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, or (seen on the CPU only) a position lies past
+        KernelInputError: shapes, dtypes or devices do not fit, or (checked on the CPU only) a position lies past
             the tables or a slot past the pages.
     """
-    check_rope("q", q, cos, sin, positions)
-    check_write(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    check_shape("k", k, (num_tokens, None, head_dim))
-    check_dtype("k", k, (q.dtype,))
-    for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if weight is not None:
-            check_shape(name, weight, (head_dim,))
-            check_dtype(name, weight, FLOATS)
-            check_last_dim_contiguous(**{name: weight})
-    check_number("eps", eps)
-    check_same_device(q=q, k=k, q_norm=q_norm, k_norm=k_norm)
-    if runs_numpy(q, q_norm, k_norm, k_pages):
-        inputs = [as_array(t) for t in (q, k, v, cos, sin, positions)]
-        norms = [None if t is None else as_array(t) for t in (q_norm, k_norm)]
-
-        def define(k_pages, v_pages, slot_mapping, *scales):
-            arguments = [*inputs, slot_mapping, k_pages, v_pages, *norms, *scales]
-            return reference.rope_and_cache_write(*arguments, eps=eps, interleaved=interleaved)
-
-        return as_tensor(write_by_definition(define, k_pages, v_pages, slot_mapping, k_scale, v_scale), like=q)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if num_tokens == 0:
-        return out
     block_heads, block_dim = write_blocks(num_heads, head_dim)
-    grid = (num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads))
-    _rope_and_cache_write_kernel[grid](
+    return launch(
+        _rope_and_cache_write_kernel,
+        (num_tokens, triton.cdiv(num_heads, block_heads) + triton.cdiv(k.shape[1], block_heads)),
         heads_of(q),
         heads_of(k),
         heads_of(v),
@@ -237,4 +225,3 @@ def rope_and_cache_write(
         BLOCK_HEADS=block_heads,
         num_warps=max(1, block_heads * block_dim // 256),
     )
-    return out

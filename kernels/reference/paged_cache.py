@@ -55,13 +55,19 @@ def gather_kv(
     block_table: np.ndarray,
     seq_lens: np.ndarray,
     scale: np.ndarray | None = None,
+    *,
+    num_keys: int,
+    dtype: object = None,
 ) -> np.ndarray:
-    """The keys (or values) of all sequences one after the other, [sum(seq_lens), num_kv_heads, head_dim]."""
-    dtype = pages.dtype if scale is None else np.result_type(pages.dtype, np.float32)
-    rows = [np.empty((0, *pages.shape[2:]), dtype)]
+    """The keys (or values) of all sequences one after the other, [num_keys, num_kv_heads, head_dim].
+
+    ``num_keys`` is the sum of seq_lens. ``dtype`` is what the caller rounds the result to.
+    """
+    wide = pages.dtype if scale is None else np.result_type(pages.dtype, np.float32)
+    rows = [np.empty((0, *pages.shape[2:]), wide)]
     for table, length in zip(block_table, seq_lens.tolist(), strict=True):
         index, slot_in_page = np.divmod(np.arange(length), pages.shape[1])
-        values = pages[table[index], slot_in_page].astype(dtype)
+        values = pages[table[index], slot_in_page].astype(wide)
         rows.append(values if scale is None else values * scale[table[index], slot_in_page, :, None])
     return np.concatenate(rows)
 

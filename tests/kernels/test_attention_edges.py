@@ -1,5 +1,6 @@
 """Numbers at the edge of what attention takes: windows that int32 barely holds, scores that are infinite or NaN."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from assertions import assert_bit_equal
 from attention_cases import Drawn, arguments, assert_attention, define, run_decode, run_prefill, sequences
 from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
-from rooflama.kernels.attention_decode import SPLITS
+from rooflama.kernels.launch import override
 from strategies import DEVICE
 
 # More queries than keys: the first ones stand before position 0 and see nothing.
@@ -60,17 +61,18 @@ def test_scores_that_are_all_very_negative(decode):
     assert_attention(runs(kernel, drawn, dense), want, drawn, dense)
 
 
-def test_many_splits(monkeypatch):
+def test_many_splits():
     """More than are merged at once, and more keys than the most splits of the least size hold.
 
     On the CPU with splits so small that 1,100 keys do; a GPU's own are small enough.
     """
     lens = (1100, 4, 2100) if DEVICE.type == "cpu" else (5000, 4, 9000)
-    monkeypatch.setitem(SPLITS, "interpreter", (32, 64))
     drawn = replace(LONG, query_lens=(1, 1, 1), seq_lens=lens)
     dense = sequences(drawn)
     want = define(reference.attention_decode, drawn, dense, decode=True)
-    assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
+    with override("attention_splits", MIN_SPLIT=32, MAX_SPLITS=64) if DEVICE.type == "cpu" else nullcontext():
+        got = run_decode(attention_decode, drawn, dense)
+    assert_attention(got, want, drawn, dense)
 
 
 def test_a_row_without_keys_is_zero_whatever_its_block_sees():

@@ -217,7 +217,8 @@ def test_gather_of_codes_equals_definition(seq_lens, page_size, page_dtype, dtyp
     pages, _ = guarded(torch.from_numpy(codes).to(page_dtype).to(DEVICE))
     scale_tensor, _ = guarded(torch.from_numpy(scale).to(DEVICE))
     got = gather_kv(pages, table, lengths, scale_tensor, num_keys=sum(seq_lens), dtype=dtype)
-    want = reference.gather_kv(codes.astype(np.float64), table.cpu().numpy(), lengths.cpu().numpy(), scale)
+    exact_codes, tables = codes.astype(np.float64), (table.cpu().numpy(), lengths.cpu().numpy())
+    want = reference.gather_kv(exact_codes, *tables, scale, num_keys=sum(seq_lens))
     assert_bit_equal(got, torch.from_numpy(want).float().to(DEVICE, dtype), context=f"{seq_lens=} {page_size=} {seed=}")
 
 
