@@ -1,4 +1,4 @@
-"""What a decoder is, in numbers: read once from a checkpoint's metadata, never changed."""
+"""The numbers that define a decoder, read from a checkpoint's metadata."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ class ModelConfig:
 
     Attributes:
         architecture: GGUF's name of the family, e.g. ``llama``.
-        name: what the checkpoint calls itself.
+        name: the checkpoint's own name.
         release: the published release of its family that has these numbers, such as ``Llama 3``; empty if unknown.
         num_layers, hidden_size, intermediate_size, vocab_size: sizes.
-        num_heads, num_kv_heads: query heads, and the key/value heads they share.
-        head_dim: elements of one head; need not be hidden_size / num_heads.
-        context_length: tokens the model was trained for, or that its RoPE scaling reaches.
+        num_heads, num_kv_heads: query heads, and the key/value heads that they share.
+        head_dim: elements of one head; it may differ from hidden_size / num_heads.
+        context_length: tokens that the model was trained for, or that its RoPE scaling reaches.
         rms_norm_eps: added to the mean square in every norm.
         softmax_scale: factor on q·k before the softmax.
         rope: the rotary embedding.
-        sliding_windows: per layer, keys a query sees, itself included; 0 = all before it.
-        tied_embeddings: the output projection is the token embedding.
-        qkv_bias, output_bias, ffn_bias: which projections add a bias: those into attention, out of it, feed-forward.
+        sliding_windows: per layer, the number of keys that a query sees, its own included; 0 for all keys before it.
+        tied_embeddings: whether the output projection is the token embedding.
+        qkv_bias, output_bias, ffn_bias: whether the projections into attention, out of attention, and of the
+            feed-forward add a bias.
         qk_norm: whether each query and key head is normed before rotation.
-        post_norms: whether what attention and feed-forward add is normed before it is added.
+        post_norms: whether the outputs of attention and feed-forward are normed before they are added.
         activation: of the feed-forward's gate, one of ``ACTIVATIONS``.
-        embedding_scale, residual_scale, logit_scale: factors on the embedding, on what attention and feed-forward add
-            to the residual stream, and on the logits.
-        attention_softcap, logit_softcap: c of cap(x) = c tanh(x / c), on scores and (after their scale) logits; 0: off.
-        rope_interleaved: rotary pairs are (2j, 2j+1) in the stored rows, whatever the format, and rotated so.
-        local_rope: the rotary embedding of layers with a sliding window; None where it is ``rope``.
-        unrotated_layers: layers whose queries and keys are not rotated at all.
+        embedding_scale, residual_scale, logit_scale: factors on the embedding, on the outputs of attention and
+            feed-forward, and on the logits.
+        attention_softcap, logit_softcap: c of cap(x) = c tanh(x / c), on scores and on scaled logits; 0 is off.
+        rope_interleaved: whether rotary pairs are (2j, 2j+1) in the stored rows and stay so, whatever the format.
+        local_rope: the rotary embedding of layers with a sliding window; None if it is ``rope``.
+        unrotated_layers: layers whose queries and keys are not rotated.
     """
 
     architecture: str
@@ -87,13 +88,13 @@ class ModelConfig:
         if len(self.sliding_windows) != self.num_layers:
             raise ConfigError(
                 f"{len(self.sliding_windows)} sliding windows for {self.num_layers} layers",
-                rule="every layer has one, 0 for none",
+                rule="every layer has one; 0 is none",
                 remedy="Correct the adapter that built this config",
             )
         self._check_hooks()
 
     def _check_hooks(self) -> None:
-        """Raise ConfigError for what the model could not compute, or would compute as something else."""
+        """Raise ConfigError for numbers that the decoder cannot compute with."""
         if self.activation not in ACTIVATIONS:
             raise ConfigError(
                 f"activation {self.activation!r}",
@@ -103,7 +104,7 @@ class ModelConfig:
         for name in ("embedding_scale", "residual_scale", "logit_scale"):
             if not math.isfinite(value := getattr(self, name)) or value == 0:
                 raise ConfigError(
-                    f"{name} {value}", rule="a scale is a finite number, not 0", remedy="Check the file's number"
+                    f"{name} {value}", rule="a scale is finite and not 0", remedy="Check the file's number"
                 )
         for name in ("attention_softcap", "logit_softcap"):
             if not math.isfinite(value := getattr(self, name)) or value < 0:
@@ -121,12 +122,12 @@ class ModelConfig:
         if self.local_rope is not None and self.local_rope.kind in ("longrope", "dynamic"):
             raise ConfigError(
                 f"local_rope of kind {self.local_rope.kind!r}",
-                rule="layers with a sliding window rotate alike in sequences of every length",
+                rule="the rotation of layers with a sliding window must not depend on the sequence's length",
                 remedy="Use another model",
             )
 
     def rope_of(self, layer: int) -> RopeSpec | None:
-        """The rotary embedding of layer ``layer``, None if it has none."""
+        """The rotary embedding of layer ``layer``; None if the layer does not rotate."""
         if layer in self.unrotated_layers:
             return None
         return self.local_rope if self.local_rope is not None and self.sliding_windows[layer] else self.rope
@@ -138,11 +139,11 @@ class ModelConfig:
 
     @property
     def attention_kind(self) -> str:
-        """MHA (one key/value head a query head), MQA (one for all), or GQA (between)."""
+        """MHA (one key/value head per query head), MQA (one for all), or GQA (in between)."""
         if self.num_kv_heads == self.num_heads:
             return "MHA"
         return "MQA" if self.num_kv_heads == 1 else "GQA"
 
     def kv_bytes_per_token(self, itemsize: float) -> float:
-        """Bytes that one token's keys and values take in all layers: 2 L Hkv D itemsize."""
+        """Bytes of one token's keys and values in all layers: 2 L Hkv D itemsize."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize

@@ -1,13 +1,15 @@
-"""The part of a config that all families read alike. A family's page adds what is its own."""
+"""The part of a config that all families read alike; a family's page adds its own part."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from rooflama.loaders.checkpoint import MOST_LAYERS
+from rooflama.loaders.gguf.metadata import place
 
 from .config import ModelConfig
+from .errors import ConfigError
 from .hyperparameters import LARGEST_INTEGER, Hyperparameters
 from .rope.metadata import read_local_rope, read_rope
 from .rope.spec import Yarn
@@ -44,16 +46,16 @@ def read_decoder_config(
 
     Args:
         reader: the checkpoint.
-        keys: its hyperparameters; the family has read its own keys already.
+        keys: its hyperparameters, of which the family has read its own.
         softmax_scale: None for 1 / sqrt(head_dim).
-        qkv_bias: True where the family always has the biases; None as the file says.
-        slides: whether a layer has the sliding window, in files that name a window and not its layers.
-        rotates: whether a layer has a rotation, where the file does not say.
-        local_rope_base: of the unscaled rotation of layers with a sliding window, where the file names none; None for
-            the rotation of the others.
-        activation: of the feed-forward's gate, where the file names none; GGUF files never do.
+        qkv_bias: True if the family always has these biases; None to look for their tensors.
+        slides: whether a layer has the sliding window; asked if the file names a window but not its layers.
+        rotates: whether a layer rotates; asked if the file does not say.
+        local_rope_base: base of an unscaled rotation for layers with a sliding window; used if the file names none.
+            None for the rotation of the other layers.
+        activation: of the feed-forward's gate, if the file names none; GGUF files name none.
         harmless: keys that the family knows and that change no result.
-        declared: what else the family says of itself, by the names of ``ModelConfig``'s attributes.
+        declared: further attributes of ``ModelConfig``, by name.
 
     Raises:
         ConfigError: a key is missing, out of range, contradicts another or the tensors, or is unknown.
@@ -65,7 +67,7 @@ def read_decoder_config(
     context_length = keys.integer("context_length")
     rope = read_rope(keys, head_dim=head_dim, context_length=context_length, **_factors(reader, keys, head_dim))
     local_rope = read_local_rope(keys, rope, context_length=context_length, base=local_rope_base)
-    if isinstance(rope.scaling, Yarn):  # files state the context before YaRN, or the one it reaches
+    if isinstance(rope.scaling, Yarn):  # some files state the context before YaRN, others the one it reaches
         context_length = max(context_length, min(int(rope.scaling.reach(context_length)), LARGEST_INTEGER))
     config = ModelConfig(
         architecture=keys.architecture,
@@ -76,7 +78,7 @@ def read_decoder_config(
         num_heads=num_heads,
         num_kv_heads=keys.integer("attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        vocab_size=reader.vocab_size(keys),
+        vocab_size=_vocab_size(reader, keys),
         context_length=context_length,
         rms_norm_eps=keys.real("attention.layer_norm_rms_epsilon"),
         softmax_scale=softmax_scale or head_dim**-0.5,
@@ -96,13 +98,34 @@ def read_decoder_config(
 
 
 def _printable(text: str) -> str:
-    """``text`` with a terminal's control codes spelt out."""
+    """``text`` with control codes escaped, so that it can be shown in a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _any(reader: CheckpointReader, *names: str) -> bool:
-    """Whether the first layer has one of these tensors; all layers must be like it."""
+    """Whether the first layer has one of these tensors; loading checks that all layers are alike."""
     return any(reader.has(f"blk.0.{name}") for name in names)
+
+
+def _vocab_size(reader: CheckpointReader, keys: Hyperparameters) -> int:
+    """Rows of the token embedding. Raises ConfigError unless the metadata's number and the vocabulary agree with it."""
+    info = reader.checkpoint.tensors.get("token_embd.weight")
+    rows = info.shape[0] if info is not None else keys.integer("vocab_size")
+    tokens = keys.metadata.get(key := "tokenizer.ggml.tokens", ())
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+        raise ConfigError(
+            f"{place(keys.metadata, key)}{key} is {tokens!r}",
+            rule="it must be an array of strings, one for each token",
+            remedy="The file is damaged or was converted wrongly; convert it again",
+        )
+    if keys.integer("vocab_size", rows) != rows or len(tokens) > rows:
+        keys.refuse(
+            "vocab_size",
+            f"vocab_size {keys.integer('vocab_size', rows)} and {len(tokens)} tokens, with {rows} embedding rows",
+            "the embedding has vocab_size rows, one for each token and further ones as padding",
+            "The file's metadata and tensors disagree; convert it again",
+        )
+    return rows
 
 
 def _head_dim(keys: Hyperparameters, hidden_size: int, num_heads: int) -> int:
@@ -126,7 +149,7 @@ def _head_dim(keys: Hyperparameters, hidden_size: int, num_heads: int) -> int:
 
 
 def _activation(keys: Hyperparameters, default: str) -> str:
-    """``ModelConfig.activation``, from the name that transformers has for it."""
+    """``ModelConfig.activation``, from transformers' name of it."""
     name = keys.text("feed_forward.activation", None)
     if name is None:
         return default
@@ -141,7 +164,7 @@ def _activation(keys: Hyperparameters, default: str) -> str:
 
 
 def _factors(reader: CheckpointReader, keys: Hyperparameters, head_dim: int) -> dict[str, tuple[float, ...] | None]:
-    """The rotary factor tensors that the file has, one number a pair each."""
+    """The rotary factor tensors of the file, each with one number per pair."""
     num_pairs = keys.integer("rope.dimension_count", head_dim) // 2
     return {
         argument: tuple(reader.host_vector(name, num_pairs).tolist()) if reader.has(name) else None
@@ -150,14 +173,14 @@ def _factors(reader: CheckpointReader, keys: Hyperparameters, head_dim: int) -> 
 
 
 def _unrotated_layers(keys: Hyperparameters, num_layers: int, rotates: Callable[[int], bool]) -> frozenset[int]:
-    """Layers without rotation; ``rope.layers`` says which layers have one, without it ``rotates`` does."""
+    """Layers without rotation, from ``rope.layers``, or from ``rotates`` if the file lacks that key."""
     default = tuple(rotates(layer) for layer in range(num_layers))
     rotated = keys.booleans("rope.layers", default, length=num_layers)
     return frozenset(layer for layer, rotating in enumerate(rotated) if not rotating)
 
 
 def _sliding_windows(keys: Hyperparameters, num_layers: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
-    """One window a layer; ``sliding_window_pattern`` says which layers have it, without it ``slides`` does."""
+    """One window per layer, by ``sliding_window_pattern``, or by ``slides`` if the file lacks that key."""
     window = keys.integer("attention.sliding_window", 0, minimum=0)
     default = tuple(slides(layer) for layer in range(num_layers))
     pattern = keys.booleans("attention.sliding_window_pattern", default, length=num_layers)

@@ -1,4 +1,4 @@
-"""What all families share: embedding, the loop over layers, the final norm, the logits, and attention over pages."""
+"""What all families share: embedding, the loop over layers, attention over pages, the final norm and the logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Sees named intermediates of a prefill pass. What a pass hands over may be overwritten later: copy what you keep.
+    """Is called with named intermediates of a prefill pass. They may be overwritten later: copy what you keep.
 
     "q", "k", "v" [num_tokens, heads, head_dim] are rotated, and keys and values are as stored: rounded to the pages'
     dtype, codes times their scale. "hidden" [num_tokens, hidden_size] is the residual stream after the layer.
@@ -36,24 +36,24 @@ class Observer(Protocol):
     def __call__(self, name: str, layer: int, tensor: Tensor, /) -> object: ...
 
 
-LOGITS_ROWS = 8  # tokens whose logits are made at a time where all are asked for: float32 rows of a whole vocabulary
+LOGITS_ROWS = 8  # tokens per logits product of a whole prompt, whose float32 rows span the vocabulary
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass over a ragged batch: which tokens, where they stand, where their keys and values go.
+    """One forward pass over a ragged batch: its tokens, their positions, and the slots of their keys and values.
 
     Attributes:
-        config, cache: the model's numbers, and the pages it reads and writes.
+        config, cache: the model's numbers, and the pages that the pass reads and writes.
         cos, sin: rotary tables, float32 [rows, rotary_dim / 2].
         local_rotation: cos, sin and rope_rows of layers with ``config.local_rope``; None if there are none.
         fused: whether norms, rotation and cache write run within larger kernels (``Decoder.fused``).
-        observe: is called with the intermediates of each layer, None for no observer.
-        token_ids: int32 [num_tokens], all sequences' new tokens one after the other.
+        observe: called with the intermediates of each layer; None for no observer.
+        token_ids: int32 [num_tokens], the new tokens of all sequences, one sequence after the other.
         rope_rows: int32 [num_tokens], each token's row in the tables: its position, unless tables are stacked.
-        slot_mapping: int64 [num_tokens], where each token's key and value go; negative for nowhere.
+        slot_mapping: int64 [num_tokens], the slot of each token's key and value; negative to write neither.
         block_table: int32 [num_seqs, max_pages_per_seq].
-        seq_lens: int32 [num_seqs], keys of each sequence, this step's included.
+        seq_lens: int32 [num_seqs], keys of each sequence, those of this step included.
         query_start_loc: int32 [num_seqs + 1], where each sequence's tokens start; None if each has exactly one.
     """
 
@@ -74,10 +74,10 @@ class Step:
     def attention(
         self, layer: int, qkv: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None
     ) -> Tensor:
-        """Rotate, write keys and values to their pages, attend; each as the config says of this layer.
+        """Rotate queries and keys, write keys and values to their pages, and attend, as ``config`` says of the layer.
 
         Args:
-            layer: whose pages.
+            layer: its index.
             qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], queries, then keys, then values.
             q_norm, k_norm: [head_dim], weights of the norms before rotation (Qwen 3).
 
@@ -120,7 +120,7 @@ class Step:
         return out.flatten(1)
 
     def rotation(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """cos, sin, and each token's row in them, of a layer that rotates."""
+        """cos, sin, and each token's row in them, for a layer that rotates."""
         if self.local_rotation is not None and self.config.rope_of(layer) is self.config.local_rope:
             return self.local_rotation
         return self.cos, self.sin, self.rope_rows
@@ -131,20 +131,20 @@ class Step:
         return stored if scale is None else stored.float() * scale.flatten(0, 1)[self.slot_mapping].unsqueeze(-1)
 
     def _normed(self, heads: Tensor, weight: Tensor | None) -> Tensor:
-        """[num_tokens, heads, head_dim], each head normed where there is a weight."""
+        """[num_tokens, heads, head_dim] with each head normed; ``heads`` itself if there is no weight."""
         if weight is None:
             return heads
         return rms_norm(heads.flatten(0, 1), weight, self.config.rms_norm_eps).view(heads.shape)
 
 
 class Adapter(Protocol):
-    """A family's page. A module with these three functions is an adapter; see docs/ADAPTER_PATTERN_GUIDE.md."""
+    """A family: a module with these three functions. See docs/ADAPTER_PATTERN_GUIDE.md."""
 
     def read_config(self, reader: CheckpointReader) -> ModelConfig:
-        """The numbers, from metadata and tensor shapes alone. Raises ConfigError on anything it does not know."""
+        """The config, from metadata and tensor shapes. Raises ConfigError for whatever it does not know."""
 
     def load_layer(self, source: TensorSource, config: ModelConfig, index: int) -> Any:
-        """Layer ``index``'s weights, on the device, in the family's own dataclass."""
+        """The weights of layer ``index`` on the device, in the family's own dataclass."""
 
     def block(self, layer: Any, hidden: Tensor, step: Step) -> Tensor:
         """One layer: the residual stream [num_tokens, hidden_size] in, the residual stream out."""
@@ -165,7 +165,7 @@ class Decoder:
 
     @classmethod
     def load(cls, source: TensorSource, config: ModelConfig, adapter: Adapter) -> Decoder:
-        """Upload every tensor of the checkpoint; raises ConfigError if one is missing, misshapen or left over."""
+        """Upload every tensor of the checkpoint. Raises ConfigError if one is missing, misshapen or unused."""
         shape = (config.vocab_size, config.hidden_size)
         token_embedding = source.matrix("token_embd.weight", *shape)
         layers = [adapter.load_layer(source, config, index) for index in range(config.num_layers)]

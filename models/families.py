@@ -1,4 +1,4 @@
-"""The one table of families: which page runs which architecture."""
+"""The one table of families: architecture -> adapter."""
 
 from __future__ import annotations
 

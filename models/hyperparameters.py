@@ -1,4 +1,4 @@
-"""Strict access to a checkpoint's hyperparameters: typed, range-checked, and nothing left unread by accident."""
+"""Strict access to a checkpoint's hyperparameters: every value is checked, and every key must be read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LARGEST_INTEGER = 2**31 - 1
 DAMAGED = "The file is damaged or was converted wrongly"
 
 NEUTRAL = {"logit_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "attention.causal": True}
-"""Keys of some architectures -> the value that asks for what every decoder does anyway."""
+"""Keys of some architectures -> the value that asks for what every decoder does."""
 
 
 class Hyperparameters:
-    """The keys ``<architecture>.*`` of a checkpoint. Remembers which were read, so that the rest can be refused."""
+    """The keys ``<architecture>.*`` of a checkpoint. ``refuse_unread`` raises for those that were never read."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str):
         self.metadata = metadata
@@ -43,7 +43,7 @@ class Hyperparameters:
         return f"{self.architecture}.{key}" in self.metadata
 
     def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = LARGEST_INTEGER) -> int:
-        """A whole number from ``minimum`` to ``maximum``. An array, one entry a layer, counts if all are equal."""
+        """A whole number from ``minimum`` to ``maximum``, or an array of equal ones, one per layer."""
         value = self._get(key, default)
         entries = list(value) if isinstance(value, np.ndarray | list | tuple) else [value]
         for entry in entries:
@@ -58,14 +58,14 @@ class Hyperparameters:
         return int(entries[0])
 
     def real(self, key: str, default: Any = _REQUIRED, *, positive: bool = True) -> Any:
-        """A finite float, > 0 unless ``positive`` is False; the default as it is."""
+        """A finite float, above 0 if ``positive``; the default is returned as it is."""
         value = self._get(key, default)
         if self.has(key) and (not _is_number(value) or not math.isfinite(value) or (positive and value <= 0)):
             self._refuse_value(key, value, "must be a finite number" + " > 0" * positive, DAMAGED)
         return float(value) if self.has(key) else value
 
     def booleans(self, key: str, default: tuple[bool, ...], *, length: int) -> tuple[bool, ...]:
-        """An array of ``length`` booleans, one a layer."""
+        """An array of ``length`` booleans, one per layer."""
         value = self._get(key, default)
         entries = list(value) if isinstance(value, np.ndarray | list | tuple) else []
         if len(entries) != length or not all(isinstance(entry, bool | np.bool_) for entry in entries):
@@ -73,7 +73,7 @@ class Hyperparameters:
         return tuple(bool(entry) for entry in entries)
 
     def mapping(self, key: str) -> Mapping[str, Any] | None:
-        """What a loader put there that no file can hold; None where it did not."""
+        """A mapping, which only a loader can put there; None if there is none."""
         value = self._get(key, None)
         if value is not None and not isinstance(value, Mapping):
             self._refuse_value(key, value, "must be a mapping", DAMAGED)
@@ -86,7 +86,7 @@ class Hyperparameters:
         return value
 
     def refuse(self, key: str, found: str, rule: str, remedy: str) -> NoReturn:
-        """Raise ConfigError for what was found at ``key``, with the file and the byte where the metadata knows them."""
+        """Raise ConfigError for the value of ``key``, naming the file and the byte if the metadata has them."""
         where = place(self.metadata, f"{self.architecture}.{key}")
         raise ConfigError(where + found, rule=rule, remedy=remedy)
 
@@ -94,9 +94,9 @@ class Hyperparameters:
         self.refuse(key, f"{self.architecture}.{key} = {value!r}", rule, remedy)
 
     def refuse_unread(self, harmless: Collection[str] = ()) -> None:
-        """Raise if a key of this architecture was never read: it may change the result, and would be dropped.
+        """Raise ConfigError for a key of this architecture that was never read, since it may change the result.
 
-        A key of ``NEUTRAL`` that holds the value given there changes nothing.
+        Exempt are the keys in ``harmless``, and those in ``NEUTRAL`` that hold the value given there.
         """
         prefix = f"{self.architecture}."
         neutral = {key for key, value in NEUTRAL.items() if np.array_equal(self.metadata.get(prefix + key, ""), value)}

@@ -1,11 +1,10 @@
-"""Keys and values in pages: a pool of equal pages a layer, and for each sequence the list of pages it holds.
+"""Keys and values in pages: each layer has a pool of equal pages, and each sequence a list of the pages it holds.
 
     slot of token t = pages[t // page_size] * page_size + t % page_size
 
-Pages are counted, so that sequences can share a common beginning: ``fork`` shares every page, and the first append to a
-page that is shared copies that page (copy on write). Where every layer has a sliding window, a sequence's pages form a
-ring: a page that lies outside all windows holds newer tokens next. All of this is host bookkeeping; the kernels see a
-block table.
+Pages have reference counts, so that sequences can share a common beginning: ``fork`` shares every page, and the first
+append to a shared page copies it (copy on write). If every layer has a sliding window, a sequence's pages form a ring:
+a page that has left all windows is reused for newer tokens. All of this is on the host; kernels read block tables.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class OutOfPages(RooflamaError, MemoryError):
-    """The page pool cannot serve a request. Nothing was changed."""
+    """The page pool has too few free pages. Nothing was changed."""
 
 
 class SequenceError(RooflamaError, KeyError):
@@ -37,7 +36,7 @@ class SequenceError(RooflamaError, KeyError):
 
 
 class PagePool:
-    """Which of ``num_pages`` pages are free, and how many sequences hold each of the others."""
+    """The free pages among ``num_pages``, and for each other page the number of sequences that hold it."""
 
     def __init__(self, num_pages: int):
         self.references = [0] * num_pages
@@ -50,7 +49,7 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         if count > len(self._free):
             raise OutOfPages(
-                f"{count} pages asked, {len(self._free)} of {len(self.references)} free",
+                f"{count} pages needed, {len(self._free)} of {len(self.references)} free",
                 rule="a sequence's pages all come from one pool",
                 remedy="Free a sequence, or load the model with a larger max_context",
             )
@@ -75,9 +74,9 @@ class _Sequence:
 
 
 def ring_pages(config: ModelConfig, page_size: int, max_append: int) -> int:
-    """Pages that a sequence holds at most, however long it is; sys.maxsize if some layer sees every key.
+    """The most pages that a sequence of any length holds; sys.maxsize if some layer sees every key.
 
-    While ``max_append`` tokens are written, the oldest of them still sees window - 1 tokens before it.
+    While ``max_append`` tokens are written, the oldest of them must still see window - 1 tokens before it.
     """
     if not all(config.sliding_windows):
         return sys.maxsize
@@ -85,20 +84,20 @@ def ring_pages(config: ModelConfig, page_size: int, max_append: int) -> int:
 
 
 def is_scaled(kv_dtype: torch.dtype) -> bool:
-    """Whether stored keys and values are codes with a float32 scale: int8 and fp8."""
+    """Whether keys and values are stored as codes with a float32 scale: int8 and fp8."""
     return kv_dtype.itemsize == 1
 
 
 class PagedKVCache:
-    """The page pools of all layers on one device, and the sequences that live in them.
+    """The page pools of all layers on one device, and the sequences in them.
 
     Args:
         config: gives num_layers, num_kv_heads, head_dim.
         num_pages: pages in each layer's pool.
-        page_size: tokens a page, a power of two.
-        max_append: tokens that one ``append`` adds at most.
-        dtype: of the pages; ``torch.int8`` and ``torch.float8_e4m3fn`` add a float32 scale a token and head.
-        device: allocates and owns the memory, and frees it when it is closed.
+        page_size: tokens per page, a power of two.
+        max_append: the most tokens that one ``append`` adds.
+        dtype: of the pages; ``torch.int8`` and ``torch.float8_e4m3fn`` add a float32 scale per token and head.
+        device: allocates the memory, and frees it when it is closed.
 
     Raises:
         DeviceOutOfMemory: the pools do not fit.
@@ -136,14 +135,14 @@ class PagedKVCache:
             self.v_scale = [*pages("value scales", shape[:3], torch.float32)]
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that a sequence of ``num_tokens`` tokens holds."""
+        """The number of pages of a sequence of ``num_tokens`` tokens."""
         return min(-(-num_tokens // self.page_size), self.ring)
 
     def _sequence(self, sequence_id: int) -> _Sequence:
         if sequence_id not in self._sequences:
             raise SequenceError(
                 f"sequence {sequence_id}",
-                rule="a sequence lives from add or fork until free",
+                rule="a sequence exists from add or fork until free",
                 remedy="Use the id that add or fork returned",
             )
         return self._sequences[sequence_id]
@@ -155,22 +154,22 @@ class PagedKVCache:
         return tuple(self._sequence(sequence_id).pages)
 
     def add(self) -> int:
-        """A new, empty sequence; returns its id."""
+        """Make an empty sequence, and return its id."""
         self._next_id += 1
         self._sequences[self._next_id] = _Sequence()
         return self._next_id
 
     def reserve(self, sequence_id: int, num_tokens: int) -> None:
-        """Hold enough pages for ``num_tokens`` tokens in all. Raises OutOfPages and changes nothing if they lack."""
+        """Take pages until the sequence has room for ``num_tokens`` tokens. Raises OutOfPages."""
         sequence = self._sequence(sequence_id)
         missing = self.pages_for(num_tokens) - len(sequence.pages)
         if missing > 0:
             sequence.pages += self.pool.take(missing)
 
     def append(self, sequence_id: int, num_tokens: int) -> np.ndarray:
-        """Make room for the next ``num_tokens`` tokens; returns their slots, int64 [num_tokens].
+        """Make room for the next ``num_tokens`` tokens, and return their slots, int64 [num_tokens].
 
-        A shared page that would be written is copied first. Raises OutOfPages and changes nothing if pages lack.
+        Shared pages that these tokens are written to are copied first. Raises OutOfPages.
         """
         if num_tokens > self.max_append:
             raise OutOfPages(
@@ -207,7 +206,7 @@ class PagedKVCache:
             self.pool.give_back(original)
 
     def fork(self, sequence_id: int) -> int:
-        """A second sequence with the same tokens, sharing every page until one of the two writes."""
+        """Make a sequence with the same tokens and pages, and return its id. The first of the two to write copies."""
         original = self._sequence(sequence_id)
         held = original.pages[: self.pages_for(original.length)]
         for page in held:
@@ -217,13 +216,13 @@ class PagedKVCache:
         return self._next_id
 
     def free(self, sequence_id: int) -> None:
-        """Give the sequence's pages back and forget it."""
+        """Give the sequence's pages back; its id is invalid afterwards."""
         for page in self._sequence(sequence_id).pages:
             self.pool.give_back(page)
         del self._sequences[sequence_id]
 
     def block_table(self, sequence_ids: list[int], width: int) -> Tensor:
-        """int32 [num_seqs, width] on the host; entries a sequence does not have are 0 and never read."""
+        """int32 [num_seqs, width] on the host. Entries beyond a sequence's pages are 0; no kernel reads them."""
         table = torch.zeros(len(sequence_ids), width, dtype=torch.int32)
         for row, sequence_id in enumerate(sequence_ids):
             pages = torch.tensor(self._sequence(sequence_id).pages, dtype=torch.int32)

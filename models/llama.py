@@ -1,6 +1,6 @@
-"""The Llama family: Llama 2, 3, 3.1, 3.2, and what shares its architecture (TinyLlama, Mistral, SmolLM2).
+"""The Llama family: Llama 2, 3, 3.1, 3.2, and models of the same architecture (TinyLlama, Mistral, SmolLM2).
 
-GGUF architecture ``llama``. What tells the generations apart is in the file, never in the name:
+GGUF architecture ``llama``. Releases are told apart by the numbers in the file, never by its name:
 
     |                 | Llama 2         | Llama 3   | Llama 3.1          | Llama 3.2          |
     |-----------------|-----------------|-----------|--------------------|--------------------|
@@ -50,7 +50,7 @@ def read_config(reader: CheckpointReader) -> ModelConfig:
 
 
 def _release(config: ModelConfig) -> str:
-    """The column of the table above that has these numbers."""
+    """The release in the table above that has these numbers; empty if none has."""
     rope = config.rope
     plain = rope.kind == "default" and rope.frequency_divisors is None
     numbers = (config.vocab_size, rope.base, config.context_length)
@@ -64,7 +64,7 @@ def _release(config: ModelConfig) -> str:
 
 
 def _flag_missing_scaling(config: ModelConfig) -> None:
-    """Llama 3.1 and 3.2 files converted before July 2024 lack rope_freqs, and nothing in them says so."""
+    """Warn of Llama 3.1 and 3.2 files that were converted before July 2024, which lack rope_freqs."""
     rope = config.rope
     if rope.kind == "default" and rope.frequency_divisors is None and rope.base == 5e5 and config.context_length > 8192:
         warnings.warn(

@@ -1,6 +1,6 @@
 """The Phi-3 family: Phi-3 mini and medium (4k and 128k), Phi-3.5 mini, Phi-4, Phi-4-mini.
 
-GGUF architecture ``phi3``. The block is Llama's, with q, k, v in one tensor and gate, up in another. What differs:
+GGUF architecture ``phi3``. The block is Llama's, with q, k, v in one tensor and gate, up in another. The releases:
 
     |                 | Phi-3 4k       | Phi-3 128k, 3.5        | Phi-4-mini              |
     |-----------------|----------------|------------------------|-------------------------|
@@ -10,8 +10,8 @@ GGUF architecture ``phi3``. The block is Llama's, with q, k, v in one tensor and
     | key/value heads | mini: MHA with head_dim 96; medium: GQA 4  | GQA 3                   |
     | output          | own            | own                    | tied                    |
 
-Every layer has the window, as the model's config and transformers have it (llama.cpp leaves it out); 0 is none.
-Files carry no ``rope.scaling.type``: the tensors ``rope_factors_short`` and ``rope_factors_long`` tell longrope.
+Every layer has the sliding window, as in transformers; llama.cpp ignores it. A window of 0 is none.
+Files have no ``rope.scaling.type``: the tensors ``rope_factors_short`` and ``rope_factors_long`` mean longrope.
 """
 
 from __future__ import annotations

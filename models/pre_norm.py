@@ -1,11 +1,11 @@
-"""The block of Llama, Qwen and Phi-3: attention, then a gated feed-forward, each on the norm of what it adds to.
+"""The block of Llama, Qwen and Phi-3: attention, then a gated feed-forward, each applied to the normed residual stream.
 
     h = x + Wo attention(rope(q), rope(k), v)           with q, k, v from norm(x)
     y = h + Wdown (act(Wgate n) * (Wup n))              with n = norm(h)
 
-What varies is in the config or in the tensors: biases, a norm on each query and key head before the rotation (Qwen 3),
-q, k and v in one tensor, gate and up in one tensor (Phi-3), the activation and a norm on what is added (Gemma 2), a
-factor on what is added (Granite).
+The config and the tensors say what varies: biases, a norm on each query and key head before the rotation (Qwen 3),
+q, k and v in one tensor, gate and up in one tensor (Phi-3), the activation and a norm on both outputs (Gemma 2), a
+factor on both outputs (Granite).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def add_projected(
 
 
 def load_layer(source: TensorSource, config: ModelConfig, index: int) -> PreNormLayer:
-    """Layer ``index``'s weights, on the device."""
+    """The weights of layer ``index``, on the device."""
     prefix = f"blk.{index}."
     hidden, head_dim, inner = config.hidden_size, config.head_dim, config.intermediate_size
     post_norm = {

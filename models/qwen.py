@@ -1,6 +1,6 @@
 """The Qwen family: Qwen 2, 2.5 and 3, dense.
 
-GGUF architectures ``qwen2`` and ``qwen3``. The block is Llama's; what differs:
+GGUF architectures ``qwen2`` and ``qwen3``. The block is Llama's. The differences:
 
     |                 | Qwen 2, 2.5                     | Qwen 3                                          |
     |-----------------|---------------------------------|-------------------------------------------------|

@@ -1,8 +1,8 @@
-"""From a checkpoint's tensors to a model's weights on a device, each tensor read once and none left over."""
+"""From a checkpoint's tensors to a model's weights on a device. Every tensor of the checkpoint must be used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, rms_norm, swiglu
-from rooflama.loaders.gguf.metadata import place
 from rooflama.loaders.gguf.repack import repack
 
 from .errors import ConfigError
-from .hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
     from rooflama.loaders.checkpoint import Checkpoint, TensorInfo
@@ -23,15 +21,17 @@ if TYPE_CHECKING:
     from .config import ModelConfig
 
 
-GATED = {"silu": swiglu, "gelu_tanh": geglu}  # the activation of a gate -> its product with up
+GATED = {"silu": swiglu, "gelu_tanh": geglu}  # activation -> the kernel for activation(gate) * up
 
 
 class Projection:
-    """y = x Wᵀ + bias, where W may be stacked from parts whose quantisations differ.
+    """y = x Wᵀ + bias. W is a stack of parts, which differ in ggml type; most projections have one part.
 
-    Neighbouring parts of one ggml type were joined at load, so that most projections are one launch.
-    ``batch_invariant`` is that of ``quantized_matmul``. With ``fused`` False, the norm, the activation and the addition
-    of the residual run on their own, each rounding its result.
+    Args:
+        parts, bias: the weights, and the bias of all of them.
+        batch_invariant: as for ``quantized_matmul``.
+        fused: False to run the norm, the activation and the residual's addition as kernels of their own, each of which
+            rounds its result.
     """
 
     def __init__(self, parts: list[Weight], bias: Tensor | None, *, batch_invariant: bool = False, fused: bool = True):
@@ -51,7 +51,7 @@ class Projection:
 
         Args:
             x, residual, norm_weight, eps: as for ``quantized_matmul``.
-            gate: activation of the first half of the rows, whose product with the second half is returned.
+            gate: activation of the first half of the rows; the result is its product with the second half.
         """
         if norm_weight is not None and not self.fused:
             x, norm_weight = rms_norm(x, norm_weight, eps), None
@@ -70,15 +70,15 @@ class Projection:
 def unpair_rows(num_heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
     """Row order that turns interleaved rotary pairs (2j, 2j+1) into half-split pairs (j, j + rotary_dim/2).
 
-    llama.cpp's converter interleaves the q and k rows of architecture ``llama``; moving whole rows back is legal on
-    quantised bytes. Returns int64 [num_heads * head_dim]: new row i is old row order[i].
+    llama.cpp's converter interleaves the q and k rows of architecture ``llama``. Whole rows can be moved back without
+    touching quantised bytes. Returns int64 [num_heads * head_dim]: new row i is old row order[i].
     """
     head = np.concatenate([np.arange(0, rotary_dim, 2), np.arange(1, rotary_dim, 2), np.arange(rotary_dim, head_dim)])
     return (np.arange(num_heads)[:, None] * head_dim + head).reshape(-1)
 
 
 class CheckpointReader:
-    """Reads a checkpoint's tensors on the host, checked against the shapes asked for; remembers which were taken."""
+    """Reads a checkpoint's tensors into host memory, with their shapes checked, and records which were read."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
@@ -87,29 +87,8 @@ class CheckpointReader:
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors
 
-    def vocab_size(self, keys: Hyperparameters) -> int:
-        """Rows of the token embedding; the metadata's own number and the vocabulary, where given, must fit."""
-        info = self.checkpoint.tensors.get("token_embd.weight")
-        rows = info.shape[0] if info is not None else keys.integer("vocab_size")
-        tokens = self.checkpoint.metadata.get(key := "tokenizer.ggml.tokens", ())
-        if isinstance(tokens, str) or not isinstance(tokens, Sequence):
-            raise ConfigError(
-                f"{place(self.checkpoint.metadata, key)}{key} is {tokens!r}",
-                rule="it must be an array of strings, one for each token",
-                remedy="The file is damaged or was converted wrongly; convert it again",
-            )
-        num_tokens = len(tokens)
-        if keys.integer("vocab_size", rows) != rows or num_tokens > rows:
-            keys.refuse(
-                "vocab_size",
-                f"vocab_size {keys.integer('vocab_size', rows)} and {num_tokens} tokens, with {rows} embedding rows",
-                "there are vocab_size rows, and one for every token; more are padding",
-                "The file's metadata and tensors disagree; convert it again",
-            )
-        return rows
-
     def checked_info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        """Where a tensor lies, now taken. Raises ConfigError if it is missing or misshapen."""
+        """The entry of a tensor, which counts as read. Raises ConfigError if it is missing or has another shape."""
         if name not in self.checkpoint.tensors:
             raise ConfigError(
                 f"tensor {name} is missing",
@@ -127,12 +106,12 @@ class CheckpointReader:
         return info
 
     def host_matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
-        """A tensor in plane layout, in host memory. Raises ConfigError if it is missing or misshapen."""
+        """A tensor in plane layout, in host memory. Raises ConfigError as ``checked_info`` does."""
         info = self.checked_info(name, shape)
         return repack(self.checkpoint.data(name), info.ggml_type, shape[-1])
 
     def host_vector(self, name: str, size: int) -> Tensor:
-        """A norm's weight, a bias or RoPE factors, float32 [size], in host memory."""
+        """A norm's weight, a bias or RoPE factors: float32 [size] in host memory."""
         weight = self.host_matrix(name, (size,))
         if weight.ggml_type not in ("F32", "F16", "BF16"):
             raise ConfigError(
@@ -143,7 +122,7 @@ class CheckpointReader:
         return weight.planes[0].reshape(-1).float()
 
     def refuse_untaken(self) -> None:
-        """Raise if the file holds a tensor that no one asked for: it would change the result and be dropped."""
+        """Raise ConfigError if a tensor of the file was not read: without it the result would be another."""
         left = sorted(set(self.checkpoint.tensors) - self._taken)
         if left:
             shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
@@ -155,14 +134,13 @@ class CheckpointReader:
 
 
 class TensorSource(CheckpointReader):
-    """Hands an adapter its weights on a device, repacked so that a kernel can load them 16 bytes at a time.
+    """Uploads the weights that an adapter asks for, in the form that kernels read.
 
     Args:
         checkpoint: what to read.
         device: where weights go.
-        progress: called with the number of the file's bytes that each upload finished.
-        batch_invariant: whether the model's products are to be.
-        fused: whether norms, activations and additions run within the products.
+        progress: called after each upload with the number of bytes that its tensors take in the file.
+        batch_invariant, fused: as for ``Projection``.
     """
 
     def __init__(
@@ -184,7 +162,7 @@ class TensorSource(CheckpointReader):
         return Weight(resident.ggml_type, planes, resident.shape)
 
     def _place(self, tensor: Tensor, label: str) -> Tensor:
-        """On the CPU the repacked planes stay where they are: nobody else holds them."""
+        """Upload a tensor. On the CPU the tensor itself is used: the source holds its only reference."""
         on_host = self.device.torch_device.type == "cpu"
         return self.device.upload(tensor, label=label, borrow=on_host).tensor
 
@@ -192,13 +170,13 @@ class TensorSource(CheckpointReader):
         self._progress(sum(self.checkpoint.tensors[name].nbytes for name in names))
 
     def vector(self, name: str, size: int) -> Tensor:
-        """A norm's weight, float32 [size], with 1 added where the file stores weights less 1."""
+        """A norm's weight, float32 [size], with the checkpoint's ``norm_offset`` added."""
         vector = self._place(self.host_vector(name, size) + self.checkpoint.norm_offset, name)
         self._done(name)
         return vector
 
     def matrix(self, name: str, rows: int, columns: int) -> Weight:
-        """A weight [rows, columns], as quantised as it was stored."""
+        """A weight [rows, columns], in the ggml type of the file."""
         weight = self._upload(self.host_matrix(name, (rows, columns)), name)
         self._done(name)
         return weight
@@ -212,13 +190,14 @@ class TensorSource(CheckpointReader):
         bias: bool | dict[str, int] = False,
         row_order: np.ndarray | None = None,
     ) -> Projection:
-        """Projections of one input stacked along their outputs, in the order of ``rows``: name -> number of rows.
+        """Projections of one input, stacked along their outputs in the order of ``rows``.
 
         Args:
             prefix: of the tensors ``<prefix><name>.weight`` [rows, columns] and ``<prefix><name>.bias`` [rows].
-            rows, columns: the shapes.
-            bias: whether each has one; or their own names and sizes, where those are not the weights'.
-            row_order: int64 [all rows], which stored row comes where; it moves no row out of its tensor.
+            rows: name -> number of rows.
+            columns: of every tensor.
+            bias: whether each has a bias; or name -> size, if the biases have other names than the weights.
+            row_order: int64 [all rows]: row i is stored row row_order[i]. No row leaves its tensor.
         """
         weight_names = [f"{prefix}{name}.weight" for name in rows]
         bias_sizes = {f"{prefix}{name}.bias": size for name, size in (rows if bias is True else bias or {}).items()}
@@ -244,9 +223,9 @@ class TensorSource(CheckpointReader):
         return projection
 
     def qkv(self, prefix: str, config: ModelConfig) -> Projection:
-        """Queries, keys and values, from ``attn_q``, ``attn_k``, ``attn_v`` or from ``attn_qkv``, as the file has them.
+        """Queries, keys and values: ``attn_q``, ``attn_k`` and ``attn_v``, or ``attn_qkv`` if the file has that.
 
-        Rows that the file stores as interleaved rotary pairs come out half-split, unless they are rotated as they are.
+        Interleaved rotary pairs become half-split ones, unless ``config.rope_interleaved``.
         """
         head_dim = config.head_dim
         sizes = {
@@ -264,7 +243,7 @@ class TensorSource(CheckpointReader):
                     remedy="Declare rope_interleaved in the adapter",
                 )
             row_order = np.arange(fused["attn_qkv"])
-            rotated = unpair_rows(config.num_heads + config.num_kv_heads, head_dim, head_dim)  # such files rotate all
+            rotated = unpair_rows(config.num_heads + config.num_kv_heads, head_dim, head_dim)  # whole heads rotate
             row_order[: len(rotated)] = rotated
         rows = fused if self.has(f"{prefix}attn_qkv.weight") else sizes
         biases = fused if self.has(f"{prefix}attn_qkv.bias") else sizes
@@ -273,7 +252,7 @@ class TensorSource(CheckpointReader):
         )
 
     def gate_up(self, prefix: str, config: ModelConfig) -> Projection:
-        """The feed-forward's gate, then its up projection: from ``ffn_gate`` and ``ffn_up``, or both in ``ffn_up``."""
+        """The feed-forward's gate and up projections: ``ffn_gate`` and ``ffn_up``, or ``ffn_up`` if it holds both."""
         inner = config.intermediate_size
         separate = {"ffn_gate": inner, "ffn_up": inner}
         rows = separate if self.has(f"{prefix}ffn_gate.weight") else {"ffn_up": 2 * inner}

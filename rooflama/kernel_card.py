@@ -32,21 +32,25 @@ COMPILE_MATRIX = ROOT / "docs" / "compile_matrix.csv"
 MEASUREMENTS = ROOT / "benchmarks" / "results" / "kernels.csv"
 SHIPPED = Path(__file__).resolve().parent / "kernel_pages" / "tables.json"  # docs/kernels of the repository
 
-# One card a kernel: name -> its public functions. It stands in kernels/NAME.py and, where that is long, NAME_*.py.
-CARDS: dict[str, tuple[str, ...]] = {
-    "attention_decode": ("attention_decode",),
-    "attention_prefill": ("attention_prefill",),
-    "dequantize": ("dequantize",),
-    "embedding": ("embedding",),
-    "mlp": ("swiglu", "geglu"),
-    "norm": ("rms_norm", "add_rms_norm"),
-    "paged_cache": ("write_kv", "gather_kv", "copy_pages"),
-    "penalties": ("penalise",),
-    "quantized_matmul": ("quantized_matmul",),
-    "rope": ("rope", "rope_and_cache_write"),
-    "sampling": ("sample",),
-}
 
+def _cards() -> dict[str, dict[str, Callable]]:
+    """One card per kernel: name -> its functions, of kernels/NAME.py and, where that is long, of kernels/NAME_*.py."""
+    cards: dict[str, dict[str, Callable]] = {}
+    for info in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"rooflama.kernels.{info.name}")
+        own = {name: value for name, value in vars(module).items() if _is_kernel(name, value, module)}
+        if own:
+            card = next((name for name in cards if info.name.startswith(f"{name}_")), info.name)
+            cards.setdefault(card, {}).update(own)
+    return cards
+
+
+def _is_kernel(name: str, value: Any, module: ModuleType) -> bool:
+    defined = hasattr(value, "definition") or hasattr(reference, name)
+    return defined and getattr(value, "__module__", None) == module.__name__
+
+
+CARDS = _cards()
 
 ROOFLINE = """Of roofline: the time that the bytes take at the memory rate, or the operations at the matrix rate where
 that is longer, over the time taken. The memory rate is what plain passes over memory reached in the same run
@@ -62,9 +66,9 @@ class KernelCard:
     def markdown(self) -> str:
         """The card as Markdown, which is also what ``docs/kernels/`` holds."""
         parts = [f"# {self.name}", *map(_docstring, self._modules())]
-        for function in CARDS[self.name]:
-            parts += [f"## {function}", f"    {function}{_signature(function)}", _docstring(_launcher(function))]
-            parts += ["### Definition", f"```python\n{_definition(getattr(reference, function))}\n```"]
+        for name, function in CARDS[self.name].items():
+            parts += [f"## {name}", f"    {name}{_signature(function)}", _docstring(function)]
+            parts += ["### Definition", f"```python\n{_definition(_reference(name, function))}\n```"]
         tables = self._tables()
         laws = [f"- {law['law']}" + (f": {law['says']}" if law["says"] else "") for law in tables["laws"]]
         parts += ["## Laws tested", "\n".join(laws)]
@@ -80,12 +84,12 @@ class KernelCard:
             "about": [_docstring(module) for module in self._modules()],
             "functions": [
                 {
-                    "name": function,
+                    "name": name,
                     "signature": _signature(function),
-                    "about": _docstring(_launcher(function)),
-                    "definition": _definition(getattr(reference, function)),
+                    "about": _docstring(function),
+                    "definition": _definition(_reference(name, function)),
                 }
-                for function in CARDS[self.name]
+                for name, function in CARDS[self.name].items()
             ],
             **self._tables(),
         }
@@ -164,12 +168,12 @@ def kernel_card(name: str) -> KernelCard:
     raise KernelInputError(f"kernel {name!r}", rule=f"the kernels are {', '.join(CARDS)}", remedy="Name one of these")
 
 
-def _launcher(function: str) -> Callable:
-    return getattr(kernels, function)
+def _reference(name: str, function: Callable) -> Callable:
+    return getattr(function, "definition", None) or getattr(reference, name)
 
 
-def _signature(function: str) -> str:
-    return re.sub(r"'|torch\.(?=Tensor)", "", str(inspect.signature(_launcher(function))))
+def _signature(function: Callable) -> str:
+    return re.sub(r"'|torch\.(?=Tensor)", "", str(inspect.signature(function)))
 
 
 def _docstring(thing: object) -> str:

@@ -78,7 +78,7 @@ def measurements() -> list[Measured]:
 
 
 def table(cases: Sequence[Measured]) -> str:
-    """One line per case: ours, and the fastest peer of the same run. The runs are named below."""
+    """One line per case: ours, and the fastest peer of the same run. Runs and unmeasured kernels are named below."""
     lines = [("kernel", "case", "us", "of roofline", "best peer", "us", "of roofline", "run")]
     runs = _runs(cases)
     for case in cases:
@@ -93,6 +93,7 @@ def table(cases: Sequence[Measured]) -> str:
         columns.append([align(cell, width) for cell in column])
     aligned = ["  ".join(line) for line in zip(*columns, strict=True)]
     named = [f"run {number}: {run}" for number, run in enumerate(runs, start=1)]
+    named += _unmeasured(cases)
     return "\n".join(line.rstrip() for line in [*aligned, "", *named]) + "\n"
 
 
@@ -153,7 +154,8 @@ def _draw(cases: Sequence[Measured]) -> Figure:
         x = MARGIN + 0.09 * place
         figure.text(x, 0.4 / height, "■" if name == OURS else "┃", color=_colour(name), va="center")
         figure.text(x + 0.012, 0.4 / height, name, va="center")
-    figure.text(MARGIN, 0.18 / height, "Measured on " + "; ".join(_runs(cases)), va="center", color="#555555")
+    foot = ". ".join(["Measured on " + "; ".join(_runs(cases)), *_unmeasured(cases)])
+    figure.text(MARGIN, 0.18 / height, foot, va="center", color="#555555")
     return figure
 
 
@@ -191,6 +193,11 @@ def _columns(cases: Iterable[Measured]) -> list[dict[str, list[tuple[str, Measur
 
 def _runs(cases: Iterable[Measured]) -> list[str]:
     return list(dict.fromkeys(case.run for case in cases))
+
+
+def _unmeasured(cases: Iterable[Measured]) -> list[str]:
+    missing = CARDS.keys() - {case.kernel for case in cases}
+    return [f"Not measured yet: {', '.join(sorted(missing))}"] if missing else []
 
 
 def _colour(name: str) -> str:

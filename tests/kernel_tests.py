@@ -12,16 +12,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# kernels/NAME.py -> tests/kernels/test_*.py, those first that find most in the least time.
-KERNEL_TESTS: dict[str, tuple[str, ...]] = {
+# The tests of kernels/NAME.py are tests/kernels/test_NAME.py, and here are the exceptions: what else tests a file, or
+# tests a part. Those come first that find most in the least time.
+_OTHERWISE: dict[str, tuple[str, ...]] = {
     "attention_common": ("attention_edges", "attention_decode", "attention_prefill", "strides", "paged_cache"),
     "attention_decode": ("attention_edges", "attention_decode", "strides", "beyond_int32_outputs"),
     "attention_prefill": ("attention_edges", "attention_prefill", "strides", "beyond_int32_outputs"),
     "backend": ("norm", "operators"),
+    "bound": ("operators", "norm"),
     "checks": ("norm", "mlp", "embedding", "paged_cache_refused", "quantized_matmul_inputs"),
-    "dequantize": ("dequantize",),
-    "embedding": ("embedding",),
     "errors": ("norm",),
+    "kernel": ("operators", "norm"),
+    "launch": ("operators", "norm"),
     "interpreter": ("attention_edges", "paged_cache"),
     "mlp": ("mlp", "beyond_int32_outputs"),
     "norm": ("norm", "beyond_int32_outputs"),
@@ -30,15 +32,19 @@ KERNEL_TESTS: dict[str, tuple[str, ...]] = {
     "paged_checks": ("paged_cache_refused", "attention_edges", "rope", "attention_decode", "attention_prefill"),
     "paged_common": ("paged_cache", "paged_cache_refused", "strides", "rope"),
     "penalties": ("penalties", "sampling"),
-    "quantized_fixed_point": ("quantized_fixed_point",),
     "quantized_gemv": ("quantized_matmul",),
     "quantized_matmul": ("quantized_matmul_inputs", "quantized_fixed_point", "quantized_matmul"),
     "weight": ("embedding", "quantized_matmul_inputs", "dequantize"),
     "quantized_tiles": ("embedding", "dequantize", "quantized_fixed_point", "quantized_matmul"),
-    "rope": ("rope",),
     "rope_cache_write": ("rope", "strides"),
     "sampling": ("sampling", "sampling_filters", "strides"),
     "sampling_filters": ("sampling_filters", "sampling", "strides"),
+}
+
+KERNEL_TESTS = {
+    path.stem: _OTHERWISE.get(path.stem, (path.stem,))
+    for path in sorted((ROOT / "kernels").glob("*.py"))
+    if path.stem != "__init__"
 }
 
 

@@ -48,7 +48,7 @@ def test_every_public_operator_has_a_card():
     import rooflama.kernels as kernels
 
     functions = {name for name in kernels.__all__ if hasattr(kernels.reference, name)}
-    assert functions == {function for functions in CARDS.values() for function in functions}
+    assert functions <= {function for functions in CARDS.values() for function in functions}
 
 
 def test_unknown_kernel():

@@ -61,26 +61,30 @@ def bars(svg):
     ]
 
 
-def test_longer_bars_for_more_of_the_roofline_and_new_kernels_get_a_place(tmp_path):
+def test_longer_bars_for_more_of_the_roofline_and_unmeasured_kernels_are_named(tmp_path):
     pytest.importorskip("matplotlib")
     run = "a GPU, 2026-01-01"
     cases = [
-        Measured("new_kernel", f"case {percent}", {"rooflama": percent / 100, "other": 1.0}, {"rooflama": 1.0}, run)
+        Measured("norm", f"case {percent}", {"rooflama": percent / 100, "other": 1.0}, {"rooflama": 1.0}, run)
         for percent in (20, 40, 80)
     ]
     svg = drawn(tmp_path / "new.svg", cases)
     first, second, third = bars(svg)
     assert third - second == pytest.approx(2 * (second - first), rel=1e-3)
-    assert {"new_kernel", "case 20", "other", f"Measured on {run}"} <= set(texts(svg))
+    assert {"norm", "case 20", "other"} <= set(texts(svg))
+    (foot,) = (text for text in texts(svg) if text.startswith(f"Measured on {run}. Not measured yet: "))
+    assert "sampling" in foot
+    assert "norm" not in foot
     assert not any("More than 100%" in text for text in texts(svg))
 
 
 def test_the_table_names_the_fastest_peer():
     case = Measured("norm", "c", {"rooflama": 0.5, "a": 0.4, "b": 0.8}, {"rooflama": 8.0, "a": 10.0, "b": 5.0}, "here")
-    header, line, _, run = table([case]).splitlines()
+    header, line, _, run, missing = table([case]).splitlines()
     assert " ".join(header.split()) == "kernel case us of roofline best peer us of roofline run"
     assert line.split() == ["norm", "c", "8.00", "50%", "b", "5.00", "80%", "1"]
     assert run == "run 1: here"
+    assert missing.startswith("Not measured yet: attention_decode, ")
 
 
 def test_the_command_prints_into_a_pipe_and_draws_where_it_is_told(tmp_path):

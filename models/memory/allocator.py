@@ -1,8 +1,8 @@
-"""How many bytes torch takes from the driver for a series of allocations: its caching allocator, in arithmetic.
+"""The bytes that torch's caching allocator takes from the driver for a series of allocations.
 
-Sizes are rounded up to 512 bytes. Up to 1 MiB they are cut from segments of 2 MiB; up to 10 MiB from segments of
-20 MiB; beyond that each gets a segment of its own, rounded up to 2 MiB. What is left of a segment serves later requests
-of its pool, best fit first, if it is larger than 1 MiB (small pool: than nothing).
+Sizes are rounded up to 512 bytes. Sizes up to 1 MiB are cut from segments of 2 MiB, and sizes up to 10 MiB from
+segments of 20 MiB. Each larger size gets its own segment, rounded up to 2 MiB. The rest of a segment serves later
+requests of the same pool, best fit first; in the pool of larger sizes, only rests above 1 MiB do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 MIB = 2**20
 
 ROUND_BYTES = 512
-SMALL_BYTES = 1 * MIB  # the largest request of the small pool, and the least remainder the large pool keeps
+SMALL_BYTES = 1 * MIB  # the largest request of the small pool; rests up to it are not reused in the large pool
 SMALL_SEGMENT = 2 * MIB
 SHARED_BYTES = 10 * MIB  # requests below share segments
 SHARED_SEGMENT = 20 * MIB
@@ -21,12 +21,12 @@ OWN_ROUND = 2 * MIB
 
 
 class Segments:
-    """Allocations that stay: what was asked for, what was handed out, and what the driver gave.
+    """The bytes of allocations that are not freed.
 
     Attributes:
-        asked: bytes of all requests.
-        taken: bytes of the blocks handed out, which ``torch.cuda.memory_allocated`` counts.
-        reserved: bytes of all segments.
+        asked: of all requests.
+        taken: of the blocks that serve them, as ``torch.cuda.memory_allocated`` counts.
+        reserved: of all segments.
     """
 
     def __init__(self, sizes: Iterable[int] = ()):

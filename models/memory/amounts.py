@@ -1,4 +1,4 @@
-"""Amounts as text: bytes and counts for people, and bytes as people write them."""
+"""Amounts as text: bytes and counts for displays, and bytes as people write them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def size(nbytes: int, rounded: Callable[[Fraction], int] = round) -> str:
-    """Bytes for people, in hundredths of a GiB, MiB or KiB: what is needed rounded with ``ceil``, what is there with
-    ``floor``.
-    """
+    """Bytes in GiB, MiB or KiB with two decimals. Use ``ceil`` for bytes needed, and ``floor`` for bytes free."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if nbytes >= unit:
             return f"{rounded(Fraction(100 * nbytes, unit)) / 100:.2f} {name}"

@@ -1,15 +1,15 @@
-"""The bytes of everything a model will hold, before anything is allocated; and what would fit.
+"""The bytes that a model takes, computed before anything is allocated, and the largest model size that fits.
 
-The terms and their formulas are in ``terms``; each becomes a named line. Lines add up to the total, which on a
-GPU is what the driver will show for the process, within what the context is misjudged by:
+Each term of ``terms`` becomes a line. On a GPU the lines sum to the process's memory as the driver reports it, up to
+the error of the estimate for the device context:
 
     total = weights + K/V pages + tables + workspace + CUDA graph + allocator rounding + device context
 
-Workspace terms are those alive at the widest moment of a prefill pass. A CUDA graph keeps memory of its own, so what a
-decode step needs is added, not shared. On a CPU the total is the model's part alone: Python and torch come on top.
+Workspace terms are those of the widest moment of a prefill pass. A CUDA graph has memory of its own, so the terms of a
+decode step are added to them. On a CPU the total is the model's part alone, without Python and torch.
 
-All but the rounding grow with context and sequences. The rounding falls where a request fits what another left over, by
-up to some tens of MiB, so a larger context may take less than a smaller one.
+All lines but the rounding grow with context and sequences. The rounding shrinks by up to some tens of MiB when a
+request fits into the rest of a segment, so that a larger context may take less than a smaller one.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Group = Literal["weights", "keys and values", "tables", "workspace", "CUDA graph
 
 @dataclass(frozen=True)
 class Target:
-    """Where a plan is for.
+    """The device that a plan is for.
 
     Attributes:
         kind: ``cpu``, ``cuda`` or ``hip``.
-        backend: which form of the weights is resident.
-        context_bytes: what the driver takes for a context and the kernels' code. On a CPU the process is not counted.
+        backend: decides the resident form of the weights.
+        context_bytes: memory of the driver's context and of the kernels' code; 0 on a CPU.
         matmul_library_bytes: workspace that the vendor's matmul library allocates through torch.
     """
 
@@ -61,14 +61,14 @@ class Target:
         return cls(kind, "triton", CONTEXT_BYTES[kind], library)
 
 
-# What the driver counts beside torch's own memory: context, torch's and cuBLAS's modules, kernels. Measured on an H100
+# What the driver counts besides torch's memory: context, torch's and cuBLAS's modules, kernels. Measured on an H100
 # with torch 2.11 and CUDA 13 (benchmarks/results/memory_plan.csv); other GPUs and versions differ by some tens of MiB.
 CONTEXT_BYTES = {"cuda": 757 * MIB, "hip": 757 * MIB}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One term: where it belongs, what it is, its bytes, and how they come about."""
+    """One term: its group, its name, its bytes and its formula."""
 
     group: Group
     name: str
@@ -78,18 +78,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model takes, and what would fit.
+    """The bytes that a model takes, and whether they fit.
 
     Attributes:
         config, weights: the model.
-        context: tokens each sequence may reach.
-        sequences: sequences whose pages are held at once.
-        page_size, prefill_chunk: tokens of a page, and of a prefill pass at most.
+        context: the most tokens of each sequence.
+        sequences: how many sequences hold pages at once.
+        page_size, prefill_chunk: tokens of a page, and the most tokens of a prefill pass.
         dtype, kv_dtype: of activations, and of stored keys and values.
         target: the device.
-        batch_invariant: whether products are: such products dequantise in registers only.
-        limit: bytes that ``total_bytes`` must not pass, or None.
-        free_bytes: what the device has free now, its context already made; None if there is no device to ask.
+        batch_invariant: whether products are batch-invariant; such products need no dequantised rows in memory.
+        limit: the most bytes that ``total_bytes`` may be; None for no limit.
+        free_bytes: free memory of the device, whose context exists already; None if the device is not here.
     """
 
     config: ModelConfig
@@ -105,7 +105,7 @@ class Budget:
     limit: int | None = None
     free_bytes: int | None = None
 
-    MOST_SEQUENCES: ClassVar[int] = checks.MOST_SEQUENCES  # that can be planned for
+    MOST_SEQUENCES: ClassVar[int] = checks.MOST_SEQUENCES  # of a plan
     LONGEST_CONTEXT: ClassVar[int] = 2**24  # tokens, for models that were trained for less
 
     def __post_init__(self) -> None:
@@ -117,8 +117,6 @@ class Budget:
         ):
             if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise ArgumentError(f"{name} {value!r}", rule=rule, remedy="Ask for a whole number in that range")
-
-    # What is held.
 
     @property
     def num_pages(self) -> int:
@@ -168,7 +166,7 @@ class Budget:
 
     @property
     def _library_matrices(self) -> tuple[Matrix, ...]:
-        """Those that the vendor's library may multiply with, dequantised first."""
+        """Matrices that may be dequantised for the vendor's matmul library."""
         return () if self.batch_invariant else self.weights.matrices
 
     @cached_property
@@ -187,7 +185,7 @@ class Budget:
 
     @cached_property
     def _graph(self) -> Moment:
-        """What the captured decode step keeps."""
+        """The memory of the captured decode step."""
         step: dict[str, int] = {**terms.decode_moment(self.config, self.context, self.sequences, self.dtype)}
         rows = terms.dequantised_bytes(self._library_matrices, self.sequences, self.dtype)
         if rows:
@@ -202,7 +200,7 @@ class Budget:
 
     @cached_property
     def _lasting_segments(self) -> Segments:
-        """torch's general pool once a model is loaded: weights, pages, tables."""
+        """torch's general pool after loading: weights, pages and tables."""
         lasting = self.weights.segments.copy()
         tables, blocks = self._table_bytes()
         pools = terms.kv_allocations(self.config, self.kv_dtype, self.num_pages, self.page_size)
@@ -210,14 +208,14 @@ class Budget:
         return lasting
 
     def _segments(self) -> tuple[Segments, Segments]:
-        """torch's general pool and the graph's own, after loading, a prefill pass and a captured decode step."""
+        """torch's general pool and the graph's, after loading, a prefill pass and the capture of a decode step."""
         general = self._lasting_segments.copy()
         general.take_all(self._prefill.values())
         return general, Segments(self._graph.values())
 
     @cached_property
     def _rounding(self) -> int:
-        """What torch's segments take beyond what is asked of them. On a CPU there are none."""
+        """The bytes of torch's segments beyond the requests; 0 on a CPU."""
         if self.target.kind == "cpu":
             return 0
         return sum(segments.reserved - segments.asked for segments in self._segments())
@@ -231,16 +229,14 @@ class Budget:
 
     @property
     def allocated_bytes(self) -> int:
-        """What torch's allocator hands out at its peak: a prefill pass and a decode step do not run at once."""
+        """The peak of torch's allocated bytes. A prefill pass and a decode step do not run at the same time."""
         prefilling, graph = self._segments()
         decoding = self._lasting_segments.taken + self._prefill.get("matmul library", 0) + graph.taken
         return max(prefilling.taken, decoding if self.target.kind != "cpu" else 0)
 
-    # What fits.
-
     @property
     def headroom_bytes(self) -> int | None:
-        """Bytes left under the limit and in the device's free memory, negative if it does not fit; None if unknown."""
+        """Bytes left under the limit and in free memory, negative if the plan does not fit; None without a bound."""
         return self._headroom(self.total_bytes)
 
     def _headroom(self, total: int) -> int | None:
@@ -253,13 +249,13 @@ class Budget:
 
     @property
     def fits(self) -> bool:
-        """Whether there is headroom; True where nothing bounds the plan."""
+        """Whether the headroom is not negative; True without a bound."""
         headroom = self.headroom_bytes
         return headroom is None or headroom >= 0
 
     @property
     def _fits_unrounded(self) -> bool:
-        """Whether it would fit if the allocator rounded nothing: so does every plan of less, and all that fit do."""
+        """Whether the plan fits without the allocator's rounding. If so, every smaller plan does too."""
         headroom = self._headroom(self.total_bytes - self._rounding)
         return headroom is None or headroom >= 0
 
@@ -268,10 +264,10 @@ class Budget:
         return replace(self, **changes)
 
     def largest_context(self, sequences: int | None = None) -> int:
-        """Tokens that each of ``sequences`` sequences (default: the plan's) may reach; 0 if not even one token fits.
+        """The longest context of ``sequences`` sequences (default: the plan's) that fits; 0 if not one token does.
 
-        No more whole pages fit, nor a token more, up to the context that the model was trained for. Fewer may not: the
-        allocator's rounding may take more then.
+        It is at most the context that the model was trained for. A shorter one may not fit, if the allocator's rounding
+        is larger there.
         """
         longest, page = self.config.context_length, self.page_size
         plan = self.but(sequences=sequences or self.sequences)
@@ -281,15 +277,15 @@ class Budget:
         return _largest(range(pages + 1, min(pages + page, longest)), lambda tokens: plan.but(context=tokens)) or pages
 
     def most_sequences(self, context: int | None = None) -> int:
-        """The most sequences of ``context`` tokens each (default: the plan's) whose pages fit at once.
+        """The most sequences of ``context`` tokens each (default: the plan's) that fit at once.
 
-        MOST_SEQUENCES says that as many fit, and maybe more.
+        The result is at most ``MOST_SEQUENCES``, even if more would fit.
         """
         plan = self.but(context=context or self.context)
         return _largest(range(1, self.MOST_SEQUENCES + 1), lambda count: plan.but(sequences=count))
 
 
 def _largest(numbers: range, plan_of: Callable[[int], Budget]) -> int:
-    """The largest of ascending numbers whose plan fits, or 0: those that would without rounding, from the top down."""
+    """The largest of ascending numbers whose plan fits, or 0. Searches down from the largest that fits unrounded."""
     end = bisect_left(numbers, True, key=lambda number: not plan_of(number)._fits_unrounded)
     return next((number for number in reversed(numbers[:end]) if plan_of(number).fits), 0)

@@ -13,7 +13,7 @@ from .amounts import count, size
 from .budget import Budget
 from .remedies import remedies
 
-# One colour a group, told apart in print and by most colour-blind readers too (Okabe and Ito's palette).
+# One colour per group: Okabe and Ito's palette, which most colour-blind readers can tell apart, and so can print.
 COLOURS = {
     "weights": "#0072b2",
     "keys and values": "#e69f00",
@@ -25,7 +25,7 @@ COLOURS = {
 
 
 def verdict(plan: Budget) -> list[tuple[str, str]]:
-    """(label, value): the total, what it is held against, and what would fit."""
+    """(label, value): the total, its bounds, and what would fit."""
     rows = [("total", size(plan.total_bytes, ceil))]
     if plan.limit is not None:
         rows.append(("limit", size(plan.limit, floor)))

@@ -1,4 +1,4 @@
-"""The plan of a model's memory, as callers see it: the budget, what would fit instead, and how both are shown."""
+"""The memory plan that callers get: a budget that shows itself, raises if it does not fit, and says what would."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class MemoryPlan(Budget):
     """What a model takes, term by term. Shows itself in a terminal and in Jupyter. Its attributes are ``Budget``'s."""
 
     def remedies(self) -> list[str]:
-        """What to change so that it fits, the mildest first: each alone suffices."""
+        """Changes of which each alone makes the plan fit, the mildest first."""
         return remedies.remedies(self)
 
     def require(self, device: Device | None = None) -> None:
-        """Raise DeviceOutOfMemory if the plan does not fit, with its numbers, the device's, and what would fit."""
+        """Raise DeviceOutOfMemory if the plan does not fit, with the numbers, and the changes that would help."""
         if self.fits:
             return
         room = [f"{size(self.limit, floor)} is the limit"] if self.limit is not None else []
@@ -40,7 +40,7 @@ class MemoryPlan(Budget):
         raise error
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """The plan as plain values, for JSON."""
         most = self.most_sequences() if self.headroom_bytes is not None else None
         return {
             "model": self.config.name,

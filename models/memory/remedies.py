@@ -1,4 +1,4 @@
-"""What to change about a memory plan that does not fit, in words for arguments and for the shell's options alike."""
+"""The changes that make a memory plan fit, in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .budget import Budget
 
 
 def remedies(plan: Budget) -> list[str]:
-    """Changes of which each alone makes the plan fit, the mildest first; none for a plan that fits."""
+    """Changes of which each alone makes the plan fit, the mildest first; none if it fits."""
     if plan.fits:
         return []
     found, most = [], plan.most_sequences()
@@ -25,12 +25,12 @@ def remedies(plan: Budget) -> list[str]:
                 found.append(f"{_difference(plan, other.but(context=context))} would fit")
     if not found:
         least = _room(plan.but(context=1, sequences=1))
-        found = [f"no context fits: {least} would hold 1 token, and a checkpoint of fewer bits a weight takes less"]
+        found = [f"no context fits: {least} would hold 1 token, and a checkpoint of fewer bits per weight takes less"]
     return [*found, f"{_room(plan)} would hold all of it"]
 
 
 def _difference(plan: Budget, other: Budget) -> str:
-    """What ``other`` has that ``plan`` has not."""
+    """The settings of ``other`` that differ from ``plan``'s."""
     parts = []
     if other.sequences != plan.sequences:
         parts.append(count(other.sequences, "sequence", "d"))
@@ -42,7 +42,7 @@ def _difference(plan: Budget, other: Budget) -> str:
 
 
 def _room(plan: Budget) -> str:
-    """The limit and the free memory that a plan needs, where those there are do not do."""
+    """The limit and the free memory that the plan needs, as far as they do not suffice."""
     total, on_device = plan.total_bytes, plan.total_bytes - plan.target.context_bytes
     room = []
     if plan.limit is not None and plan.limit < total:

@@ -1,8 +1,8 @@
 """The terms of a memory plan: one function each, its formula first.
 
 Letters: L layers, E hidden size, F feed-forward width, Hq and Hkv query and key/value heads, D head size, d rotary
-size, V vocabulary, T tokens of context a sequence, S sequences, P tokens a page, n tokens of a prefill pass, b bytes an
-activation, c bytes a stored key or value element. Everything is in bytes.
+size, V vocabulary, T tokens of context per sequence, S sequences, P tokens per page, n tokens of a prefill pass, b
+bytes per activation, c bytes per stored element of keys and values. All results are in bytes.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ FORMULAS = {
     "decode activations": "S b (3 E + 2 (Hq + Hkv) D + 3 F)",
     "matmul library": "cuBLAS's workspace, allocated through torch",
 }
-"""One line for each term of a moment; where a family of moments differs, that of the commonest."""
+"""The formula of each term of a moment; if moments differ, that of the most common one."""
 
 ROTARY_FORMULAS = {
     "default": "2 x 4 x tokens x rotary_dim / 2",
     "longrope": "2 x 4 x tokens x rotary_dim / 2, for each factor set",
     "dynamic": "32 x tokens of a pass and a step x rotary_dim / 2",
 }
-"""By the kind of scaling; the default's for those that are not here."""
+"""By the kind of scaling; other kinds have the default's."""
 
 
 def rotary_formula(config: ModelConfig) -> str:
-    """What ``rope_table_bytes`` computes, in words."""
+    """The formula of ``rope_table_bytes``."""
     formula = ROTARY_FORMULAS.get(config.rope.kind, ROTARY_FORMULAS["default"])
     return formula + (
         "" if config.local_rope is None else ", and 2 x 4 x tokens x rotary_dim / 2 for layers with a window"
@@ -57,28 +57,28 @@ def rotary_formula(config: ModelConfig) -> str:
 
 
 def kv_token_bytes(config: ModelConfig, kv_dtype: torch.dtype) -> int:
-    """2 L Hkv (D c + 4 where elements are codes): a token's keys and values with their scales, in all layers."""
+    """2 L Hkv (D c + 4): keys and values of one token in all layers; the 4 bytes are the scale of int8 and fp8."""
     head = config.head_dim * kv_dtype.itemsize + (4 if is_scaled(kv_dtype) else 0)
     return 2 * config.num_layers * config.num_kv_heads * head
 
 
 def pages_per_sequence(config: ModelConfig, context: int, page_size: int, max_append: int) -> int:
-    """ceil(T / P); where every layer has a sliding window, no more than ``kv_cache.ring_pages``."""
+    """ceil(T / P), and at most ``kv_cache.ring_pages``."""
     return min(-(-context // page_size), ring_pages(config, page_size, max_append))
 
 
 def kv_allocations(config: ModelConfig, kv_dtype: torch.dtype, num_pages: int, page_size: int) -> list[int]:
-    """The pools one by one, as ``PagedKVCache`` makes them: keys and values of each layer, then their scales."""
+    """The size of each pool, in ``PagedKVCache``'s order: keys and values of each layer, then their scales."""
     elements = num_pages * page_size * config.num_kv_heads
     pools = [elements * config.head_dim * kv_dtype.itemsize] * (2 * config.num_layers)
     return pools + [elements * 4] * (2 * config.num_layers) * is_scaled(kv_dtype)
 
 
 def rope_table_bytes(config: ModelConfig, context: int, pass_tokens: int, sequences: int) -> int:
-    """2 x 4 T d / 2 (cos and sin in float32), twice that for LongRoPE's two sets, and once more for a local rotation.
+    """2 x 4 T d / 2 (cos and sin in float32), twice that for LongRoPE's two lists, and once more for a local rotation.
 
-    For dynamic scaling, whose tables no plan could hold, 32 (n + S) d / 2 whatever the context: cos and sin of a pass's
-    and of a step's tokens, and the float64 angles that they come from.
+    Dynamic scaling has no tables and takes 32 (n + S) d / 2 at any context: cos and sin of the tokens of a pass and of
+    a step, and the float64 angles that they are computed from.
     """
     pairs = config.rope.rotary_dim // 2
     local = 2 * 4 * context * (config.local_rope.rotary_dim // 2) if config.local_rope is not None else 0
@@ -93,8 +93,8 @@ def block_table_bytes(context: int, sequences: int, page_size: int) -> int:
 
 
 def logits_bytes(config: ModelConfig, sequences: int) -> int:
-    """4 S V (1 + 1/8) + 4 S E: float32 logits of each sequence's last token, top-k and top-p's sums over them, and the
-    float32 row they come from.
+    """4 S V (1 + 1/8) + 4 S E: float32 logits of each sequence's last token, the sums over them for top-k and top-p,
+    and the float32 row of the residual stream that they are computed from.
     """
     search = LEVELS * 2**DIGIT_BITS / CHUNK
     return 4 * sequences * (int(config.vocab_size * (1 + search)) + config.hidden_size)
@@ -107,17 +107,17 @@ def split_kv_bytes(config: ModelConfig, context: int, sequences: int) -> int:
 
 
 def carried_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
-    """n b (2 E + 2 (Hq + Hkv) D): what a layer holds on to: the residual stream before and after attention, q, k, v,
-    and what attention gave.
+    """n b (2 E + 2 (Hq + Hkv) D): the tensors that live throughout a layer: the residual stream before and after
+    attention, q, k, v, and the output of attention.
     """
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     return tokens * itemsize * (2 * config.hidden_size + heads)
 
 
 def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtype) -> int:
-    """b rows' columns: the run of rows that a product of many tokens dequantises at a time, WORKSPACE_BYTES at most.
+    """b rows columns: the run of rows that a product of many tokens dequantises at a time, at most WORKSPACE_BYTES.
 
-    None for products of few tokens (``REGIMES``), nor where the weight already has the activations' dtype.
+    0 for products of few tokens, and for weights in the dtype of the activations.
     """
     worst = 0
     for matrix in matrices:
@@ -133,7 +133,7 @@ def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtyp
 def prefill_moments(
     config: ModelConfig, matrices: Iterable[Matrix], tokens: int, sequences: int, dtype: torch.dtype
 ) -> list[Moment]:
-    """What is alive at the widest moments of a prefill pass of n tokens, on Triton kernels:
+    """The terms of the widest moments of a prefill pass of n tokens, on Triton kernels:
 
     gate and up  carried + n b (E + 2 F) + dequantised rows
     SwiGLU       carried + n b (E + 3 F)
@@ -159,7 +159,7 @@ def prefill_moments(
 
 
 def definition_moments(config: ModelConfig, tokens: int, context: int, sequences: int, itemsize: int) -> list[Moment]:
-    """The same on the NumPy definitions, where weights are rows already and attention writes its scores out:
+    """The same on the NumPy definitions, which read weights as float32 rows and store attention scores:
 
     attention    carried + 2 n b Hq D + keys and values 2 x 4 T Hkv D + scores 3 x 4 Hq min(n, 256) T
     feed-forward carried + n b (E + 5 F)
@@ -180,8 +180,8 @@ def definition_moments(config: ModelConfig, tokens: int, context: int, sequences
 def decode_moment(config: ModelConfig, context: int, sequences: int, dtype: torch.dtype) -> Moment:
     """A decode step of S tokens: activations S b (3 E + 2 (Hq + Hkv) D + 3 F), split-KV partials, logits.
 
-    And 8 S V for requests with penalties or log probabilities, whether or not one comes: the counts of penalties, in
-    int32, and a second row of logits.
+    8 S V more are planned for penalties and log probabilities, whether or not a request uses them: int32 counts, and a
+    second row of logits.
     """
     unit = sequences * dtype.itemsize
     return {

@@ -1,4 +1,4 @@
-"""What a checkpoint's weights take, as stored and on the device, found without reading or allocating one of them."""
+"""The bytes of a checkpoint's weights in the file and on the device, found without reading them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TypeRule = Callable[[str, tuple[int, ...]], str]  # (tensor name, shape) -> ggml
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as a matmul meets it: joined where the loader joins. ``ggml_type`` is that of the resident form."""
+    """A matrix as products read it, after the loader joined tensors. ``ggml_type`` is that of the resident form."""
 
     ggml_type: str
     rows: int
@@ -38,12 +38,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes by ggml type of the file, and the single allocations in the order in which loading makes them.
+    """The bytes of a model's weights.
 
     Attributes:
         stored: ggml type -> bytes in the file.
         resident: ggml type of the file -> bytes on the device, in the form that the backend reads.
-        allocations: bytes of each buffer.
+        allocations: bytes of each buffer, in the order in which loading makes them.
         matrices: every matrix on the device.
     """
 
@@ -62,7 +62,7 @@ class WeightBytes:
 
     @cached_property
     def segments(self) -> Segments:
-        """What torch's allocator takes for them on a GPU."""
+        """The segments that torch's allocator takes for them on a GPU."""
         return Segments(self.allocations)
 
 
@@ -73,18 +73,18 @@ def plane_shapes(ggml_type: str, rows: int, columns: int) -> list[tuple[tuple[in
 
 
 def form_on_device(ggml_type: str, backend: Backend) -> str:
-    """What becomes of tensors of this type when they are loaded, in words."""
+    """How tensors of this type are held on the device, in words."""
     if ggml_type == "F32" or (backend == "triton" and LAYOUTS[ggml_type].is_float):
         return "as they are"
     return "repacked" if backend == "triton" else "as float32"
 
 
 class DryRunSource(TensorSource):
-    """Goes through the motions of loading on tensors without memory: every check of names, shapes and types, no bytes.
+    """A ``TensorSource`` that makes every check of names, shapes and types, reads nothing and takes no memory.
 
     Args:
-        reader: what ``read_config`` used, so that the tensors it took count as taken.
-        backend: whose resident form is planned: planes for Triton, float32 rows for NumPy.
+        reader: the one that ``read_config`` used; the tensors that it read count as read.
+        backend: decides the resident form: planes for Triton, float32 rows for NumPy.
     """
 
     def __init__(self, reader: CheckpointReader, backend: Backend):
@@ -120,7 +120,7 @@ class DryRunSource(TensorSource):
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Joins meta tensors by their shapes: torch's own rule for that imports its compiler, which takes seconds."""
+    """Joins meta tensors by their shapes. torch's own rule imports its compiler, which takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.cat:
@@ -132,7 +132,7 @@ class _ShapesOnly(TorchFunctionMode):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Where ``Decoder.load`` runs on a ``DryRunSource``: tensors made inside have a shape and no memory."""
+    """The context for ``Decoder.load`` on a ``DryRunSource``: tensors made inside have no memory."""
     with torch.device("meta"), _ShapesOnly():
         yield
 
@@ -140,10 +140,10 @@ def shapes_only() -> Iterator[None]:
 def checkpoint_weights(
     reader: CheckpointReader, config: ModelConfig, adapter: Adapter, backend: Backend
 ) -> WeightBytes:
-    """The weights of a file, laid out as ``Decoder.load`` would.
+    """The weights of a file, as ``Decoder.load`` would hold them.
 
     Raises:
-        ConfigError: a tensor is missing, misshapen, or has no place in the model.
+        ConfigError: a tensor is missing, misshapen or unused.
         KernelInputError: a tensor's type cannot be run.
     """
     source = DryRunSource(reader, backend)
@@ -156,7 +156,7 @@ def checkpoint_weights(
 
 
 def config_weights(config: ModelConfig, type_of: TypeRule, backend: Backend) -> WeightBytes:
-    """The weights that a config implies, each matrix by itself. Vectors are F32, as converters store them."""
+    """The weights that a config implies, with no matrices joined. Vectors are F32, as converters store them."""
     stored: Counter[str] = Counter()
     resident: Counter[str] = Counter()
     allocations: list[int] = []
@@ -175,7 +175,7 @@ def config_weights(config: ModelConfig, type_of: TypeRule, backend: Backend) -> 
 
 
 def config_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, with q, k, v, gate and up apart. A family that fuses them takes the same bytes."""
+    """Names and shapes, with q, k, v, gate and up apart; joining them changes no bytes."""
     hidden, width = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     yield "token_embd.weight", (config.vocab_size, hidden)

@@ -1,9 +1,9 @@
 """The rotary parameters of a Hugging Face config, as transformers reads them.
 
-transformers' ``modeling_rope_utils`` defines which keys a kind has, and which value counts where two differ. A key
-that it does not define for the kind changes nothing there, so it changes nothing here: it is named in a warning. Among
-these are ``attn_factor`` and ``extrapolation_factor``, which YaRN's authors and vLLM use, Hunyuan's ``alpha``, and
-Phi-3.5-MoE's ``short_mscale`` and ``long_mscale``.
+transformers' ``modeling_rope_utils`` defines the keys of each kind, and which of two values counts. It ignores every
+other key, and so does this module, with a warning that names it. Among the ignored keys are ``attn_factor`` and
+``extrapolation_factor``, which YaRN's authors and vLLM use, Hunyuan's ``alpha``, and Phi-3.5-MoE's ``short_mscale`` and
+``long_mscale``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KEYS: dict[str, dict[str, str]] = {
 
 TYPES = {"su": "longrope"}
 ZERO_IS_ABSENT = ("mscale", "mscale_all_dim", "beta_fast", "beta_slow")
-NO_EFFECT = ("finetuned",)  # tells how the weights were made, not how to rotate
+NO_EFFECT = ("finetuned",)  # says how the weights were trained, not how to rotate
 
 
 def rope_from_hf(
@@ -52,12 +52,12 @@ def rope_from_hf(
     """The rotation that a Hugging Face config describes.
 
     Args:
-        rope_parameters: the config's ``rope_parameters`` (``rope_scaling`` in older files), None if it has none.
+        rope_parameters: the config's ``rope_parameters`` (``rope_scaling`` in older files); None if it has none.
         head_dim: dimensions of a head.
-        max_position_embeddings: the config's context length, tokens.
-        theta, partial_rotary_factor: the config's own ``rope_theta`` and ``partial_rotary_factor``, where they stand
-            outside the dictionary; the inner value wins.
-        original_max_position_embeddings: likewise, but the outer value wins.
+        max_position_embeddings: the config's context length in tokens.
+        theta, partial_rotary_factor: the config's ``rope_theta`` and ``partial_rotary_factor`` outside the dictionary;
+            a value inside it counts first.
+        original_max_position_embeddings: the same, but this outer value counts first.
 
     Warns:
         UserWarning: a key that transformers does not define for the kind, or two values of one number.
@@ -77,7 +77,7 @@ def rope_from_hf(
     }
     read = {*KEYS[kind], *NO_EFFECT}
     required = {field.name: field.default is MISSING for field in fields(KINDS[kind])}
-    if kind == "dynamic":  # transformers stretches beyond max_position_embeddings, whatever else is said
+    if kind == "dynamic":  # transformers stretches beyond max_position_embeddings, whatever other keys say
         values["original_context"] = max_position_embeddings
     elif "original_context" in required:
         read.add("original_max_position_embeddings")
@@ -93,19 +93,19 @@ def rope_from_hf(
 
 
 def _kind(given: dict[str, Any]) -> str:
-    """The kind that ``rope_type``, or in older files ``type``, names; both are taken out of ``given``."""
+    """The kind named by ``rope_type``, or by ``type`` in older files; both keys are removed from ``given``."""
     named = [
         TYPES.get(str(name), str(name)) for name in (given.pop("rope_type", None), given.pop("type", None)) if name
     ]
     kind = named[0] if named else "default"
     if len(set(named)) == 2:
         _warn(f"rope_type is {named[0]!r} and type is {named[1]!r}: rope_type counts, as in transformers")
-    check(kind in KINDS, f"rope_type {kind!r}", f"the types are {', '.join(KINDS)}", "Add it to models/rope.py")
+    check(kind in KINDS, f"rope_type {kind!r}", f"the types are {', '.join(KINDS)}", "Add it to models/rope/spec.py")
     return kind
 
 
 def _one_of(name: str, first: Any, second: Any, default: float) -> Any:
-    """The first value that is given. Warns if both are and differ."""
+    """The first value that is given. Warns if both are given and differ."""
     given = [value for value in (first, second) if value is not None] or [default]
     for value in given:
         check_positive(name, value)
@@ -120,12 +120,12 @@ def _warn_of_unread(kind: str, unread: Mapping[str, Any]) -> None:
         check(
             not isinstance(value, Mapping),
             f"RoPE parameters under {key!r}",
-            "all layers of a model rotate alike",
+            "all layers of a model have one rotation",
             "Use a model with one set of parameters",
         )
     if unread:
         shown = shorten(", ".join(f"{key} = {value!r}" for key, value in unread.items()))
-        _warn(f"keys that rope_type {kind!r} does not have in transformers, and that change nothing: {shown}")
+        _warn(f"transformers defines no such keys for rope_type {kind!r}, and they change nothing: {shown}")
 
 
 def _warn(message: str) -> None:

@@ -1,7 +1,7 @@
 """The rotary embedding that a checkpoint describes.
 
-A GGUF file's keys are read as llama.cpp reads them. A Hugging Face folder's own parameters come whole under one key,
-``rope.huggingface``, which no file can hold: they say more than GGUF's keys can.
+The keys of a GGUF file are read as llama.cpp reads them. The parameters of a Hugging Face folder say more than GGUF's
+keys can; the loader passes them on as a mapping under the key ``rope.huggingface``, which no file can hold.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def read_rope(
     short_factors: tuple[float, ...] | None = None,
     long_factors: tuple[float, ...] | None = None,
 ) -> RopeSpec:
-    """RopeSpec from ``rope.*`` keys and the factor tensors of a file.
+    """The rotation that a file's ``rope.*`` keys and factor tensors describe.
 
     Args:
         keys: the architecture's hyperparameters.
         head_dim: dimensions of a head; ``rope.dimension_count`` of them rotate.
-        context_length: the original context where the file names none.
-        divisors: ``rope_freqs.weight``, one a pair (Llama 3.1's scaling, already worked out by the converter).
+        context_length: the original context, if the file names none.
+        divisors: ``rope_freqs.weight``, one per pair: Llama 3.1's scaling, as the converter computed it.
         short_factors, long_factors: ``rope_factors_short.weight`` and ``rope_factors_long.weight`` (LongRoPE).
 
     Raises:
@@ -50,7 +50,7 @@ def read_rope(
     factor = keys.real("rope.scaling.factor", older, positive=False) or 1.0  # 0 is llama.cpp's "not given"
     original_context = keys.integer("rope.scaling.original_context_length", context_length)
     magnitude = keys.real("rope.scaling.attn_factor", None)
-    # A file without a type is linear to llama.cpp; Phi-3's files name no type and are told by their factor tensors.
+    # llama.cpp takes a file without a type as linear. Phi-3's files have no type either, but factor tensors.
     sets = [factors for factors in (short_factors, long_factors) if factors is not None]
     kind = keys.text("rope.scaling.type", "longrope" if sets else "linear")
     if len(sets) != (2 if kind == "longrope" else 0) or (sets and divisors is not None):
@@ -58,14 +58,14 @@ def read_rope(
             "rope.scaling.type",
             f"rope.scaling.type {kind!r} with {len(sets)} of the tensors rope_factors_short and rope_factors_long"
             + (" and with rope_freqs" if divisors is not None else ""),
-            "longrope needs both factor tensors and no other, and nothing else reads them",
+            "longrope needs both factor tensors and no other; no other type reads them",
             "Convert the checkpoint again",
         )
     if kind == "longrope" and factor != 1.0:
         keys.refuse(
             "rope.scaling.factor",
             f"rope.scaling.factor {factor} with scaling type 'longrope'",
-            "longrope divides each pair by its own factor, and by no common one",
+            "longrope divides each pair by a factor of its own, not by a common one",
             "Convert the checkpoint again",
         )
     if kind not in ("none", "linear", "yarn", "longrope"):
@@ -110,7 +110,7 @@ YARN_DEFAULTS = {
     "yarn_beta_slow": 1.0,
     "yarn_log_multiplier": 0.0,
 }
-"""llama.cpp's. A negative yarn_ext_factor stands for the default."""
+"""llama.cpp's. A negative yarn_ext_factor means the default."""
 
 
 def _yarn_keys(keys: Hyperparameters) -> dict[str, float]:
@@ -126,11 +126,11 @@ def _yarn_keys(keys: Hyperparameters) -> dict[str, float]:
 
 
 def _yarn(factor: float, original_context: int, magnitude: float | None, yarn_keys: dict[str, float]) -> Yarn:
-    """YaRN as llama.cpp computes it; takes the keys that count out of ``yarn_keys``.
+    """YaRN as llama.cpp computes it; removes the keys that have an effect from ``yarn_keys``.
 
-    Its kernels imply 1 + 0.1 ln(factor), and multiply the file's attn_factor on top. yarn_attn_factor replaces the
-    implied factor where yarn_ext_factor is 0, and else has no effect: converters write transformers' attention_factor
-    and other tools' attn_factor under this one name, which mean different things.
+    llama.cpp's kernels imply the factor 1 + 0.1 ln(factor), and multiply it by the file's attn_factor. yarn_attn_factor
+    replaces the implied factor if yarn_ext_factor is 0, and otherwise has no effect: under this name, converters write
+    both transformers' attention_factor and other tools' attn_factor, which mean different things.
     """
     extrapolation = yarn_keys.pop("yarn_ext_factor", 1.0)
     yarn = Yarn(
@@ -148,10 +148,10 @@ def _yarn(factor: float, original_context: int, magnitude: float | None, yarn_ke
 def read_local_rope(
     keys: Hyperparameters, rope: RopeSpec, *, context_length: int, base: float | None = None
 ) -> RopeSpec | None:
-    """The rotation of layers with a sliding window, None where it is that of the others, ``rope``.
+    """The rotation of layers with a sliding window; None if it is ``rope``, that of the other layers.
 
-    Config.json gives it as the ``rope_parameters`` of ``sliding_attention``; a file of either format as a base,
-    ``rope.freq_base_swa``, without scaling. ``base`` is for files that give neither.
+    config.json states it as the ``rope_parameters`` of ``sliding_attention``. Files of both formats may state the base
+    of an unscaled rotation, ``rope.freq_base_swa``. ``base`` is used if the file states neither.
     """
     _, local = _by_layer_type(keys.mapping("rope.huggingface") or {})
     if local is not None:
@@ -161,7 +161,7 @@ def read_local_rope(
 
 
 def _by_layer_type(parameters: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """The arguments of ``rope_from_hf`` for layers that see every key, and for those with a window if they differ."""
+    """``rope_from_hf``'s arguments for layers that see every key, and for those with a window, None if the same."""
     given = parameters.get("rope_parameters")
     if not isinstance(given, Mapping) or set(given) != {"full_attention", "sliding_attention"}:
         return parameters, None

@@ -1,4 +1,4 @@
-"""Another rotation than the file's, for experiments: what ``load(rope=...)`` and ``--rope`` change."""
+"""Replaces the rotation of a file, for experiments: ``load(rope=...)`` and ``--rope``."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ ALIASES = {
     "short_factor": "short_factors",
     "long_factor": "long_factors",
 }
-"""Names in a Hugging Face config -> ours; both are taken."""
+"""Names in a Hugging Face config -> ours; both are accepted."""
 
 COMMON = ("kind", "base", "rotary_dim", "partial_rotary_factor")
 
 
 def override_rope(config: ModelConfig, given: Mapping[str, Any] | str) -> ModelConfig:
-    """The config with another rotation, and with the context that its scaling reaches.
+    """``config`` with another rotation, and with the context that its scaling reaches.
 
     Args:
-        config: as the file says.
-        given: what to change, as a mapping or as text (``kind=yarn,factor=4``, or a JSON object). ``kind`` replaces the
-            file's scaling, GGUF's ``rope_freqs`` included; the file's own kind, and no kind, keep its parameters and
-            change only those given. The keys are ``kind``, ``base``, ``rotary_dim`` or ``partial_rotary_factor``, and
-            the parameters of the kind (``models/rope.py``), under our names or under Hugging Face's.
-            ``original_context`` is by default the context that the model was trained for: what the file's YaRN or
-            LongRoPE scaling started from, else the file's whole context. A ``local_rope`` stays as it is.
+        config: the file's.
+        given: the changes, as a mapping or as text (``kind=yarn,factor=4``, or a JSON object). Another ``kind`` than
+            the file's replaces its scaling, GGUF's ``rope_freqs`` included. Without ``kind``, or with the file's, the
+            given parameters are changed and the others stay. The keys are ``kind``, ``base``, ``rotary_dim`` or
+            ``partial_rotary_factor``, and the parameters of the kind (``models/rope/spec.py``), under our names or
+            Hugging Face's. ``original_context`` defaults to the context that the model was trained for: the one that
+            the file's YaRN or LongRoPE scaling starts from, else the file's context. ``local_rope`` stays as it is.
 
     Raises:
         RopeError: an unknown kind or key, a missing one, or a number out of range.
@@ -88,7 +88,7 @@ def parse_rope(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number or a truth value where ``text`` is one, else the text."""
+    """``text`` as a number or truth value if it is one, else as it is."""
     try:
         return json.loads(text)
     except ValueError:
@@ -96,7 +96,7 @@ def _value(text: str) -> Any:
 
 
 def _canonical(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys under our names, lists as tuples, without what is None."""
+    """``given`` under our names, with lists as tuples and without None."""
     check(isinstance(given, Mapping), f"rope {given!r}", "it is a mapping, such as {'kind': 'yarn', 'factor': 4}")
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -112,9 +112,9 @@ def _canonical(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rotary_dim(values: dict[str, Any], old: RopeSpec) -> int:
-    """How much of a head rotates; takes its keys out of ``values``."""
+    """How many dimensions of a head rotate; removes its keys from ``values``."""
     count, part = values.pop("rotary_dim", None), values.pop("partial_rotary_factor", None)
-    check(count is None or part is None, "rope keys rotary_dim and partial_rotary_factor", "they say the same")
+    check(count is None or part is None, "rope keys rotary_dim and partial_rotary_factor", "they state the same number")
     if part is not None:
         check_positive("partial_rotary_factor", part)
         return int(old.head_dim * part)
@@ -123,6 +123,6 @@ def _rotary_dim(values: dict[str, Any], old: RopeSpec) -> int:
 
 
 def _trained_context(config: ModelConfig) -> int:
-    """The context before the file's scaling; Llama 3.1's scaling was trained with, so it takes nothing away."""
+    """The context that the model was trained for. YaRN and LongRoPE extend it; Llama 3.1's scaling was trained with."""
     scaling = config.rope.scaling
     return int(scaling.original_context) if isinstance(scaling, Yarn | LongRope) else config.context_length

@@ -1,16 +1,16 @@
 """The rotation of each sequence in a running model: the rows of cos and sin that its tokens read.
 
-Keys are cached already rotated, so a sequence never changes its rotation. It is pinned when the sequence is admitted,
-by the length that is planned for it: the prompt and the most that may be generated. The consequence: a sequence that
-may fill the context rotates like a long one from its first token on.
+Keys are cached already rotated, so a sequence must keep its rotation. It is chosen when the sequence starts, from its
+planned length: the prompt and the most tokens that may be generated. So a sequence that may fill the context rotates
+like a long one from its first token on.
 
-    LongRoPE  one of two lists of divisors, short or long; each has a table
-    dynamic   a base of its own for each planned length above the original context; no tables: cos and sin are
-              computed for the tokens of each pass from the sequence's frequencies
-    others    one table for all
+    LongRoPE  one of two lists of divisors, short or long, each with a table
+    dynamic   a base for each planned length above the original context; no table: each pass computes cos and sin of
+              its tokens from the sequences' frequencies
+    others    one table for all sequences
 
-transformers decides anew at each step from the current length. The two agree where the current length is the planned
-one. What a sequence computes does not depend on the sequences beside it.
+transformers decides at each step from the current length. The two agree if the current length is the planned one. A
+sequence's rotation does not depend on other sequences.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from .spec import (
 
 
 class Rotation(Protocol):
-    """What a runner needs of a model's rotary embedding."""
+    """A model's rotary embedding, as a runner uses it."""
 
     def pin(self, planned: list[int]) -> Tensor:
-        """What each sequence of so many planned tokens keeps for life: a tensor [num_seqs, ...] on the device."""
+        """The choice for each sequence, from its planned length in tokens: a tensor [num_seqs, ...] on the device."""
 
     def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
-        """``Step``'s cos, sin and rope_rows for tokens at ``positions``, int32 [num_tokens], with a pin each."""
+        """``Step``'s cos, sin and rope_rows for tokens at ``positions``, int32 [num_tokens], with one pin per token."""
 
 
 def make_rotation(
@@ -55,9 +55,8 @@ def make_rotation(
 ) -> Rotation:
     """The rotation of a model whose sequences reach at most ``max_context`` tokens.
 
-    ``local`` is that of layers with a sliding window, where it is another: one table for all sequences.
-
-    Raises RopeError if ``longrope`` is no policy.
+    ``local`` is the rotation of layers with a sliding window, None if it is ``spec``. It has one table for all
+    sequences. Raises RopeError if ``longrope`` is no policy.
     """
     choose_factor_set(spec, 0, longrope)  # refuses an unknown policy
     if local is not None:
@@ -75,7 +74,7 @@ def _upload(tables: list[tuple[np.ndarray, np.ndarray]], device: Device, label: 
 
 
 class _Tables:
-    """Tables made once; where there are two, the second follows the first. A pin is a sequence's first row, int32."""
+    """One table, or two of which the second follows the first. A pin is a sequence's first row, int32."""
 
     def __init__(self, spec: RopeSpec, max_context: int, longrope: FactorSetPolicy, device: Device):
         self._spec, self._max_context, self._longrope = spec, max_context, longrope
@@ -84,6 +83,8 @@ class _Tables:
         self._cos, self._sin = _upload(tables, device, "rotary")
 
     def pin(self, planned: list[int]) -> Tensor:
+        if self._spec.kind != "longrope":
+            return torch.zeros(len(planned), dtype=torch.int32, device=self._cos.device)
         long = [choose_factor_set(self._spec, length, self._longrope) == "long" for length in planned]
         return torch.tensor(long, device=self._cos.device).int() * self._max_context
 
@@ -92,7 +93,7 @@ class _Tables:
 
 
 class _Computed:
-    """cos and sin of a pass's tokens, in float64, rounded once. A pin is a sequence's w, float64 [rotary_dim / 2]."""
+    """cos and sin, computed per pass in float64, rounded once. A pin is a sequence's w, float64 [rotary_dim / 2]."""
 
     def __init__(self, spec: RopeSpec, device: Device):
         self._spec, self._device = spec, device.torch_device
@@ -114,7 +115,7 @@ class _Computed:
 
 
 class _WithLocal:
-    """A rotation, and beside it the table of the layers with a sliding window."""
+    """Adds the table of layers with a sliding window to a rotation."""
 
     def __init__(self, rotation: Rotation, cos: Tensor, sin: Tensor):
         self._rotation, self._cos, self._sin = rotation, cos, sin

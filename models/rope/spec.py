@@ -1,8 +1,8 @@
 """Rotary position embedding: from a model's parameters to the cos and sin tables that the kernels read.
 
 A head's first ``rotary_dim`` dimensions form pairs j = 0 .. rotary_dim/2 - 1. Pair j at position p turns by the angle
-p * w_j. With the plain frequency f_j = base^(-2j / rotary_dim), the kinds of scaling differ only in w_j and in one
-factor a that multiplies cos and sin (so attention scores grow by a^2):
+p * w_j. With the plain frequency f_j = base^(-2j / rotary_dim), the kinds of scaling differ only in w_j and in a factor
+a on cos and sin, which multiplies attention scores by a^2:
 
     default    w = f                                                                   (Su et al., 2021)
     linear     w = f / factor                                                          (Chen et al., 2023)
@@ -13,11 +13,11 @@ factor a that multiplies cos and sin (so attention scores grow by a^2):
                a = sqrt(1 + ln(factor) / ln(original_context))                         (Ding et al., 2024)
     llama3     w = f for short wavelengths, f / factor for long ones, a blend between  (Llama 3.1, 2024)
 
-GGUF files carry llama3's result as one divisor a pair (``rope_freqs.weight``). Such divisors also combine with linear
+GGUF files store llama3's result as one divisor per pair (``rope_freqs.weight``). Such divisors also combine with linear
 and yarn: they divide f before anything else.
 
-Everything is float64 and rounded once to float32. At position 131071 a float32 angle is off by up to 4e-3 radians,
-twice what rounding cos to bfloat16 costs.
+Angles are computed in float64, and cos and sin rounded once to float32. At position 131071 a float32 angle is off by up
+to 4e-3 radians, twice the error of rounding cos to bfloat16.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FactorSetPolicy = Literal["auto", "short", "long"]
 
 
 class RopeError(RooflamaError, ValueError):
-    """Rotary parameters that describe no rotation, or one that this package does not compute."""
+    """Rotary parameters that describe no rotation, or one that rooflama does not compute."""
 
 
 def check(condition: bool, found: str, rule: str, remedy: str = "Correct the model's rotary parameters") -> None:
@@ -52,9 +52,9 @@ def check_positive(name: str, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """The default kind, and what every kind offers: the frequencies w from the plain ones, and the attention factor.
+    """The default kind, and the base of every other: computes the frequencies w and the attention factor a.
 
-    ``attention_factor`` is used as given; without it, the kind derives it, and where a kind says nothing it is 1.
+    A given ``attention_factor`` is used as it is; otherwise the kind derives it, and it is 1 if the kind has no rule.
     """
 
     kind: ClassVar[str] = "default"
@@ -65,7 +65,7 @@ class Scaling:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "tuple[float, ...]":
-                check(isinstance(value, tuple), f"{field.name} is {value!r}", f"{field.name} has one number a pair")
+                check(isinstance(value, tuple), f"{field.name} is {value!r}", f"{field.name} has one number per pair")
                 for entry in value:
                     check_positive(f"an entry of {field.name}", entry)
             elif field.type == "bool":
@@ -82,7 +82,7 @@ class Scaling:
         return 1.0
 
     def reach(self, trained: int) -> float:
-        """Tokens that a model trained for contexts of ``trained`` is meant to reach. Dynamic scaling sets no limit."""
+        """The context to which a model trained for ``trained`` tokens is extended; dynamic scaling sets no limit."""
         return trained
 
 
@@ -116,7 +116,7 @@ class Dynamic(Scaling):
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn(Scaling):
-    """w = f * keep + f / factor * (1 - keep), where keep falls from 1 to 0 along a ramp over the pairs.
+    """w = f * keep + f / factor * (1 - keep), with keep falling from 1 to 0 along a ramp over the pairs.
 
     The pair that makes r turns within the original context is c(r) = d ln(original / (2 pi r)) / (2 ln base). The ramp
     runs from c(beta_fast) to c(beta_slow), rounded outwards to whole pairs if ``truncate``. ``extrapolation_factor``
@@ -179,8 +179,8 @@ class Yarn(Scaling):
 class LongRope(Scaling):
     """w = f / short_factors or f / long_factors: see ``choose_factor_set``.
 
-    Without a given ``attention_factor``, it is sqrt(1 + ln(factor) / ln(original)), and 1 for factor <= 1. It is
-    the same for both lists. ``factor`` is how much longer the context became, and decides nothing else.
+    Without a given ``attention_factor``, it is sqrt(1 + ln(factor) / ln(original)) for both lists, and 1 for
+    factor <= 1. ``factor`` is the growth of the context, and is used for nothing else.
     """
 
     kind: ClassVar[str] = "longrope"
@@ -208,7 +208,7 @@ class LongRope(Scaling):
 class Llama3(Scaling):
     """w = f * keep + f / factor * (1 - keep), with keep = (turns - low) / (high - low) clamped to 0 .. 1.
 
-    turns = original * f / (2 pi): how often the pair goes round within the original context.
+    turns = original * f / (2 pi): the turns that the pair makes within the original context.
     """
 
     kind: ClassVar[str] = "llama3"
@@ -236,23 +236,23 @@ class Llama3(Scaling):
 
 
 KINDS: dict[str, type[Scaling]] = {cls.kind: cls for cls in (Scaling, Linear, Dynamic, Yarn, LongRope, Llama3)}
-"""Every kind of scaling. What is not here raises."""
+"""Every kind of scaling; other names raise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
-    """All that decides a rotation. Immutable, hashable, checked when made.
+    """All parameters of a rotation. Immutable, hashable, and checked when it is made.
 
     Attributes:
         head_dim: dimensions of a head.
-        rotary_dim: the first so many of them rotate, the rest pass through; even.
-        base: theta: pair j's wavelength is 2 pi base^(2j / rotary_dim) positions.
+        rotary_dim: how many of them rotate, an even number; the others pass through.
+        base: theta; the wavelength of pair j is 2 pi base^(2j / rotary_dim) positions.
         scaling: one of ``KINDS``, with its own parameters.
-        frequency_divisors: GGUF's ``rope_freqs.weight``, rotary_dim/2 of them, each divides its pair's frequency;
-            only with the kinds default, linear and yarn.
+        frequency_divisors: GGUF's ``rope_freqs.weight``: rotary_dim / 2 numbers, each of which divides its pair's
+            frequency. Only with the kinds default, linear and yarn.
 
     Raises:
-        RopeError: a number out of range, or a list that is not one entry a pair.
+        RopeError: a number is out of range, or a list has not one entry per pair.
     """
 
     head_dim: int
@@ -290,12 +290,12 @@ class RopeSpec:
         return self.scaling.kind
 
     def plain_frequencies(self, base: float | None = None) -> np.ndarray:
-        """f_j = base^(-2j / rotary_dim), radians a position: float64 [rotary_dim // 2]."""
+        """f_j = base^(-2j / rotary_dim), radians per position: float64 [rotary_dim // 2]."""
         exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim
         return np.float64(self.base if base is None else base) ** -exponents
 
     def describe(self) -> str:
-        """One line for people: the kind with its parameters, the base, and how much of a head rotates."""
+        """One line for displays: the kind with its parameters, the base, and how much of a head rotates."""
         values = {field.name: getattr(self.scaling, field.name) for field in fields(self.scaling)}
         del values["attention_factor"]
         if (factor := attention_factor(self)) != 1:
@@ -312,17 +312,16 @@ class RopeSpec:
 
 
 def choose_factor_set(spec: RopeSpec, planned_length: int, policy: FactorSetPolicy = "auto") -> FactorSet | None:
-    """Which of longrope's two lists of divisors a sequence uses for its whole life.
+    """The list of longrope's divisors that a sequence uses from its first token to its last.
 
-    Keys are cached already rotated, and the two lists rotate differently, so a sequence never changes lists. It gets
-    one when it is admitted, from ``planned_length``: "long" strictly above ``original_context``, else "short".
-    transformers decides anew at each step from the current length, and recomputes the whole cache when it crosses. The
-    two agree on every sequence that ends on the side it was planned for.
+    Keys are cached already rotated, so a sequence must not change lists. ``planned_length`` decides: "long" strictly
+    above ``original_context``, else "short". transformers decides at each step from the current length, and recomputes
+    the cache when it crosses. The two agree for every sequence that ends on the side that was planned.
 
     Args:
-        spec: of any kind; those without two lists need no choice and give None.
-        planned_length: tokens, the prompt and the most that may be generated together.
-        policy: "short" and "long" force one list whatever the length.
+        spec: of any kind; the result is None unless it is longrope.
+        planned_length: tokens of the prompt, and the most that may be generated, together.
+        policy: "short" and "long" force that list whatever the length.
     """
     check(policy in ("auto", "short", "long"), f"longrope policy {policy!r}", "it is auto, short or long", "Name one")
     if not isinstance(spec.scaling, LongRope):
@@ -335,13 +334,13 @@ def choose_factor_set(spec: RopeSpec, planned_length: int, policy: FactorSetPoli
 def inverse_frequencies(
     spec: RopeSpec, *, factor_set: FactorSet | None = None, seq_len: int | None = None
 ) -> np.ndarray:
-    """w_j, radians a position: float64 [rotary_dim // 2].
+    """w_j, radians per position: float64 [rotary_dim // 2].
 
     Args:
-        spec: what to compute.
-        factor_set: longrope's list, from ``choose_factor_set``; needed for longrope and only for it.
-        seq_len: dynamic only, tokens: the length the sequence is planned to reach. None, or anything up to
-            ``original_context``, leaves the base alone.
+        spec: the rotation.
+        factor_set: from ``choose_factor_set``; required for longrope, and refused for other kinds.
+        seq_len: dynamic only: the length in tokens that the sequence is planned to reach. None, and any length up to
+            ``original_context``, leave the base as it is.
     """
     remedy = "Pass what choose_factor_set gives"
     if spec.kind == "longrope":
@@ -354,7 +353,7 @@ def inverse_frequencies(
 
 
 def attention_factor(spec: RopeSpec) -> float:
-    """What multiplies cos and sin: as given, else derived (yarn, longrope), else 1."""
+    """The factor on cos and sin: as given, else derived (yarn, longrope), else 1."""
     given = spec.scaling.attention_factor
     return float(given) if given is not None else spec.scaling.derived_attention_factor()
 
@@ -362,9 +361,10 @@ def attention_factor(spec: RopeSpec) -> float:
 def rope_tables(
     spec: RopeSpec, max_positions: int, *, factor_set: FactorSet | None = None, seq_len: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin) of every angle, the attention factor multiplied in: float32 [max_positions, rotary_dim // 2] each.
+    """(cos, sin) of every angle, times the attention factor: float32 [max_positions, rotary_dim // 2] each.
 
-    Computed in float64 and rounded once: off by half a unit in the last place and 1e-10, at any position up to 2^17.
+    Both are computed in float64 and rounded once. Up to position 2^17 the error is at most half a unit in the last
+    place plus 1e-10.
     """
     inverse = inverse_frequencies(spec, factor_set=factor_set, seq_len=seq_len)
     scale = attention_factor(spec)

@@ -1,7 +1,7 @@
-"""From prompts to tokens: admit what fits, prefill, then decode until every sequence has ended.
+"""From prompts to tokens: admit the requests that fit, prefill, then decode until every sequence has ended.
 
-On a GPU the host reads each step's tokens one step late, so that the next step is already running; a step launched
-after a sequence's last token computes something nobody reads.
+On a GPU the host reads the tokens of a step while the next step runs. So one step more than needed is launched after a
+sequence's last token; its result is not read.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..errors import ArgumentError, ModelClosed
 from .runner import DecodeBatch, ModelRunner
 from .sampling import SamplingParams, TokenLogprob
 
-GROWTH_TOKENS = 256  # for which a request without max_new_tokens takes pages at a time
+GROWTH_TOKENS = 256  # a request without max_new_tokens takes pages for so many tokens at a time
 
 
 @dataclass
 class Timings:
-    """Wall-clock seconds of one sequence's group, the device's work included."""
+    """Wall-clock seconds of the group in which a sequence ran, the device's work included."""
 
     prompt_tokens: int
     prefill_s: float = 0.0
@@ -34,11 +34,11 @@ class Timings:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Tokens a second after the first, for one sequence."""
+        """Tokens per second of one sequence, its first token not counted."""
         return self.decode_steps / self.decode_s if self.decode_s else 0.0
 
     def add(self, seconds: float, *, first: bool) -> None:
-        """One more token, the first of its sequence or not."""
+        """Count one token, which may be the first of its sequence."""
         if first:
             self.prefill_s = seconds
         else:
@@ -48,7 +48,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's tokens, how many may follow (None: as many as the context holds), and how they are drawn."""
+    """A prompt's tokens, the most new tokens (None: until the context is full), and how they are drawn."""
 
     prompt: list[int]
     max_new_tokens: int | None
@@ -58,7 +58,7 @@ class Request:
         return max_context if self.max_new_tokens is None else len(self.prompt) + self.max_new_tokens
 
     def check(self, runner: ModelRunner) -> None:
-        """Raise ArgumentError if the prompt is empty, names unknown tokens, or the plan exceeds the context."""
+        """Raise ArgumentError if the prompt is empty or has unknown tokens, or if the context is too short."""
         if not self.prompt:
             raise ArgumentError(
                 "an empty prompt",
@@ -71,7 +71,7 @@ class Request:
             raise ArgumentError(
                 f"token id {unknown[0]}",
                 rule=f"the embedding has rows for ids 0 to {vocab_size - 1}",
-                remedy="Encode the prompt with this model's own tokenizer, and leave out tokens that have no row",
+                remedy="Encode the prompt with this model's own tokenizer, and leave out tokens without a row",
             )
         self.params.check(vocab_size if runner.num_tokens is None else runner.num_tokens)
         if self.max_new_tokens is None and len(self.prompt) >= runner.max_context:
@@ -89,12 +89,12 @@ class Request:
 
 
 class NaNLogits(RooflamaError, ArithmeticError):
-    """A model computed no numbers."""
+    """The logits hold a NaN."""
 
 
 @dataclass
 class _Task:
-    """What is true of one request while it runs."""
+    """The state of one request."""
 
     request: Request
     timings: Timings
@@ -113,38 +113,38 @@ class _Task:
 
 @dataclass
 class _Group:
-    """Requests that decode together: the i-th is row i of the batch. Rows that were evicted are None."""
+    """Requests that decode together: ``numbers[i]`` is row i of the batch, None if it was stopped or evicted."""
 
     numbers: list[int | None]
     batch: DecodeBatch
-    lengths: list[int]  # tokens of each row in the cache when its first step begins
-    limits: list[int]  # tokens each row has pages for
+    lengths: list[int]  # tokens of each row in the cache before the first step
+    limits: list[int]  # tokens that each row has pages for
     in_flight: deque[_Readback]
     steps: int = 0  # launched
 
 
 class TokenRun(Iterator[tuple[int, int]]):
-    """An iterator of (request number, token id), over all requests. ``finish`` ends one early, ``close`` all.
+    """An iterator of (request number, token id) over all requests. ``finish`` ends one request, ``close`` all of them.
 
-    Requests run in groups, in order, as many at once as the page pool holds. A request with ``max_new_tokens`` has its
-    pages from the beginning to the end. One without takes them ``GROWTH_TOKENS`` at a time; if none are free, it leaves
-    its group, and a later group reads its text again and goes on. So does a run that other users of the model made give
-    up its pages while nobody asked for its next token (``turns``).
+    Requests run in order, in groups of as many as the page pool holds. A request with ``max_new_tokens`` takes all of
+    its pages when it starts. One without takes pages for ``GROWTH_TOKENS`` tokens at a time; if too few are free, it
+    leaves its group, and a later group reads its text again and continues it. A run that was suspended while idle
+    (see ``turns``) continues in the same way.
 
     Args:
         runner: the model.
-        requests: what to run; each prompt holds at least one token.
-        end_ids: tokens that end a sequence; such a token is still reported.
+        requests: the requests; a request's number is its index.
+        end_ids: tokens that end a sequence; the iterator still yields them.
 
     Attributes:
         timings: of each request.
-        logprobs: of each request, one entry for each token reported; None if it did not ask.
+        logprobs: of each request, one entry per token yielded; None if the request asks for none.
 
     Raises:
         ArgumentError: an empty prompt, an unknown token, or a plan beyond the context.
         ModelClosed: while iterating, if the run was closed before.
-        NaNLogits: while iterating; as with every error, no page is held afterwards.
-        DeviceError: while iterating, when the device fails.
+        NaNLogits: while iterating. After any error, the run holds no page.
+        DeviceError: while iterating, if the device fails.
     """
 
     def __init__(self, runner: ModelRunner, requests: list[Request], end_ids: Collection[int]):
@@ -170,14 +170,14 @@ class TokenRun(Iterator[tuple[int, int]]):
         self._closed = False
 
     def close(self) -> None:
-        """Give all pages back and let go of the model; asking for another token is an error from here on."""
+        """Give all pages back and release the model. Asking for another token raises ModelClosed."""
         with self._turns.turn():
             self._closed = True
             self._end()
             self.__dict__.pop("runner", None)
 
     def finish(self, number: int) -> None:
-        """End request ``number``: it yields no more tokens."""
+        """End request ``number``; it yields no more tokens."""
         self._tasks[number].is_open = False
         self._ready = deque(entry for entry in self._ready if entry[0] != number)
 
@@ -185,7 +185,7 @@ class TokenRun(Iterator[tuple[int, int]]):
         self._turns.wake(self)
         try:
             with self._turns.turn(), swapped_only(self._swaps), torch.inference_mode(False):
-                return self._next()  # not in inference mode: else a later token could not change what it leaves
+                return self._next()  # outside inference mode, since later tokens change the tensors made here
         except StopIteration:
             raise
         except BaseException:
@@ -206,12 +206,10 @@ class TokenRun(Iterator[tuple[int, int]]):
                 self._begin()
             else:
                 raise StopIteration
-        raise ModelClosed(
-            "a closed generation", rule="it ends with its model", remedy="Start another on a model that is open"
-        )
+        raise ModelClosed("a closed generation", rule="it ends with its model", remedy="Start another on an open model")
 
     def suspend(self) -> None:
-        """Give all pages back; the next token asked for takes others and reads the text again."""
+        """Give all pages back. The next token takes pages anew, and reads the text again."""
         if self._group is not None:
             live = [number for number in self._group.numbers if number is not None and self._tasks[number].is_open]
             self._waiting.extendleft(reversed(live))
@@ -229,22 +227,22 @@ class TokenRun(Iterator[tuple[int, int]]):
         self._turns.drop(self)
 
     def _limit(self, number: int) -> int:
-        """Tokens that a request which is about to run gets pages for."""
+        """The number of tokens for which a request gets pages when it starts."""
         task = self._tasks[number]
         planned = task.request.planned_tokens(self.runner.max_context)
         return planned if task.request.max_new_tokens is not None else min(planned, task.length + GROWTH_TOKENS)
 
     def _begin(self) -> None:
-        """Start a group as soon as there are pages for its first request."""
+        """Start a group once there are pages for its first request."""
         pool = self.runner.cache.pool
         needed = self.runner.cache.pages_for(self._limit(self._waiting[0]))
         self._turns.make_room(lambda: self._closed or pool.num_free >= needed)
-        if not self._closed and self._group is None and self._waiting:  # as nobody else had a turn with this run
+        if not self._closed and self._group is None and self._waiting:  # unless another thread did it
             with self.runner.cache.device.guard("generation"):
                 self._start(self._admit())
 
     def _admit(self) -> list[int]:
-        """The requests to run next, with their pages."""
+        """Take waiting requests into a group while there are pages for them, and reserve those pages."""
         cache = self.runner.cache
         group: list[int] = []
         self._turns.hold(self)
@@ -258,7 +256,7 @@ class TokenRun(Iterator[tuple[int, int]]):
         return group
 
     def _start(self, group: list[int]) -> None:
-        """Read the texts of a group, and draw the first token after each."""
+        """Prefill the texts of a group, and draw the first token after each."""
         runner, tasks = self.runner, [self._tasks[number] for number in group]
         sequence_ids = [self._held[number] for number in group]
         planned = [task.request.planned_tokens(runner.max_context) for task in tasks]
@@ -269,8 +267,8 @@ class TokenRun(Iterator[tuple[int, int]]):
             end = 0
             for span in chunk:
                 end += span.num_tokens
-                last_hidden[span.index] = hidden[end - 1].clone()  # a view would keep the whole chunk
-            del hidden  # else the next chunk would be computed beside it
+                last_hidden[span.index] = hidden[end - 1].clone()  # a view would keep the chunk in memory
+            del hidden  # before the next chunk is computed
         batch = DecodeBatch(
             runner,
             sequence_ids,
@@ -285,7 +283,7 @@ class TokenRun(Iterator[tuple[int, int]]):
         self._group = _Group([*group], batch, [task.length for task in tasks], limits, deque([first]))
 
     def _advance(self, group: _Group) -> None:
-        """Launch the next step and take in the tokens of one that was launched before."""
+        """Launch the next step, and read the tokens of one that was launched before."""
         steps_ahead = 0 if self.runner.device.type == "cpu" else 1
         while len(group.in_flight) <= steps_ahead:
             self._reserve(group)
@@ -299,7 +297,7 @@ class TokenRun(Iterator[tuple[int, int]]):
             self._release()
 
     def _reserve(self, group: _Group) -> None:
-        """Let finished rows rest, and see that the others have pages for one more step, or evict them."""
+        """Stop finished rows. Give the others pages for one more step, or evict those for which none are free."""
         cache = self.runner.cache
         for row, number in enumerate(group.numbers):
             if number is None:
@@ -337,7 +335,7 @@ class TokenRun(Iterator[tuple[int, int]]):
                     f"a NaN among the logits of token {len(task.drawn) + 1} after a prompt of "
                     f"{task.timings.prompt_tokens}, activations in {self.runner.dtype}",
                     rule="logits are numbers",
-                    remedy="rooflama check finds weights that are none; float16 overflows where bfloat16 does not",
+                    remedy="rooflama check finds weights that are NaN; float16 overflows where bfloat16 does not",
                 )
             task.timings.add(seconds, first=not task.drawn)
             task.drawn.append(values[row])
@@ -351,7 +349,7 @@ class TokenRun(Iterator[tuple[int, int]]):
 
 
 class _Readback:
-    """Token ids, and log probabilities if there are any, on their way to the host."""
+    """A copy to the host of a step's token ids, and of its log probabilities if there are any."""
 
     def __init__(self, tokens: Tensor, logprobs: tuple[Tensor, ...] | None):
         tensors = (tokens, *(logprobs or ()))

@@ -1,7 +1,7 @@
-"""A forward pass over prompts and over single tokens: what a decoder needs beside its weights.
+"""Forward passes over prompts and over single tokens.
 
-A decode step reads and writes only tensors that stay where they are: token ids, lengths and slots advance on the
-device, the sampler included. So on a GPU the step is captured once as a CUDA graph and replayed.
+A decode step reads and writes only tensors at fixed addresses: token ids, lengths, slots and the sampler advance on the
+device. So on a GPU the step is captured once as a CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .turns import Turns
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens ``start`` to ``end`` (exclusive) of sequence number ``index`` of a batch."""
+    """Tokens ``start`` to ``end`` (exclusive) of sequence ``index`` of a batch."""
 
     index: int
     start: int
@@ -53,16 +53,16 @@ def chunks(lengths: list[int], limit: int) -> Iterator[list[Span]]:
 
 
 class ModelRunner:
-    """A decoder with its cache and rotation.
+    """Runs a decoder on a page cache: prompts in chunks, and all its passes with the model's rotation.
 
     Args:
         decoder: the weights.
-        cache: where keys and values live; its pool bounds what can run at once.
-        max_context: tokens a sequence may reach, prompt included.
+        cache: holds keys and values; its pool limits how many sequences can run at once.
+        max_context: the most tokens of a sequence, prompt included.
         dtype: of activations.
-        prefill_chunk: tokens a prefill pass takes at most.
-        longrope: which of LongRoPE's two sets a sequence gets: by its planned length, or always the same.
-        num_tokens: of the tokenizer; rows of the output from there on are padding and never drawn. None: no such rows.
+        prefill_chunk: the most tokens of a prefill pass.
+        longrope: the choice between LongRoPE's two lists: by a sequence's planned length, or always the same.
+        num_tokens: of the tokenizer; ids from here on are padding and never drawn. None if there is no padding.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class ModelRunner:
     ) -> Iterator[tuple[list[Span], Tensor]]:
         """Run prompts through the layers, appending to the cache.
 
-        Yields for each chunk which tokens it held, and their residual stream [num_tokens, hidden_size] after the last
-        layer. ``planned`` is how many tokens each sequence may reach; it pins the sequence's rotation. ``observe`` is
-        called with the intermediates of each layer.
+        Yields the spans of each chunk, and the residual stream [num_tokens, hidden_size] after the last layer.
+        ``planned``, the most tokens that each sequence may reach, decides its rotation. ``observe`` is called with the
+        intermediates of each layer.
         """
         pins = self.rotation.pin(planned)
         cached = [self.cache.length(sequence_id) for sequence_id in sequence_ids]
@@ -139,14 +139,14 @@ class ModelRunner:
 
 
 class DecodeBatch:
-    """Sequences that advance together, one token a step, entirely on the device.
+    """Sequences that advance together, one token per step, entirely on the device.
 
     Args:
         runner: the model.
-        sequence_ids: in the cache; each has pages for all the tokens up to its limit.
-        limits: tokens a sequence may hold in the cache; a row at its limit rests: it writes nothing and stays put.
+        sequence_ids: in the cache; each has pages for the tokens up to its limit.
+        limits: the most tokens of each sequence in the cache; a row at its limit writes nothing and does not advance.
         planned: as given to ``ModelRunner.prefill``.
-        params, prompts, drawn: each sequence's parameters, its prompt, and the tokens drawn after that before.
+        params, prompts, drawn: each sequence's parameters, its prompt, and the tokens drawn so far.
     """
 
     def __init__(
@@ -185,24 +185,24 @@ class DecodeBatch:
     def draw(self, logits: Tensor) -> Tensor:
         """Sample each sequence's next token from logits [num_seqs, vocab_size]; it becomes the next step's input.
 
-        A row with a NaN gives -1, whose embedding is NaN again: nothing out of bounds is read.
+        A row with a NaN gives -1, whose embedding is NaN again; nothing out of bounds is read.
         """
         self.token_ids.copy_(self.sampler.draw(logits))
         return self.token_ids
 
     def rest(self, row: int) -> None:
-        """Let a finished sequence write nothing from now on."""
+        """Stop a finished sequence: it writes nothing from now on."""
         self.limits[row] = 0
 
     def extend(self, row: int, sequence_id: int, limit: int) -> None:
-        """Let a sequence that has not reached its limit go on to another, for which it has pages."""
+        """Give a sequence that has not reached its limit a higher one, for which it has pages."""
         self.block_table[row].copy_(self.runner.block_table([sequence_id])[0])
         self.limits[row] = limit
 
     def step(self) -> Tensor:
-        """Feed every sequence its last token and draw the next, int32 [num_seqs]; overwritten by the next step."""
+        """Feed each sequence its last token and draw the next: int32 [num_seqs], overwritten by the next step."""
         if self.runner.device.type == "cpu" or not self._stepped_eagerly:
-            self._stepped_eagerly = True  # a first eager step compiles every kernel, which a capture cannot
+            self._stepped_eagerly = True  # compiles every kernel, which is impossible during a capture
             return self._step()
         if self._graph is None:
             self._graph = self.runner.cache.device.capture(self._step)

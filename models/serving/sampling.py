@@ -1,6 +1,6 @@
-"""How the next token of each sequence is drawn: a request's parameters, and what a batch keeps of them on the device.
+"""How the next token of each sequence is drawn: a request's parameters, and their form on the device for a batch.
 
-In vLLM's order: log probabilities of the model itself, logit biases, penalties, then temperature and filters.
+The order is vLLM's: log probabilities of the unchanged logits, logit biases, penalties, then temperature and filters.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ class SamplingParams:
     """How the next token is drawn.
 
     Attributes:
-        temperature: 0 takes the likeliest token.
-        top_k, top_p, min_p: narrow the choice; 0, 1 and 0 are off.
-        repetition_penalty: divides positive logits of tokens that the prompt or the text holds, and multiplies negative
-            ones; 1 is off.
-        frequency_penalty: is subtracted from a token's logit once for each time it was generated; 0 is off.
-        presence_penalty: is subtracted from the logit of each token that was generated; 0 is off.
-        logit_bias: token id -> what is added to its logit, before the penalties.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        top_k, top_p, min_p: keep the k likeliest tokens, the likeliest that reach probability p together, and those of
+            at least this share of the likeliest's probability; 0, 1 and 0 are off.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the prompt or the text;
+            1 is off.
+        frequency_penalty: subtracted from a token's logit once for each time it was generated; 0 is off.
+        presence_penalty: subtracted once from the logit of each token that was generated; 0 is off.
+        logit_bias: token id -> number added to its logit, before the penalties.
         seed: of the sequence's random stream.
-        logprobs: how many of the likeliest tokens to report at each step, beside the one drawn; None reports nothing.
+        logprobs: how many of the likeliest tokens to report at each step, besides the one drawn; None for no report.
     """
 
     temperature: float = 0.0
@@ -69,7 +70,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
     def check(self, num_tokens: int) -> None:
-        """Raise ArgumentError if a bias or ``logprobs`` goes beyond a vocabulary of ``num_tokens``."""
+        """Raise ArgumentError if a bias or ``logprobs`` exceeds a vocabulary of ``num_tokens``."""
         for token in self.logit_bias:
             _require("logit_bias of token", token, 0 <= token < num_tokens, f"for ids 0 to {num_tokens - 1}")
         if self.logprobs is not None:
@@ -82,7 +83,7 @@ def _require(name: str, value: float, holds: bool, rule: str) -> None:
 
 
 class TokenLogprob(NamedTuple):
-    """Log probabilities of one step by the model's own distribution: before biases, penalties and temperature.
+    """Log probabilities of one step, from the logits before biases, penalties and temperature.
 
     Attributes:
         token_id, logprob: of the token drawn.
@@ -95,21 +96,20 @@ class TokenLogprob(NamedTuple):
 
 
 class Sampler:
-    """Draws one token for each sequence of a batch; all of its state is on the device, so a CUDA graph can hold a draw.
+    """Draws one token per sequence of a batch. Its state is on the device, so that a CUDA graph can capture a draw.
 
-    What no sequence uses takes neither memory nor time; the counts of penalties take 4 bytes per sequence and token of
-    the vocabulary.
+    Options that no sequence uses take neither memory nor time. Penalties take 4 bytes per sequence and token id.
 
     Args:
         params: one for each sequence.
-        prompts, drawn: each sequence's prompt, and the tokens drawn before.
+        prompts, drawn: each sequence's prompt, and the tokens drawn so far.
         num_rows: width of the logits.
-        num_tokens: tokens from here on are padding and never drawn; None: no such rows.
+        num_tokens: ids from here on are padding and never drawn; None if there is no padding.
         device: where the logits are.
 
     Attributes:
-        logprobs: of the last draw, where one asks for them: (of the token drawn [n], ids of the likeliest [n, k], log
-            probabilities of those [n, k]).
+        logprobs: of the last draw: (log probability of the token drawn [n], ids of the likeliest [n, k], their log
+            probabilities [n, k]); None if no sequence asks for them.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Sampler:
 
         self._num_tokens = num_tokens
         self._steps = column([len(tokens) for tokens in drawn], torch.int64)  # tokens drawn
-        self._filters: dict[str, Tensor] = {}  # without them the sampler is greedy; what is off for all costs nothing
+        self._filters: dict[str, Tensor] = {}  # without any, sampling is greedy
         if any(p.temperature > 0 for p in params):
             self._filters["temperature"] = column([p.temperature for p in params], torch.float32)
             self._filters["seeds"] = column([p.seed for p in params], torch.int64)
@@ -166,7 +166,7 @@ class Sampler:
             )
 
     def draw(self, logits: Tensor) -> Tensor:
-        """One token for each row of float32 logits [n, num_rows], int32 [n]; -1 for a row with a NaN."""
+        """One token per row of float32 logits [n, num_rows]: int32 [n], -1 for a row with a NaN."""
         adjusted = logits
         if self.logprobs is not None and (len(self._biased) or self._seen is not None):
             adjusted = logits.clone()
@@ -186,7 +186,7 @@ class Sampler:
 
 
 def _report(logits: Tensor, places: Tensor, drawn: Tensor, top_ids: Tensor, top: Tensor) -> None:
-    """Write the log probabilities of the tokens drawn, ``places`` [n, 1], and of the likeliest."""
+    """Write the log probabilities of the tokens drawn, ``places`` [n, 1], and of the likeliest tokens."""
     total = logits.logsumexp(-1, keepdim=True)
     values, ids = logits.topk(top.shape[1])
     drawn.copy_((logits.gather(1, places) - total).squeeze(1))
@@ -195,7 +195,7 @@ def _report(logits: Tensor, places: Tensor, drawn: Tensor, top_ids: Tensor, top:
 
 
 def _seen(prompt: Sequence[int], drawn: Sequence[int], num_rows: int) -> np.ndarray:
-    """int32 [num_rows]: 1 for a token of the prompt, and 2 for each time that a token was drawn."""
+    """int32 [num_rows]: 1 for a token of the prompt, plus 2 for each time that the token was drawn."""
     in_prompt = np.zeros(num_rows, np.int32)
     in_prompt[np.asarray(prompt, np.int64)] = 1
     return in_prompt + 2 * np.bincount(np.asarray(drawn, np.int64), minlength=num_rows).astype(np.int32)

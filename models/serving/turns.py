@@ -1,10 +1,9 @@
-"""Several requests on one model: one computes at a time, and pages go round.
+"""Several runs on one model: one computes at a time, and idle ones give up their pages.
 
-A step of a run is a turn; turns are taken in the order in which threads ask for them, so runs whose pages fit beside
-each other advance together, token by token. A run that finds too few free pages waits for the others. A run that is
-idle, because whoever reads it does not ask for its next token, stands in nobody's way: after ``PATIENCE_S``, or at once
-if the thread that read it last is the one that asks now, it gives its pages up, and reads its text again when it is
-asked to go on.
+One step of a run is a turn. Threads get turns in the order in which they ask, so that runs whose pages fit into the
+pool together advance together, token by token. A run that finds too few free pages waits for the others. A run is idle
+if nobody asks for its next token. It gives up its pages to a run that needs them: after ``PATIENCE_S``, or at once if
+the same thread read it last. When it is continued, it reads its text again.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ PATIENCE_S = 0.25
 
 
 class Holder(Protocol):
-    """What may hold pages."""
+    """A run that may hold pages."""
 
     def suspend(self) -> None:
-        """Give all pages back, to go on later. Called within a turn."""
+        """Give all pages back; the run can be continued later. Called within a turn."""
 
 
 class Turns:
-    """The turns of one model's users."""
+    """Hands out turns on one model."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -38,7 +37,7 @@ class Turns:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Compute alone. A thread may begin a turn within its own."""
+        """Wait for a turn and hold it. A thread may begin a turn within its own."""
         if self._owner != threading.get_ident():
             self._join()
         self._depth += 1
@@ -50,16 +49,16 @@ class Turns:
                 self._leave()
 
     def hold(self, holder: Holder) -> None:
-        """``holder`` holds pages from now on, and uses them."""
+        """``holder`` holds pages from now on, and is busy."""
         self._holders[holder] = None
 
     def rest(self, holder: Holder) -> None:
-        """``holder``, if it holds pages, does not use them now."""
+        """``holder``, if it holds pages, is idle from now on."""
         if holder in self._holders:
             self._holders[holder] = (threading.get_ident(), time.monotonic())
 
     def wake(self, holder: Holder) -> None:
-        """``holder``, if it holds pages, asks for a turn to use them."""
+        """``holder``, if it holds pages, is busy from now on."""
         if holder in self._holders:
             self._holders[holder] = None
 
@@ -68,9 +67,9 @@ class Turns:
         self._holders.pop(holder, None)
 
     def make_room(self, enough: Callable[[], bool]) -> bool:
-        """Within a turn: let others go on, or suspend them, until there is enough. False if that cannot help.
+        """Within a turn: suspend idle holders, or let busy ones advance, until ``enough()``. False if that cannot help.
 
-        Others may have had turns in between: look again at whatever they change.
+        Other threads may have had turns when this returns, so that what they change must be looked at again.
         """
         while not enough():
             if self.suspend_idle():
@@ -81,7 +80,7 @@ class Turns:
         return True
 
     def suspend_idle(self) -> bool:
-        """Make one idle holder give its pages up, of this thread's before others; False if there is none."""
+        """Suspend one idle holder, this thread's own first. False if there is none."""
         me, now = threading.get_ident(), time.monotonic()
         idle = [(holder, *used) for holder, used in list(self._holders.items()) if used is not None]
         mine = [holder for holder, thread, _ in idle if thread == me]
@@ -93,7 +92,7 @@ class Turns:
         return False
 
     def _pause(self) -> None:
-        """Let others have turns until something may have changed."""
+        """Give the turn to others, and take it again after a change or after ``PATIENCE_S``."""
         self._depth = 0
         self._leave()
         try:

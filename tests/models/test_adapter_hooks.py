@@ -217,14 +217,14 @@ def test_heads_are_normed_where_they_are_not_rotated(tmp_path, register, monkeyp
     ("changes", "message"),
     [
         ({"activation": "relu"}, "activation 'relu': the feed-forward's gate is one of silu, gelu_tanh"),
-        ({"embedding_scale": float("nan")}, "embedding_scale nan: a scale is a finite number, not 0"),
-        ({"logit_scale": 0.0}, "logit_scale 0.0: a scale is a finite number, not 0"),
+        ({"embedding_scale": float("nan")}, "embedding_scale nan: a scale is finite and not 0"),
+        ({"logit_scale": 0.0}, "logit_scale 0.0: a scale is finite and not 0"),
         ({"attention_softcap": -1.0}, "attention_softcap -1.0: a cap is finite and above 0, or 0 for none"),
         ({"logit_softcap": float("inf")}, "logit_softcap inf: a cap is finite"),
         ({"unrotated_layers": frozenset({1, 7})}, r"unrotated_layers \[7\]: layers are numbered 0 to 1"),
         (
             {"local_rope": RopeSpec(head_dim=8, rotary_dim=8, scaling=Dynamic(factor=2.0, original_context=64))},
-            "local_rope of kind 'dynamic': layers with a sliding window rotate alike",
+            "local_rope of kind 'dynamic': the rotation of layers with a sliding window must not",
         ),
     ],
 )

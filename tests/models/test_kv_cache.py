@@ -174,7 +174,7 @@ def test_running_out_names_the_numbers():
             tiny_config(), num_pages=2, page_size=16, max_append=64, dtype=torch.float16, device=device
         )
         sequence = cache.add()
-        with pytest.raises(OutOfPages, match="3 pages asked, 2 of 2 free"):
+        with pytest.raises(OutOfPages, match="3 pages needed, 2 of 2 free"):
             cache.append(sequence, 33)
         assert len(cache.append(sequence, 32)) == 32
 

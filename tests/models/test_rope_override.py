@@ -189,7 +189,7 @@ def test_part_of_a_head_rotates_alike_from_both_formats(folder, file):
         ({"base": 0.5}, "the base is above 1"),
         ({"rotary_dim": 3}, "rotary_dim is even"),
         ({"rotary_dim": 4.0}, "whole number"),
-        ({"rotary_dim": 4, "partial_rotary_factor": 0.5}, "they say the same"),
+        ({"rotary_dim": 4, "partial_rotary_factor": 0.5}, "they state the same number"),
         ({1: 2}, "rope key 1"),
         (["yarn"], "it is a mapping"),
         ("yarn", "KEY=VALUE"),
