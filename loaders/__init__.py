@@ -1,1 +1,1 @@
-"""Files to config facts, tensors, tokenizers, and bytes on a device."""
+"""From files to metadata, tensors, tokenizers, and bytes on a device."""

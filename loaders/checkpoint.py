@@ -1,4 +1,4 @@
-"""What every checkpoint looks like to the models, whichever files it comes from."""
+"""The interface of a checkpoint: what the models use, whichever files it comes from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-MOST_LAYERS = 10_000  # of a model; a damaged file must not ask for a table of billions
+MOST_LAYERS = 10_000  # per model: a damaged file must not ask for a table of billions
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +47,18 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """Metadata under GGUF's keys, tensors under GGUF's names.
+    """An open checkpoint: metadata under GGUF's keys, tensors under GGUF's names.
 
-    A Hugging Face folder adds the key ``<architecture>.rope.huggingface``: its rotary parameters, whole.
+    A Hugging Face folder adds the key ``<architecture>.rope.huggingface``, which holds its rotary parameters unchanged.
     """
 
     @property
     def name(self) -> str:
-        """What displays and reports call it: the name of the file, folder or repository."""
+        """Name for displays and reports: that of the file, folder or repository."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every file that was opened."""
+        """The files that hold tensors."""
 
     @property
     def folder(self) -> Path | None:
@@ -66,15 +66,15 @@ class Checkpoint(Protocol):
 
     @property
     def file_nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all ``paths`` together."""
 
     @property
     def format(self) -> str:
-        """The kind and version of the files, in words."""
+        """Kind and version of the files, for display."""
 
     @property
     def tokenizer_kind(self) -> str:
-        """What the vocabulary is stored as, in words."""
+        """How the vocabulary is stored, for display."""
 
     @property
     def metadata(self) -> Mapping[str, Any]: ...
@@ -83,14 +83,14 @@ class Checkpoint(Protocol):
 
     @property
     def interleaved_rope_rows(self) -> bool:
-        """Whether q and k rows are stored as rotary pairs (2j, 2j+1), as GGUF does for some architectures."""
+        """Whether rows of q and k are stored as rotary pairs (2j, 2j+1), as GGUF does for some architectures."""
 
     @property
     def norm_offset(self) -> float:
-        """What is to be added to each stored weight of a norm: 1 in a Gemma folder, 0 in GGUF and in most folders."""
+        """The number to add to each stored weight of a norm: 1 for a Gemma folder, 0 for GGUF and most folders."""
 
     def data(self, name: str) -> np.ndarray:
-        """The tensor's stored bytes, uint8 [rows, bytes_per_row], mapped and not copied."""
+        """The stored bytes of a tensor, uint8 [rows, bytes_per_row]: mapped, not copied."""
 
     def close(self) -> None: ...
 

@@ -1,13 +1,13 @@
-"""The one way in: from a path or a reference to an open checkpoint, whatever kind of files it is.
+"""Opening a checkpoint: from a path or a Hub reference to an open checkpoint, whatever its kind.
 
-| given | what is opened |
+| source | what is opened |
 |--|--|
-| a file | GGUF; of a split set the first file |
+| a file | GGUF; for a split set, its first file |
 | a folder | Hugging Face: config.json, safetensors files, a tokenizer |
-| hf:owner/repo, hf:owner/repo@revision | the same, of a repository on the Hugging Face Hub |
-| hf:owner/repo:file.gguf, hf:owner/repo@revision:file.gguf | one GGUF file of a repository |
+| hf:owner/repo, hf:owner/repo@revision | such a folder, from a repository on the Hugging Face Hub |
+| hf:owner/repo:file.gguf, hf:owner/repo@revision:file.gguf | a GGUF file from a repository |
 
-Only this file and ``text.opening`` ask which kind it is.
+Only this module and ``text.opening`` distinguish the kinds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .huggingface.hub_headers import fetch_headers
 
 
 class UnknownCheckpointError(RooflamaError, ValueError):
-    """A path that is no checkpoint of a kind known here."""
+    """A path that is not a checkpoint of a supported kind."""
 
 
 NO_CHECKPOINTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".json", ".model", ".onnx", ".h5", ".msgpack")
@@ -38,38 +38,38 @@ NO_CHECKPOINTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".json", ".mod
 
 @dataclass(frozen=True)
 class Location:
-    """A checkpoint that is on this machine, not opened yet.
+    """A checkpoint on this machine that is not open yet.
 
     Attributes:
-        path: of the file or the folder.
-        name: what it is called in displays and reports.
+        path: the file or folder.
+        name: its name in displays and reports.
     """
 
     path: Path
     name: str
 
     def open(self) -> Checkpoint:
-        """Raises as ``open_checkpoint``."""
+        """Open it. Raises the errors of ``open_checkpoint``."""
         return read_safetensors(self.path, name=self.name) if self.path.is_dir() else read_gguf(self.path)
 
 
 def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Location:
-    """Find a checkpoint; one of the Hub is downloaded first.
+    """Find a checkpoint; a Hub reference is downloaded first.
 
     Args:
-        source: as the table above has it.
-        weights: whether they are wanted; without, a download leaves out the weights of a folder.
+        source: a path or reference, as in the table above.
+        weights: False downloads a folder without its weights.
 
     Raises:
-        UnknownCheckpointError: the path is no checkpoint of a kind known here, or cannot be opened.
+        UnknownCheckpointError: the path is not a checkpoint of a supported kind, or cannot be opened.
         HubError: the download failed.
     """
     try:
         text = os.fsdecode(source)
     except TypeError:
         raise UnknownCheckpointError(
-            f"{source!r} ({type(source).__name__}) in place of a path",
-            rule="a checkpoint is named by text or a pathlib.Path",
+            f"source {source!r} of type {type(source).__name__}",
+            rule="a source is a str or a pathlib.Path",
             remedy="Give a file, a folder, or hf:owner/repo",
         ) from None
     if text.startswith(PREFIX):
@@ -86,10 +86,10 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Location:
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint; its header is read and checked, its weights are not.
+    """Open a checkpoint: read and check its headers, but no weights.
 
     Raises:
-        UnknownCheckpointError, HubError: as ``locate``.
+        UnknownCheckpointError, HubError: as for ``locate``.
         GGUFError, HuggingFaceError: the file or folder is damaged or incomplete.
     """
     return locate(source).open()
@@ -97,9 +97,9 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
 @contextmanager
 def open_headers(source: str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    """Like ``open_checkpoint``, for what needs no weights: of the Hub, only headers are fetched.
+    """Like ``open_checkpoint``, but fetches only headers from the Hub.
 
-    ``data`` of such a checkpoint gives zeros, except for rotary factors.
+    For a Hub reference that is not in the cache, ``data`` returns zeros for every tensor but the rotary factors.
     """
     text = os.fspath(source)
     if not text.startswith(PREFIX):
@@ -113,7 +113,7 @@ def open_headers(source: str | os.PathLike[str]) -> Iterator[Checkpoint]:
 
 
 def _check_kind(path: Path) -> None:
-    """Refuse what is neither a folder nor a GGUF file; a missing .gguf file is left to its reader."""
+    """Refuse a path that is neither a folder nor a GGUF file. A missing .gguf file is refused when it is opened."""
     if path.is_dir():
         return
     suffix = path.suffix.lower()
@@ -121,9 +121,9 @@ def _check_kind(path: Path) -> None:
         in_folder = "Name its folder" if suffix in (".safetensors", ".json", ".model") else "Use a safetensors folder"
         _refuse(path, "one file of a checkpoint" if path.exists() else "no such file", f"{in_folder}, or a .gguf file")
     if suffix != ".gguf" and path.is_file() and not _is_gguf(path):
-        _refuse(path, "neither GGUF nor a folder", "Name a .gguf file, or the folder with config.json")
+        _refuse(path, "neither a GGUF file nor a folder", "Name a .gguf file, or the folder with config.json")
     if suffix != ".gguf" and not path.exists():
-        _refuse(path, "no such file or folder", f"Check the path; a repository of the Hub is {PREFIX}owner/repo")
+        _refuse(path, "no such file or folder", f"Check the path; a Hub repository is {PREFIX}owner/repo")
 
 
 def _is_gguf(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A device and the memory allocated on it; the package's docstring says who owns what."""
+"""A device and the buffers allocated on it. The docstring of the package describes ownership."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .errors import (
 from .ledger import Ledger, allocation_site
 from .query import device_name, find_device, free_and_total_bytes
 
-Progress = Callable[[int], object]  # called with the bytes moved since the last call
-_numbers = itertools.count(1)  # tell devices of one name apart in leak reports
+Progress = Callable[[int], object]  # called with the bytes copied since the last call
+_numbers = itertools.count(1)  # distinguishes devices of one name in leak reports
 
 
 class _Scopes(threading.local):
-    """What each open ``all_or_nothing`` block of this thread has made."""
+    """The buffers made in each open ``all_or_nothing`` block of this thread."""
 
     def __init__(self) -> None:
         self.open: list[list[DeviceBuffer]] = []
@@ -43,11 +43,11 @@ def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None =
 
     Args:
         spec: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", "hip", "hip:1".
-        memory_limit: the most bytes that may be held at once; None for what the device has.
+        memory_limit: the most bytes that may be held at once; None for no limit.
 
     Raises:
-        DeviceUnavailable: unknown name, no such device, no driver, or a torch built without it.
-        DeviceError: ``memory_limit`` is not a positive whole number of bytes.
+        DeviceUnavailable: the name is unknown, there is no such device or driver, or torch was built without it.
+        DeviceError: ``memory_limit`` is not a positive integer.
     """
     if memory_limit is not None and (type(memory_limit) is not int or memory_limit <= 0):
         raise DeviceError(
@@ -60,7 +60,7 @@ def open_device(spec: str | torch.device = "auto", *, memory_limit: int | None =
 
 
 class DeviceBuffer:
-    """Memory on a device, owned by it. Made by ``Device.allocate`` and ``Device.upload``."""
+    """Memory on a device, which owns it. Made by ``Device.allocate`` and ``Device.upload``."""
 
     def __init__(self, device: Device, tensor: Tensor, label: str):
         self.device, self.label = device, label
@@ -70,7 +70,7 @@ class DeviceBuffer:
 
     @property
     def tensor(self) -> Tensor:
-        """The memory, lent until ``close``.
+        """The memory, until ``close``.
 
         Raises:
             UseAfterClose: the buffer or its device was closed.
@@ -88,7 +88,7 @@ class DeviceBuffer:
         return self._tensor is None
 
     def close(self) -> None:
-        """Give the memory back. Idempotent."""
+        """Release the memory. Idempotent."""
         self.device._release(self)
 
     def __enter__(self) -> DeviceBuffer:
@@ -103,13 +103,13 @@ class DeviceBuffer:
 
 
 class Device:
-    """A CPU, CUDA or HIP device and everything allocated on it. Made by ``open_device``; usable from several threads.
+    """A CPU, CUDA or HIP device and its buffers. Made by ``open_device``; may be used from several threads.
 
     Attributes:
-        torch_device: where the tensors of its buffers live. HIP devices are torch's "cuda" too.
+        torch_device: the device of its buffers' tensors; torch calls HIP devices "cuda" too.
         kind: "cpu", "cuda" or "hip".
-        name: what the driver calls it.
-        memory_limit: the most bytes held at once, or None.
+        name: its name according to the driver.
+        memory_limit: the most bytes that may be held at once, or None.
     """
 
     def __init__(self, torch_device: torch.device, kind: str, memory_limit: int | None):
@@ -126,41 +126,41 @@ class Device:
 
     @property
     def total_bytes(self) -> int:
-        """Memory of the device, as the driver says now."""
+        """Memory of the device according to the driver, now."""
         return self._memory()[1]
 
     @property
     def free_bytes(self) -> int:
-        """Memory of the device that nobody has taken, as the driver says now. Pays no heed to ``memory_limit``."""
+        """Free memory of the device according to the driver, now. Ignores ``memory_limit``."""
         return self._memory()[0]
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all buffers not closed, and of closed ones whose memory a lent view still keeps."""
+        """Bytes of all open buffers, and of closed buffers whose memory a view still keeps."""
         with self._lock:
             return self._ledger.held_bytes()
 
     @property
     def headroom_bytes(self) -> int:
-        """The largest allocation that would be let through now."""
+        """The largest allocation that would be allowed now."""
         free = self.free_bytes
         return free if self.memory_limit is None else max(0, min(free, self.memory_limit - self.held_bytes))
 
     def held(self) -> tuple[DeviceBuffer, ...]:
-        """The buffers not closed, oldest first."""
+        """The open buffers, oldest first."""
         with self._lock:
             return tuple(self._buffers.values())
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, *, label: str) -> DeviceBuffer:
-        """Memory with undefined contents, owned by this device.
+        """Allocate memory with undefined contents, owned by this device.
 
         Raises:
-            DeviceOutOfMemory: over ``memory_limit``, or more than the device has.
-            UseAfterClose, DeviceLost: the device is closed, or failed before.
+            DeviceOutOfMemory: the allocation exceeds ``memory_limit``, or what the device has.
+            UseAfterClose, DeviceLost: the device is closed, or has failed.
         """
         if any(n < 0 for n in shape):
             raise DeviceError(
-                f"shape {list(shape)} of {label!r}", rule="sizes are not negative", remedy="Mend the shape"
+                f"shape {list(shape)} of {label!r}", rule="sizes are not negative", remedy="Correct the shape"
             )
         nbytes = math.prod(shape) * dtype.itemsize
         with self._lock:
@@ -177,16 +177,16 @@ class Device:
         borrow: bool = False,
         progress: Progress | None = None,
     ) -> DeviceBuffer:
-        """A copy of host memory on this device, through pinned double-buffered staging where the device is a GPU.
+        """Copy host memory to this device; to a GPU through double-buffered pinned memory.
 
         Args:
-            source: any shape; read-only and memory-mapped arrays are welcome.
-            label: names the buffer in ``held`` and in errors.
-            borrow: on a CPU device, take ``source`` itself, if contiguous, without a copy. A GPU copies all the same.
-            progress: called with the bytes moved since its last call.
+            source: of any shape; may be read-only and memory-mapped.
+            label: the buffer's name in ``held`` and in errors.
+            borrow: on a CPU device, use ``source`` itself without a copy if it is contiguous. A GPU ignores this.
+            progress: called with the bytes copied since its last call.
 
         Raises:
-            DeviceOutOfMemory, DeviceLost, UseAfterClose: as ``allocate``; nothing stays allocated.
+            DeviceOutOfMemory, DeviceLost, UseAfterClose: as for ``allocate``; nothing stays allocated.
             DeviceError: ``source`` is not in host memory.
         """
         host = raw.host_tensor(source, label)
@@ -215,10 +215,10 @@ class Device:
         offset_bytes: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        """Copy the bytes of ``source`` into the buffer, from ``offset_bytes`` on. Done when it returns.
+        """Copy the bytes of ``source`` into the buffer at ``offset_bytes``; complete on return.
 
         Raises:
-            CopyOutOfRange: the bytes would pass the buffer's end.
+            CopyOutOfRange: the bytes would pass the end of the buffer.
         """
         host = raw.host_tensor(source, buffer.label)
         with self._lock, self.guard(f"copying {buffer.label!r} to the device", asked=host.nbytes):
@@ -233,24 +233,24 @@ class Device:
             )
 
     def download(self, buffer: DeviceBuffer) -> Tensor:
-        """A copy of the buffer in host memory, [buffer.shape]."""
+        """Copy the buffer to host memory: [buffer.shape]."""
         return self.download_bytes(buffer, 0, buffer.nbytes).view(buffer.dtype).view(buffer.shape)
 
     def download_bytes(self, buffer: DeviceBuffer, offset_bytes: int, nbytes: int) -> Tensor:
-        """A copy of part of the buffer in host memory, uint8 [nbytes].
+        """Copy part of the buffer to host memory: uint8 [nbytes].
 
         Raises:
-            CopyOutOfRange: the range passes the buffer's end.
+            CopyOutOfRange: the range passes the end of the buffer.
         """
         with self._lock, self.guard(f"copying {buffer.label!r} from the device", asked=nbytes):
             return raw.copy_out(self._range(buffer, offset_bytes, nbytes), buffer.label)
 
     def free(self, buffer: DeviceBuffer) -> None:
-        """End a live buffer of this device.
+        """Free an open buffer of this device.
 
         Raises:
-            DoubleFree: it was freed or closed before.
-            DeviceError: another device owns it.
+            DoubleFree: the buffer was freed or closed before.
+            DeviceError: another device owns the buffer.
         """
         with self._lock:
             self._check_mine(buffer)
@@ -263,10 +263,10 @@ class Device:
             self._release(buffer)
 
     def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """What ``work`` launches on this GPU, as a graph to replay. Run it once before: nothing compiles in a capture.
+        """Capture what ``work`` launches on this GPU as a graph. Run it once before: a capture cannot compile.
 
         Raises:
-            UseAfterClose, DeviceOutOfMemory, DeviceLost: as ``allocate``.
+            UseAfterClose, DeviceOutOfMemory, DeviceLost: as for ``allocate``.
         """
         with self.guard("capturing a CUDA graph"):
             raw.keep_graph_state(self.torch_device)
@@ -274,7 +274,7 @@ class Device:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Close every buffer that this thread makes inside the block if the block raises."""
+        """If the block raises, close every buffer that this thread made in it."""
         made: list[DeviceBuffer] = []
         self._scopes.open.append(made)
         try:
@@ -288,15 +288,15 @@ class Device:
 
     @contextmanager
     def guard(self, doing: str, *, asked: int | None = None) -> Iterator[None]:
-        """Turn the driver's failures inside the block into this module's errors; for kernels and workspaces too.
+        """Raise failures of the driver inside the block as errors of this package; for kernels and workspaces too.
 
         Args:
             doing: what the block does, for the message.
-            asked: the bytes it asks for, if it allocates.
+            asked: the bytes that the block allocates, if any.
 
         Raises:
             UseAfterClose: the device was closed.
-            DeviceOutOfMemory, DeviceLost: what the driver said. After DeviceLost every further call raises it.
+            DeviceOutOfMemory, DeviceLost: the driver failed. After DeviceLost, every further call raises DeviceLost.
         """
         self._check_open(doing)
         try:
@@ -310,7 +310,7 @@ class Device:
             raise translated from error
 
     def close(self) -> None:
-        """Free everything this device owns, newest first, and refuse further use. Idempotent."""
+        """Free all buffers, newest first, and refuse further use. Idempotent."""
         with self._lock:
             for buffer in reversed(list(self._buffers.values())):
                 self._release(buffer)
@@ -349,7 +349,7 @@ class Device:
                 self._ledger.lent.append((buffer.nbytes, storage))
 
     def _range(self, buffer: DeviceBuffer, offset_bytes: int, nbytes: int) -> Tensor:
-        """The bytes of the buffer from ``offset_bytes`` on, uint8 [nbytes]."""
+        """A view of bytes of the buffer, starting at ``offset_bytes``: uint8 [nbytes]."""
         self._check_mine(buffer)
         flat = raw.as_bytes(buffer.tensor)
         if offset_bytes < 0 or nbytes < 0 or offset_bytes + nbytes > buffer.nbytes:
@@ -377,11 +377,11 @@ class Device:
             raise DeviceLost.during(doing, self._lost)
 
     def _check_room(self, nbytes: int, label: str, *, exists: bool = False) -> None:
-        """Refuse what passes the limit or, unless the memory ``exists`` already, what the device cannot have."""
+        """Refuse an allocation beyond the limit or, unless the memory ``exists`` already, beyond the device."""
         self._check_open(f"allocating {label!r}")
         free, total = self._memory()
         over_limit = self.memory_limit is not None and self._ledger.held_bytes() + nbytes > self.memory_limit
-        # Linux promises more than it has, then kills the process. A GPU's allocator may reuse what counts as taken.
+        # On a CPU, Linux overcommits and then kills the process. On a GPU, torch may reuse memory that counts as taken.
         if over_limit or (not exists and nbytes > (free if self.kind == "cpu" else total)):
             raise DeviceOutOfMemory.asking(nbytes, f"allocating {label!r}", self._numbers())
 

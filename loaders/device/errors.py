@@ -12,15 +12,15 @@ GIB = 2**30
 
 
 class DeviceError(RooflamaError):
-    """The base of every error of the device boundary."""
+    """Base of the errors of the device boundary."""
 
 
 class DeviceUnavailable(DeviceError):
-    """There is no such device, or torch or the driver cannot use it."""
+    """The device does not exist, or torch or the driver cannot use it."""
 
 
 class DeviceOutOfMemory(DeviceError):
-    """An allocation that does not fit. ``asked``, ``free``, ``total``, ``held``, ``limit`` are bytes; None: unknown."""
+    """An allocation that does not fit. ``asked``, ``free``, ``total``, ``held``, ``limit``: bytes, None if unknown."""
 
     asked: int | None = None
     free: int | None = None
@@ -45,7 +45,7 @@ class DeviceOutOfMemory(DeviceError):
 
 
 class DeviceLost(DeviceError):
-    """A failure after which the process cannot use the device any more. ``said``: the first line of what it was."""
+    """A failure after which the process cannot use the device. ``said``: the first line of the driver's message."""
 
     said: str = ""
 
@@ -55,14 +55,14 @@ class DeviceLost(DeviceError):
             f"{doing}: the driver said {said!r}",
             rule="the device must answer",
             remedy="Start a new process; with CUDA_LAUNCH_BLOCKING=1 the error names the call at fault, "
-            "and nvidia-smi or rocm-smi shows whether the device is well",
+            "and nvidia-smi or rocm-smi shows the state of the device",
         )
         error.said = said
         return error
 
 
 class CopyOutOfRange(DeviceError):
-    """A copy that would pass the end of a buffer. Nothing was copied."""
+    """A copy that would pass the end of a buffer. Nothing is copied."""
 
 
 class UseAfterClose(DeviceError):
@@ -76,7 +76,7 @@ class DoubleFree(DeviceError):
 def translate(
     error: Exception, doing: str, asked: int | None, numbers: Callable[[], Mapping[str, int | None]]
 ) -> DeviceError | None:
-    """The boundary's error for one that torch raised, or None where it is not the device's failure."""
+    """The error of this package for an error of torch; None if the device did not fail."""
     if isinstance(error, RooflamaError):
         return None
     said = str(error)

@@ -1,4 +1,4 @@
-"""What a device holds, and where each piece was allocated."""
+"""The record of what a device holds and where it was allocated."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class LeakWarning(RuntimeWarning):
-    """With ROOFLAMA_DEBUG: device memory nobody closed, reported when its device is collected, or at exit."""
+    """With ROOFLAMA_DEBUG: device memory that was not closed, reported when its device is collected, or at exit."""
 
 
 @dataclass
 class Ledger:
-    """What a device holds. Apart from the Device, so that it can be reported once the Device is gone."""
+    """What a device holds. Separate from the Device, so that it can be reported after the Device is collected."""
 
     device: str
     live: dict[int, tuple[str, int, str]] = field(default_factory=dict)  # buffer id -> label, bytes, where made
@@ -28,7 +28,7 @@ class Ledger:
         return sum(nbytes for _, nbytes, _ in self.live.values()) + sum(nbytes for nbytes, _ in self.lent)
 
     def report(self) -> None:
-        """If ROOFLAMA_DEBUG is set, warn of what is still held, and where each was made."""
+        """If ROOFLAMA_DEBUG is set, warn about buffers that are still held, and where they were made."""
         if not self.live or not _debugging():
             return
         total = sum(nbytes for _, nbytes, _ in self.live.values())
@@ -47,7 +47,7 @@ def _debugging() -> bool:
 
 
 def allocation_site() -> str:
-    """The line that allocates and the user's line that led there, if ROOFLAMA_DEBUG is set; the walk costs time."""
+    """The line that allocates and the user's line that led to it; "" unless ROOFLAMA_DEBUG is set, to save time."""
     if not _debugging():
         return ""
     places: list[str] = []

@@ -1,4 +1,4 @@
-"""Which devices there are, and how much memory the driver or the kernel says they have."""
+"""Finding devices, and the memory that they have according to the driver or the operating system."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .errors import DeviceUnavailable
 def find_device(spec: str) -> tuple[torch.device, str]:
     """The torch device and its kind, "cpu", "cuda" or "hip", for "auto", "cpu", "cuda[:n]" or "hip[:n]".
 
-    Without a number it is torch's current device, the first one unless somebody chose another.
+    Without a number it is torch's current device, by default the first.
 
     Raises:
-        DeviceUnavailable: unknown name, no such device, no driver, or a torch built without it.
+        DeviceUnavailable: the name is unknown, there is no such device or driver, or torch was built without it.
     """
     built = "hip" if torch.version.hip else "cuda"
     if spec == "auto":
@@ -57,7 +57,7 @@ def find_device(spec: str) -> tuple[torch.device, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the driver, or for a CPU the operating system, calls it."""
+    """The device's name according to the driver, or for a CPU the operating system."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device)
     try:
@@ -70,7 +70,7 @@ def device_name(device: torch.device) -> str:
 
 
 def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
-    """Free and total memory now. On a CPU: what could be had without swapping, within the cgroup's limit."""
+    """Free and total memory now. For a CPU: memory available without swapping, within the limit of the cgroup."""
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)
     try:
@@ -88,7 +88,7 @@ def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def _cgroup_bytes(name: str) -> int | None:
-    """A number of the container's cgroup (version 2), None where there is no limit or no such file."""
+    """A number of the container's cgroup (version 2); None if there is no limit or no such file."""
     try:
         text = Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:

@@ -1,9 +1,8 @@
-"""The raw steps of the device boundary: allocate, and copy in chunks.
+"""The raw operations of the device boundary: allocation, copies in chunks, and graph capture.
 
-Bytes cross to a GPU through two pinned buffers that are filled and sent in turn.
-
-A GPU's copy engine reads pinned memory at the link's speed and pageable memory at a fraction of it. While one pinned
-buffer is on its way, torch's threads fill the other: one thread's memcpy is slower than the link.
+Copies to a GPU go through two pinned buffers in turn. The copy engine reads pinned memory at the speed of the link, and
+pageable memory at a fraction of it. While one buffer is sent, torch's threads fill the other; a single thread's memcpy
+would be slower than the link.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def before_operation(operation: str, label: str, nbytes: int) -> None:
-    """Called before each raw step, "allocate" or "copy". Does nothing; a test replaces it to make the step fail."""
+    """Called before each operation, "allocate" or "copy". Does nothing; tests replace it to make operations fail."""
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, label: str, nbytes: int) -> Tensor:
-    """Memory with undefined contents; whoever allocates it inside torch.inference_mode can use it outside, too."""
+    """Memory with undefined contents. Allocated inside torch.inference_mode, it can be used outside too."""
     before_operation("allocate", label, nbytes)
     with torch.inference_mode(False):
         return torch.empty(shape, dtype=dtype, device=device)
 
 
 class Staging:
-    """Two pinned buffers, a copy stream, and the event that says when each buffer may be filled again."""
+    """Two pinned buffers, a copy stream, and per buffer the event after which it may be filled again."""
 
     def __init__(self, device: torch.device, label: str):
         before_operation("allocate", label, 2 * CHUNK_BYTES)
@@ -44,8 +43,8 @@ class Staging:
         self.sent = [torch.cuda.Event() for _ in range(2)]
 
     def copy_in(self, target: Tensor, source: Tensor, before_chunk: Callable[[int], None], after_chunk) -> None:
-        """Copy uint8 [n] on the host to uint8 [n] on the device; done when it returns."""
-        self.stream.wait_stream(torch.cuda.current_stream(target.device))  # the target's earlier users come first
+        """Copy uint8 [n] on the host to uint8 [n] on the device; complete on return."""
+        self.stream.wait_stream(torch.cuda.current_stream(target.device))  # after the work that uses the target now
         size = self.buffers[0].numel()
         try:
             for i, start in enumerate(range(0, source.numel(), size)):
@@ -59,7 +58,7 @@ class Staging:
                     sent.record(self.stream)
                 after_chunk(chunk.numel())
         finally:
-            self.stream.synchronize()  # the pinned buffers and the target may be reused or freed from here on
+            self.stream.synchronize()  # from here on the pinned buffers and the target may be reused
             del target  # a traceback that is kept must not keep device memory
 
 
@@ -70,7 +69,7 @@ def copy_in(
     label: str,
     progress: Callable[[int], object] | None,
 ) -> None:
-    """Copy uint8 [n] on the host to uint8 [n] wherever ``target`` is, in chunks; ``staging`` is None for the CPU."""
+    """Copy uint8 [n] on the host to ``target``, uint8 [n], in chunks. ``staging`` is None for a target on the CPU."""
 
     def before(nbytes: int) -> None:
         before_operation("copy", label, nbytes)
@@ -93,7 +92,7 @@ def copy_in(
 
 
 def copy_out(source: Tensor, label: str) -> Tensor:
-    """A host copy of uint8 [n]; done when it returns."""
+    """Copy uint8 [n] to the host; complete on return."""
     try:
         before_operation("copy", label, source.numel())
         return source.to("cpu", copy=True)
@@ -105,14 +104,14 @@ def copy_out(source: Tensor, label: str) -> Tensor:
 def keep_graph_state(device: torch.device) -> torch.cuda.CUDAGraph:
     """Capture one small graph and keep it for the life of the process.
 
-    Up to 2.12, torch allocates its random state for graphs when there is no graph yet and one is captured. If that
-    allocation fails, the half-made graph aborts the process when it is collected (a check in its destructor). As long
-    as this graph lives, the state exists.
+    Up to 2.12, torch allocates its random state for graphs with the first graph. If that allocation fails, the
+    incomplete graph aborts the process when it is collected (a check in its destructor). While this graph lives, the
+    state exists.
     """
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.stream(stream):
         target, *state = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3))
-        del state  # freed into this stream's cache, where torch's two allocations find them
+        del state  # freed into the cache of this stream, where torch's two allocations find them
         graph = torch.cuda.CUDAGraph()
         with _no_collection():
             graph.capture_begin()
@@ -122,7 +121,7 @@ def keep_graph_state(device: torch.device) -> torch.cuda.CUDAGraph:
 
 
 def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph of what ``work`` launches on ``device``."""
+    """Capture what ``work`` launches on ``device`` as a graph."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), _no_collection(), torch.cuda.graph(graph, stream=_capture_stream(device)):
         work()
@@ -131,15 +130,15 @@ def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDA
 
 @functools.cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for every stream. torch's own is on the first device it met."""
+    """One stream for all captures, since cuBLAS keeps a workspace per stream; torch's own is on one device only."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's garbage collector rests during a capture.
+    """Pause Python's garbage collector during a capture.
 
-    A cycle that it finds may hold pinned memory or another graph, whose end the driver does not allow then.
+    It could free pinned memory or another graph, which the driver does not allow while it captures.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -151,7 +150,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def host_tensor(source: Tensor | np.ndarray, label: str) -> Tensor:
-    """``source`` as a contiguous CPU tensor, without a copy where it is contiguous already."""
+    """``source`` as a contiguous CPU tensor; no copy if it is contiguous already."""
     if not isinstance(source, Tensor):
         array = np.asarray(source)
         try:
@@ -161,20 +160,20 @@ def host_tensor(source: Tensor | np.ndarray, label: str) -> Tensor:
         except (TypeError, ValueError) as error:
             raise DeviceError(
                 f"source of {label!r} is an array of {array.dtype}",
-                rule="uploads have a dtype that torch knows, in this machine's byte order",
+                rule="uploads have a dtype of torch, in this machine's byte order",
                 remedy="Convert it first",
             ) from error
     if source.device.type != "cpu":
         raise DeviceError(
             f"source of {label!r} on {source.device}",
             rule="uploads come from host memory",
-            remedy="Download it first, or keep using it where it is",
+            remedy="Download it first, or use it where it is",
         )
     return source.detach().contiguous()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The same memory as uint8 [nbytes]."""
-    if tensor.numel() == 0:  # NumPy gives empty arrays a stride that torch will not view
+    """A view of the tensor's memory, uint8 [nbytes]."""
+    if tensor.numel() == 0:  # torch cannot view the stride that NumPy gives empty arrays
         return torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return tensor.reshape(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""GGUF files, read from untrusted bytes: header, metadata, tensors, and the planes that kernels take."""
+"""Reading GGUF files from untrusted bytes: header, metadata, tensors, and repacking for the kernels."""
 
 from .errors import GGUFError, MissingKeyError
 from .file import GGUFFile, read_gguf

@@ -1,4 +1,4 @@
-"""The errors of the GGUF reader, and the names that one suggests."""
+"""Errors of the GGUF reader, and suggestions for a misspelt name."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Collection
 
 from rooflama.kernels.errors import RooflamaError
 
-MOST_NAMES = 1000  # a file of 2 MiB can hold 65,000 that are alike, and comparing them takes seconds
+MOST_NAMES = 1000  # a 2 MiB file can hold 65,000 similar names, and comparing them takes seconds
 
 
 def close_names(name: str, names: Collection[str]) -> list[str]:
-    """Up to three of ``names`` that ``name`` may have been meant for; none where there are more than MOST_NAMES."""
+    """Up to three of ``names`` similar to ``name``; none if there are more than MOST_NAMES."""
     return difflib.get_close_matches(name, names) if len(names) <= MOST_NAMES else []
 
 
 class GGUFError(RooflamaError, ValueError):
-    """A file that is not GGUF, or breaks one of its rules.
+    """A file that is not GGUF, or breaks a rule of the format.
 
-    ``path``, ``offset`` (byte in that file, None where no byte is at fault) and ``reading`` (the key, tensor or part
-    being read) are attributes, and stand at the head of the message.
+    The message starts with the attributes ``path``, ``offset`` (the byte at fault, or None) and ``reading`` (the key,
+    tensor or part being read).
     """
 
     def __init__(
@@ -35,6 +35,6 @@ class GGUFError(RooflamaError, ValueError):
 
 
 class MissingKeyError(GGUFError, KeyError):
-    """A metadata key that the file does not have."""
+    """A metadata key that is not in the file."""
 
     __str__ = Exception.__str__  # KeyError's would quote the message

@@ -1,17 +1,17 @@
-"""GGUF files: one or a split set, opened read-only, header checked, tensors memory-mapped.
+"""Opening a GGUF file or split set: read-only, headers checked, tensors memory-mapped.
 
     with read_gguf("model.gguf") as file:
         file.metadata["llama.block_count"]
         file.tensors["blk.0.attn_q.weight"].shape          # (out, in)
-        file.data("blk.0.attn_q.weight")                   # uint8 [out, bytes of a row], the file's own pages
+        file.data("blk.0.attn_q.weight")                   # uint8 [out, row_nbytes], pages of the mapped file
 
-Opening reads the header alone. ``data`` gives views of the mapping: nothing is copied until a page is touched. The
-header's rules are in ``parse``; what they cannot cover is a file that another process shortens while it is
-mapped, which ends this one with SIGBUS, as it does for every program that maps files.
+Opening reads only the headers, by the rules in ``parse``. ``data`` returns views of the mapping: a page is read when it
+is touched. A file that another process shortens while it is mapped ends this process with SIGBUS, as in any program
+that maps files.
 
-Big-endian files: ``data`` always gives ggml's little-endian bytes, so for them it gives a swapped copy. Which bytes of
-a block are multi-byte numbers is known for the types in ``_WIDE_FIELDS``; the others (Q5_0, Q5_1, the IQ1 to IQ3
-types) read packed bits through native integers, their big-endian form is not defined anywhere, and they are refused.
+``data`` always returns ggml's little-endian bytes; for a big-endian file it returns a swapped copy. ``_WIDE_FIELDS``
+lists which bytes of a block are multi-byte numbers. The types that are not listed (Q5_0, Q5_1, IQ1 to IQ3) read packed
+bits through native integers; their big-endian form is not defined anywhere, so they are refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .types import TYPE_SIZES, ByteOrder, Header
 
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$", re.DOTALL)
 
-# Byte offsets of the 16-bit fields of one block; the rest of the block is single bytes.
+# Byte offsets of the 16-bit fields of a block; the rest of the block is single bytes.
 _WIDE_FIELDS: dict[str, tuple[int, ...]] = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2),
     "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0, 2), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (),
@@ -47,7 +47,7 @@ INTERLEAVED = {
     "deepseek2", "ernie4_5", "glm4", "granite", "granitehybrid", "granitemoe", "internlm2", "llada", "llama", "llama4",
     "minicpm", "mistral3", "olmo", "plm", "smollm3", "xverse",
 }  # fmt: skip
-"""Architectures whose q and k rows files hold as rotary pairs (2j, 2j+1): those that llama.cpp rotates as such."""
+"""Architectures whose rows of q and k are stored as rotary pairs (2j, 2j+1): those that llama.cpp rotates so."""
 
 
 class GGUFFile:
@@ -57,10 +57,10 @@ class GGUFFile:
         paths: the files, in split order; ``path`` is the first.
         version: 2 or 3.
         byte_order: "little" or "big".
-        metadata: the first file's keys and values.
-        tensors: name -> TensorInfo, in file order, over all files.
+        metadata: keys and values of the first file.
+        tensors: name -> TensorInfo of all files, in file order.
 
-    ``metadata`` and ``tensors`` stay usable after ``close``. Arrays from ``data`` do too: each keeps its mapping alive.
+    ``metadata``, ``tensors`` and arrays from ``data`` stay valid after ``close``: each array keeps its mapping alive.
     """
 
     def __init__(self, paths: list[Path], headers: list[Header], maps: list[np.ndarray]):
@@ -90,27 +90,27 @@ class GGUFFile:
         pre = self.metadata.get("tokenizer.ggml.pre")
         return f"{self.metadata.get('tokenizer.ggml.model', 'no tokenizer')}" + (f" ({pre})" if pre else "")
 
-    folder = None  # the metadata holds the tokenizer too
-    norm_offset = 0.0  # Gemma's converter has added the 1
+    folder = None  # the metadata describes the tokenizer
+    norm_offset = 0.0  # Gemma's converter adds the 1
 
     @property
     def interleaved_rope_rows(self) -> bool:
-        """Whether q and k rows are rotary pairs (2j, 2j+1), which the architecture decides."""
+        """Whether rows of q and k are rotary pairs (2j, 2j+1), which depends on the architecture."""
         return self.metadata.get("general.architecture") in INTERLEAVED
 
     @property
     def file_nbytes(self) -> int:
-        """Bytes of all files together, as of when they were opened."""
+        """Bytes of all files together when they were opened."""
         return sum(m.nbytes for m in self._open_maps())
 
     def data(self, name: str) -> np.ndarray:
-        """The tensor's bytes, uint8 [rows, bytes of a row], read-only; [1, nbytes] for a vector.
+        """The bytes of a tensor, uint8 [rows, row_nbytes], read-only; [1, nbytes] for a vector.
 
-        Dimensions before the last are flattened into rows. Little-endian, whatever the file is; the file's own mapped
-        pages unless the file is big-endian.
+        Dimensions before the last are flattened into rows. The bytes are little-endian: the mapped pages of the file,
+        or a swapped copy if the file is big-endian.
 
         Raises:
-            GGUFError: no such tensor; the file is closed; a big-endian file holds a type without a defined order.
+            GGUFError: there is no such tensor, the file is closed, or the type has no defined big-endian form.
         """
         maps = self._open_maps()
         info = self._info(name)
@@ -120,7 +120,7 @@ class GGUFFile:
         return raw.reshape(info.rows, info.row_nbytes)
 
     def close(self) -> None:
-        """Let go of the mappings. Idempotent. A mapping ends when the last array made from it does."""
+        """Drop the mappings. Idempotent. A mapping ends with the last array that was made from it."""
         self._maps = None
 
     def __enter__(self) -> GGUFFile:
@@ -188,7 +188,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Open a GGUF file, or the whole split set whose first file ``path`` names (``...-00001-of-0000N.gguf``).
 
     Raises:
-        GGUFError: no such file, not GGUF, or any rule of the format broken; nothing stays open.
+        GGUFError: the file is missing, is not GGUF, or breaks a rule of the format. Nothing stays open.
     """
     first = Path(path)
     mapped, header = _open(first, 0)
@@ -215,7 +215,7 @@ def _open(path: Path, file_index: int) -> tuple[np.ndarray, Header]:
         raise GGUFError(found, rule=rule, remedy=remedy, path=str(path))
 
     try:
-        kind = path.stat().st_mode  # before opening, since opening a pipe waits for its writer
+        kind = path.stat().st_mode  # before opening: opening a pipe would wait for its writer
         if stat.S_ISDIR(kind):
             refuse("a directory", "the path names one file", "Name the .gguf file inside it")
         if not stat.S_ISREG(kind):
@@ -234,14 +234,14 @@ def _open(path: Path, file_index: int) -> tuple[np.ndarray, Header]:
 
 
 def _shards(first: Path, split: Metadata, count: int) -> list[Path]:
-    """The paths of a split set, from the name and the metadata of the file given."""
+    """The paths of a split set, from the name and metadata of its first file."""
     match = _SHARD.match(first.name)
     if match is None or int(match["count"]) != count:
         split.refuse(
             "split.count",
             f"{count}",
             f"file 1 of {count} is named like model-00001-of-{count:05d}.gguf",
-            "Give the files back the names they were published under",
+            "Restore the names under which the files were published",
         )
     shards = [first.with_name(f"{match['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     number = split.integer("split.no")
@@ -256,7 +256,7 @@ def _shards(first: Path, split: Metadata, count: int) -> list[Path]:
 
 
 def _check_shard(path: Path, header: Header, index: int, count: int, before: list[Header]) -> None:
-    """A later file of a split set agrees with the first and repeats no tensor."""
+    """Check that a later file of a split set agrees with the earlier ones and repeats no tensor."""
     metadata = Metadata(header.metadata, header.value_offsets, str(path))
     if metadata.integer("split.no") != index:
         metadata.refuse("split.no", f"{metadata['split.no']}", f"by its name this is file {index} counted from 0")

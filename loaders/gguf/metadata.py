@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as a mapping; errors about a value name the file, the key and the byte."""
+"""The metadata of a GGUF file as a mapping. Errors about a value name the file, the key and the byte."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Metadata(Mapping[str, Value]):
         return f"Metadata({self._path}, {len(self)} keys)"
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """The whole number at ``key``, or ``default`` if the key is absent.
+        """The integer at ``key``, or ``default`` if the key is absent.
 
         Raises:
-            MissingKeyError: the key is absent, and there is no default.
-            GGUFError: the value is no whole number.
+            MissingKeyError: the key is absent and there is no default.
+            GGUFError: the value is not an integer.
         """
         value = self[key] if default is None else self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -51,7 +51,7 @@ class Metadata(Mapping[str, Value]):
         return value
 
     def refuse(self, key: str, found: str, rule: str, remedy: str | None = None) -> NoReturn:
-        """Raise GGUFError for the value of ``key``, for rules that the caller knows."""
+        """Raise GGUFError about the value of ``key``, with its place in the file."""
         raise GGUFError(
             found,
             rule=rule,
@@ -63,7 +63,7 @@ class Metadata(Mapping[str, Value]):
 
 
 def place(metadata: Mapping[str, Any], key: str) -> str:
-    """What an error about ``key`` begins with: "PATH, byte N: " if the metadata is a GGUF file's, nothing if not."""
+    """The start of an error about ``key``: "PATH, byte N: " for the metadata of a GGUF file, "" for any other."""
     if not isinstance(metadata, Metadata):
         return ""
     offset = metadata._offsets.get(key)

@@ -1,13 +1,15 @@
-"""The header of one GGUF file: untrusted bytes in, checked facts out. GGUF version 2 and 3, either byte order.
+"""Parsing the header of one GGUF file from untrusted bytes. GGUF versions 2 and 3, either byte order.
 
     "GGUF" | u32 version | u64 tensor count | u64 key count | keys and values | tensor infos | padding | tensor data
 
-Nothing read from the file is used before it is checked, so a hostile file costs time and memory in proportion to its
-size and to nothing it claims. The rules are the specification's (docs/gguf.md of ggml), and llama.cpp's where it is
-stricter: tensors follow each other in listed order at exactly the running sum of their padded sizes, arrays are not
-nested, duplicates are refused. Stricter than both: padding must be zero, no dimension may be zero, nothing may follow
-the last tensor's padding, names are printable, and one file holds at most 65,536 keys and as many tensors.
-The padding after the last tensor may be missing, as llama.cpp allows.
+Every number is checked before it is used, so the time and memory that a hostile file costs are proportional to its
+size, whatever its header claims.
+
+The rules are those of the specification (docs/gguf.md of ggml), or of llama.cpp where it is stricter: tensors follow
+each other in listed order at exactly the running sum of their padded sizes, arrays are not nested, and duplicates are
+refused. Five rules are stricter than both: padding is zero, no dimension is zero, nothing follows the padding of the
+last tensor, names are printable, and one file holds at most 65,536 keys and 65,536 tensors. The padding of the last
+tensor may be missing, as in llama.cpp.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from .types import (
 MAX_KEYS = MAX_TENSORS = 65_536
 MAX_KEY_BYTES = 65_535
 MAX_TENSOR_NAME_BYTES = 64
-MAX_STRING_BYTES = 32 * 2**20  # a decoded string may take four times as much
+MAX_STRING_BYTES = 32 * 2**20  # decoded, a string may take four times as many
 MAX_DIMS = 4
 MAX_ALIGNMENT = 2**24
 DEFAULT_ALIGNMENT = 32
@@ -51,7 +53,7 @@ DAMAGED = "The file is damaged or was not written as GGUF: download or convert i
 
 
 class _Cursor:
-    """A position in the file's bytes that cannot pass their end, and knows what it is reading for the error message."""
+    """A position in the file's bytes that cannot pass their end. ``reading`` names the current part for errors."""
 
     def __init__(self, data: memoryview, path: str):
         self.data, self.path = data, path
@@ -69,12 +71,12 @@ class _Cursor:
         raise GGUFError(found, rule=rule, remedy=remedy, path=self.path, offset=offset, reading=self.reading)
 
     def need(self, count: int, what: str) -> None:
-        """Refuse if fewer than ``count`` bytes are left."""
+        """Raise if fewer than ``count`` bytes are left."""
         left = self.size - self.position
         if count > left:
             self.fail(
                 f"{what} needs {count} bytes, {left} are left",
-                "everything the header announces lies inside the file",
+                "all that the header announces lies inside the file",
                 "The file is cut short or damaged: compare its size with the source's and download it again",
             )
 
@@ -103,7 +105,7 @@ class _Cursor:
         return value
 
     def zeros(self, count: int, what: str) -> None:
-        """Pass ``count`` bytes of padding, which must be zero."""
+        """Skip ``count`` bytes of padding, which must be zero."""
         self.need(count, what)
         padding = bytes(self.data[self.position : self.position + count])
         if padding.strip(b"\0"):
@@ -116,13 +118,13 @@ def parse_header(data: memoryview, path: str, file_index: int = 0, *, size: int 
     """Check and decode the header of one file.
 
     Args:
-        data: the whole file, usually memory-mapped; only the header and the padding between tensors are touched.
-        path: the file's name, for messages.
-        file_index: written into each TensorInfo, the number of the file in a split set.
-        size: of the whole file, where ``data`` is only its beginning; the padding beyond is not checked then.
+        data: the whole file, usually memory-mapped; only the header and the padding between tensors are read.
+        path: the file's name in errors.
+        file_index: the file's number in a split set, for each TensorInfo.
+        size: the size of the file if ``data`` is only its beginning; padding beyond ``data`` is then not checked.
 
     Raises:
-        GGUFError: the first rule that the bytes break, with the byte at which they do.
+        GGUFError: the bytes break a rule; names the first one and the byte.
     """
     cursor = _Cursor(data, path)
     _magic(cursor)
@@ -156,7 +158,7 @@ def _magic(cursor: _Cursor) -> None:
 
 def _version(cursor: _Cursor) -> int:
     version = cursor.number("I", "the version")
-    if version & 0xFFFF == 0:  # the number's low half is never 0: the file has the other byte order
+    if version & 0xFFFF == 0:  # a version's low half is never 0, so the file has the other byte order
         cursor.order, cursor.position = "big", 4
         version = cursor.number("I", "the version")
     if version == 1:
@@ -241,14 +243,14 @@ def _array(cursor: _Cursor) -> np.ndarray | StringArray:
             cursor.fail(f"bool {values[worst]} at index {worst}", "a bool is 0 or 1", at=cursor.position + worst)
         values = values.astype(np.bool_)
     else:
-        values = values.astype(values.dtype.newbyteorder("="))  # a copy: it stays when the file is closed
+        values = values.astype(values.dtype.newbyteorder("="))  # a copy, which outlives the mapping
     values.flags.writeable = False
     cursor.position += count * itemsize
     return values
 
 
 def _strings(cursor: _Cursor, count: int) -> StringArray:
-    """Walk ``count`` strings in one tight loop: a vocabulary of 150,000 takes about 0.1 s."""
+    """Read ``count`` strings in one tight loop: 150,000 take about 0.1 s."""
     data, size, start = cursor.data, cursor.size, cursor.position
     length_at = struct.Struct(cursor.prefix + "Q").unpack_from
     ends = array("Q", bytes(8 * (count + 1)))
@@ -258,7 +260,7 @@ def _strings(cursor: _Cursor, count: int) -> StringArray:
         if text > size or (end := text + length_at(data, position)[0]) > size or end - text > MAX_STRING_BYTES:
             cursor.position = position
             cursor.reading += f", string {i - 1} of {count}"
-            cursor.text("the string")  # finds the same fault and words it
+            cursor.text("the string")  # raises the error for this string
         try:
             str(data[text:end], "utf-8")
         except UnicodeDecodeError as error:
@@ -287,7 +289,7 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, Value], value_offsets: Ma
 
 @dataclass(slots=True)
 class _ListedTensor:
-    """A tensor as the header lists it, its place not yet checked."""
+    """A tensor as the header lists it; its place is not checked yet."""
 
     start: int
     name: str
@@ -348,7 +350,7 @@ def _refuse_type(cursor: _Cursor, kind: int, at: int) -> NoReturn:
 
 
 def _place(cursor: _Cursor, listed: list[_ListedTensor], alignment: int, file_index: int) -> dict[str, TensorInfo]:
-    """Check that the tensors fill the rest of the file, in listed order, each padded to the alignment."""
+    """Check that the tensors fill the rest of the file in listed order, each padded to the alignment."""
     data_start = cursor.position
     tensors: dict[str, TensorInfo] = {}
     for i, tensor in enumerate(listed):

@@ -1,10 +1,10 @@
 """Lossless repacking of ggml blocks into the planes of ``rooflama.kernels.LAYOUTS``.
 
-A file stores a tensor as rows of blocks of 18 to 210 bytes, each with its scales beside its codes. Here the codes are
-brought into natural order, one byte each, then packed again into words; scales are gathered, 6-bit ones widened to a
-byte. No number is rounded: dequantising the planes gives what ``gguf.quants.dequantize`` gives, bit for bit.
+A file stores a tensor as rows of blocks of 18 to 210 bytes, each with its scales beside its codes. Repacking brings the
+codes into natural order, one byte each, and packs them into words; it gathers the scales and widens 6-bit scales to a
+byte. No number is rounded: dequantising the planes gives the bits of ``gguf.quants.dequantize``.
 
-Work goes in runs of rows that fit the cache, on a few threads (NumPy lets go of the interpreter lock).
+The work is split into runs of rows that fit the cache, on a few threads (NumPy releases the interpreter lock).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from rooflama.kernels.reference.quant_layouts import QuantLayout
 
 from .types import TYPE_SIZES, row_nbytes
 
-RUN_WEIGHTS = 1 << 18  # weights repacked at a time by one thread
+RUN_WEIGHTS = 1 << 18  # weights that a thread repacks at a time
 
 
 def repack(raw: np.ndarray, ggml_type: str, columns: int) -> Weight:
-    """The planes of one tensor, on the CPU.
+    """Repack a tensor into planes on the CPU.
 
     Args:
-        raw: [rows, bytes_per_row] uint8, as in the file; may be memory-mapped, is only read.
+        raw: uint8 [rows, bytes_per_row], as in the file; may be memory-mapped, is only read.
         ggml_type: a key of ``LAYOUTS``.
-        columns: weights in a row.
+        columns: weights per row.
 
     Raises:
-        KernelInputError: the type has no layout, or the bytes do not hold ``columns`` weights a row.
+        KernelInputError: the type has no layout, or the bytes do not hold ``columns`` weights per row.
     """
     layout = LAYOUTS.get(ggml_type)
     if layout is None:
@@ -81,10 +81,10 @@ def _repack_rows(raw: np.ndarray, ggml_type: str, layout: QuantLayout) -> dict[s
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes in natural order, a byte each, as words of 32 bits: [n, size] uint8 -> [n, size * bits / 32] int32.
+    """Pack codes in natural order, one byte each, into 32-bit words: uint8 [n, size] -> int32 [n, size * bits / 32].
 
-    Eight codes travel in one 64-bit number. Masking leaves every second one, at bits 0, 16, 32, 48; one multiplication
-    brings those four side by side at bit 48.
+    A 64-bit number holds eight codes. A mask selects every second one, at bits 0, 16, 32 and 48; one multiplication
+    brings these four side by side from bit 48 on.
     """
     lanes = np.ascontiguousarray(codes).view("<u8")
     if bits == 8:  # e0 e1 e2 e3 -> e0 e2 e1 e3
@@ -105,10 +105,11 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack_high(codes: np.ndarray, low_bits: int, high_bits: int) -> np.ndarray:
-    """The plane ``high``, whose order follows that of ``low``: [n, size] uint8 -> [n, size * high_bits / 32] int32.
+    """Pack the plane ``high`` in the order of ``low``: uint8 [n, size] -> int32 [n, size * high_bits / 32].
 
-    ``pack`` puts neighbours into the two halves of a word. Half a low word's codes belong into each of their bytes, so
-    the halves of all the low words that one high word serves are brought together first: a swap of two axes.
+    ``pack`` puts neighbouring codes into the two halves of a word. One high word serves several low words, and each of
+    its bytes holds the codes of half a low word; so the halves of these low words are brought together first, by
+    swapping two axes.
     """
     half_low_word = np.dtype(f"<u{16 // low_bits}")
     halves = np.ascontiguousarray(codes).view(half_low_word).reshape(len(codes), -1, low_bits // high_bits, 2)
@@ -121,9 +122,9 @@ def _half(blocks: np.ndarray, offset: int) -> np.ndarray:
 
 
 def _fields(stored: np.ndarray, run: int, bits: int) -> np.ndarray:
-    """ggml's order: a run of ``run`` bytes holds the fields of elements 0..run-1, then those of the next ``run``, ...
+    """Unpack ggml's order: the low fields of ``run`` bytes are elements 0..run-1, the next fields the next run.
 
-    [n, size] uint8 -> [n, size * 8 / bits] uint8.
+    uint8 [n, size] -> uint8 [n, size * 8 / bits].
     """
     out = np.empty((len(stored), stored.shape[1] // run, 8 // bits, run), np.uint8)
     view = stored.reshape(len(stored), -1, run)
@@ -134,19 +135,19 @@ def _fields(stored: np.ndarray, run: int, bits: int) -> np.ndarray:
 
 
 def _bits(stored: np.ndarray) -> np.ndarray:
-    """Bit i of a little-endian number belongs to element i: [n, size] uint8 -> [n, size * 8] uint8."""
+    """Unpack one bit per element, the lowest first: uint8 [n, size] -> uint8 [n, size * 8]."""
     return np.unpackbits(np.ascontiguousarray(stored), axis=1, bitorder="little")
 
 
 def _scales_and_mins(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The eight 6-bit scales and eight 6-bit minima that Q4_K and Q5_K pack into 12 bytes."""
+    """Unpack the eight 6-bit scales and eight 6-bit minima of Q4_K and Q5_K from 12 bytes."""
     first, second, third = stored[:, 0:4], stored[:, 4:8], stored[:, 8:12]
     scales = np.concatenate([first & 63, (third & 15) | (first >> 6 << 4)], axis=1)
     mins = np.concatenate([second & 63, (third >> 4) | (second >> 6 << 4)], axis=1)
     return scales, mins
 
 
-# One reader a type: blocks [n, bytes] uint8 -> its planes, with codes still one byte each, in natural order.
+# One reader per type: blocks uint8 [n, bytes] -> its planes, with the codes one byte each in natural order.
 
 
 def _q4_0(b: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What a GGUF file is made of: the metadata types, ggml's tensor types, and what a parsed header holds."""
+"""The parts of a GGUF file: metadata types, ggml's tensor types, and the parsed header."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..checkpoint import TensorInfo
 ByteOrder = Literal["little", "big"]
 
 STRING, ARRAY, BOOL = 8, 9, 7
-SCALARS = {  # metadata type id -> struct code, which is NumPy's too but for bool
+SCALARS = {  # metadata type id -> struct code, the same as NumPy's except for bool
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "B", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 VALUE_TYPES = {
@@ -23,7 +23,7 @@ VALUE_TYPES = {
     STRING: "string", ARRAY: "array", 10: "uint64", 11: "int64", 12: "float64",
 }  # fmt: skip
 
-# Q8_1 lives in activations only; its 40 bytes in gguf's table are not the 36 of ggml's struct.
+# Without Q8_1, which no file stores: gguf's table says 40 bytes, ggml's struct has 36.
 GGML_TYPES = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType if kind.name != "Q8_1"}
 TYPE_SIZES = {name: (block, nbytes) for name, block, nbytes in GGML_TYPES.values()}  # elements, bytes per block
 REMOVED_GGML_TYPES = {
@@ -31,7 +31,7 @@ REMOVED_GGML_TYPES = {
     36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
 
-# What people pass instead of GGUF, by how it begins.
+# First bytes of files that are passed by mistake -> what they are, and the remedy.
 MISTAKEN = [
     (b"version https://git-lfs", "a git-lfs pointer, not the file it stands for", "Run git lfs pull in its repository"),
     (
@@ -57,9 +57,10 @@ def row_nbytes(ggml_type: str, columns: int) -> int:
 
 
 class StringArray(Sequence[str]):
-    """The strings of a metadata array, decoded when asked for. 16 bytes a string beyond its text; valid after close.
+    """The strings of a metadata array, each decoded when it is read.
 
-    Equal to any sequence of the same strings.
+    Takes 16 bytes per string beyond its text. Stays valid after the file is closed. Equals any sequence of the same
+    strings.
     """
 
     __slots__ = ("_blob", "_ends")
@@ -109,7 +110,7 @@ Value = int | float | bool | str | np.ndarray | StringArray
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file says of itself. ``value_offsets`` gives the byte at which each key's value starts."""
+    """The checked header of one file. ``value_offsets``: key -> the byte at which its value starts."""
 
     version: int
     byte_order: ByteOrder

@@ -1,4 +1,4 @@
-"""Hugging Face folders and the Hub: config.json, safetensors, and which files hold the weights."""
+"""Reading Hugging Face folders and the Hub: config.json, safetensors, and the choice of weight files."""
 
 from .folder import SafetensorsCheckpoint, read_safetensors
 from .json_files import HuggingFaceError

@@ -1,8 +1,8 @@
-"""What a Hugging Face config.json says, under GGUF's keys; its tensors' names, as GGUF has them.
+"""Translating a Hugging Face config.json to GGUF's keys, and its tensor names to GGUF's.
 
-Three keys have no counterpart in GGUF. ``<architecture>.rope.huggingface`` carries the rotary parameters whole, since
-they say more than GGUF's keys can; the models read them with ``rope_from_hf``. ``feed_forward.activation`` and
-``rope.layers`` are in ``RESULT_KEYS``.
+Three keys have no counterpart in GGUF. ``<architecture>.rope.huggingface`` holds all rotary parameters, because GGUF's
+keys cannot express them; the models read it with ``rope_from_hf``. ``feed_forward.activation`` and ``rope.layers``
+come from ``RESULT_KEYS``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .json_files import HuggingFaceError
 from .rope import rope_arguments
 from .unread import check_unread
 
-LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")  # one spelling for each layer
+LAYER_TENSOR = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.(.+)")  # one spelling per layer
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 LEFTOVERS = re.compile(
     r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|(.+\.)?(position_ids|masked_bias|_extra_state)"
     r"|v_head\..+"
 )
-"""Tensors that change no logits: buffers of older releases, which the config decides, and a trainer's value head."""
+"""Tensors that change no logits: buffers of older releases, derived from the config, and a trainer's value head."""
 
 TENSOR_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -44,7 +44,7 @@ TENSOR_NAMES = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""transformers' modules -> GGUF's tensors; those of a layer without ``model.layers.<i>.``."""
+"""transformers' modules -> GGUF's tensors. Modules of a layer are listed without ``model.layers.<i>.``."""
 
 REQUIRED = {
     "num_hidden_layers": "block_count",
@@ -76,28 +76,28 @@ RESULT_KEYS = {
 }
 """Keys that change the logits -> the key under which an adapter reads them, if its family's ``result_keys`` list them.
 
-The value is the config's own, as GGUF's converters write it: Granite's ``logit_scale`` divides, Cohere's multiplies.
-Two differ: ``query_pre_attn_scalar`` s becomes the scale s^-1/2, and ``no_rope_layers`` becomes one boolean per layer,
-whether the layer rotates.
+Values are passed on unchanged, as GGUF's converters write them: Granite's ``logit_scale`` divides, Cohere's multiplies.
+Two values are translated: ``query_pre_attn_scalar`` s becomes the scale s^-1/2, and ``no_rope_layers`` becomes one
+boolean per layer, true if the layer rotates.
 """
 
 
 @dataclass(frozen=True)
 class HFFamily:
-    """How one ``model_type`` is read.
+    """How folders of one ``model_type`` are read.
 
     Attributes:
-        architecture: GGUF's name.
-        required: keys without which transformers assumes the numbers of one particular model.
-        biases: config keys that say whether projections have biases -> the tensor that shows it.
-        window_keys: config keys that decide about sliding windows; any other is as unknown to this type.
-        result_keys: keys of ``RESULT_KEYS`` that the adapter reads. Where one is missing, null, or not listed here, the
-            adapter's default holds; list those whose default in transformers is another one in ``required`` too.
-        unused_keys: further keys that change no result of this type, whatever they hold.
-        tied_by_default: what a missing ``tie_word_embeddings`` means.
-        partial_rotary: whether ``partial_rotary_factor`` counts.
+        architecture: GGUF's name of the architecture.
+        required: keys that must be present, because transformers' defaults are the numbers of one particular model.
+        biases: config keys that say whether projections have biases -> a tensor that exists if they do.
+        window_keys: config keys that decide about sliding windows; others are unknown to this type.
+        result_keys: keys of ``RESULT_KEYS`` that the adapter reads. If a key is missing, null or not listed here, the
+            adapter's default holds; a key whose default in transformers differs must also be in ``required``.
+        unused_keys: further keys that change no result of this type, whatever their value.
+        tied_by_default: the meaning of a missing ``tie_word_embeddings``.
+        partial_rotary: whether ``partial_rotary_factor`` is used.
         tensor_names: as ``TENSOR_NAMES``.
-        norm_offset: added to each stored norm weight; Gemma stores them less 1.
+        norm_offset: the number to add to each stored norm weight; Gemma stores weights minus 1.
     """
 
     architecture: str
@@ -129,7 +129,7 @@ FAMILIES: dict[str, HFFamily] = {
         partial_rotary=True,
     ),
 }
-"""Every ``model_type`` that is read. What is not here raises."""
+"""Every supported ``model_type``; any other is refused."""
 
 
 def family_of(config: Mapping[str, Any]) -> HFFamily:
@@ -140,14 +140,14 @@ def family_of(config: Mapping[str, Any]) -> HFFamily:
 
 
 def gguf_names(config: Mapping[str, Any], stored: Collection[str]) -> dict[str, str]:
-    """Stored name -> GGUF's name, of every tensor that counts.
+    """Stored name -> GGUF's name, for every tensor but the ``LEFTOVERS``.
 
-    A name may lack the prefix ``model.``, as a base model saved without its head has it. Left out are ``LEFTOVERS``. Of
-    a tied model, ``lm_head.weight`` alone is the embedding; where the file holds both, both are named, and the reader
-    compares them.
+    Names may lack the prefix ``model.``, as in a base model saved without its head. If a tied model stores only
+    ``lm_head.weight``, that is the embedding; if it stores both, both are named, and the caller compares them.
 
     Raises:
-        HuggingFaceError: a tensor that no model of this type has, two that are one in GGUF, or a missing output matrix.
+        HuggingFaceError: a model of this type has no such tensor, two tensors have one name in GGUF, or the output
+            matrix is missing.
     """
     family = family_of(config)
     names: dict[str, str] = {}
@@ -187,7 +187,7 @@ def _gguf_name(family: HFFamily, name: str) -> str | None:
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the config says that the output matrix is the embedding."""
+    """Whether the output matrix is the embedding, according to the config."""
     return bool(config.get("tie_word_embeddings", family_of(config).tied_by_default))
 
 
@@ -196,11 +196,11 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
 
     Args:
         config: the parsed config.json.
-        tensors: GGUF's names of the tensors there are.
-        name: what to call the model.
+        tensors: GGUF's names of the stored tensors.
+        name: the model's name.
 
     Raises:
-        HuggingFaceError: a key is missing, contradicts the tensors, or asks for what is not supported.
+        HuggingFaceError: a key is missing, contradicts the tensors, or asks for an unsupported computation.
     """
     family = family_of(config)
     missing = [key for key in (*REQUIRED, *family.required) if key not in config]
@@ -229,7 +229,7 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
 
 
 def _windows(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
-    """The sliding window, and where it holds in some layers only, in which."""
+    """The sliding window and, if only some layers have it, which ones."""
     said = {key: config.get(key) for key in family.window_keys}
     window, types = said.get("sliding_window"), said.get("layer_types")
     if not window or not said.get("use_sliding_window", True):
@@ -258,13 +258,13 @@ def _windows(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
 
 
 def _keys_read(family: HFFamily) -> set[str]:
-    """Every key that is read for this type, or that is known to change nothing in it."""
+    """Every key that is read for this type, or is known to change none of its results."""
     shape = {*REQUIRED, *OPTIONAL, *ROPE, *OTHERS_READ}
     return shape | {*family.biases, *family.window_keys, *family.result_keys, *family.unused_keys}
 
 
 def _result_keys(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
-    """What ``result_keys`` give, under the adapter's names. Two keys of one name must agree."""
+    """The values of ``result_keys`` under the adapter's names. Two keys with one name must agree."""
     found: dict[str, Any] = {}
     for key in family.result_keys:
         value = config.get(key)

@@ -2,10 +2,10 @@
 
     with read_safetensors("SmolLM2-135M") as checkpoint:
         checkpoint.metadata["llama.block_count"]
-        checkpoint.data("blk.0.attn_q.weight")          # uint8 [rows, bytes of a row], the file's own pages
+        checkpoint.data("blk.0.attn_q.weight")          # uint8 [rows, row_nbytes], pages of the mapped file
 
-Opening reads headers and no weights, unless two tensors must be compared. Which files hold the weights is in
-``weight_files``, one file's format in ``safetensors``, and what names and numbers mean in ``config``.
+Opening reads headers; it reads weights only if two tensors must be compared. ``weight_files`` chooses the files,
+``safetensors`` reads one of them, and ``config`` translates names and hyperparameters.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .safetensors import StoredTensor, read_safetensors_file
 from .weight_files import refuse_without_weights, weight_files
 
 DTYPES = {"F32": ("F32", 4), "F16": ("F16", 2), "BF16": ("BF16", 2), "F64": ("F32", 4)}
-"""dtype of the file -> ggml type of what is read, and its bytes per number; float64 is rounded to float32."""
-CHUNK = 2**24  # bytes compared at a time
+"""dtype in the file -> ggml type of what ``data`` returns, and its bytes per number. float64 is rounded to float32."""
+CHUNK = 2**24  # bytes per step of a comparison
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-"""Either holds a vocabulary; the first that exists is read."""
+"""Files that hold a vocabulary; the first that exists is read."""
 
 
 class SafetensorsCheckpoint:
@@ -38,12 +38,12 @@ class SafetensorsCheckpoint:
 
     Attributes:
         folder: its path.
-        paths: of its safetensors files.
-        file_nbytes: bytes of them.
+        paths: its safetensors files that hold the weights.
+        file_nbytes: bytes of ``paths`` together.
         metadata: the config under GGUF's keys.
         tensors: GGUF's name -> TensorInfo.
-        interleaved_rope_rows: False: these files store rotary pairs half-split, or the family itself rotates others.
-        norm_offset: of the family, see ``HFFamily``.
+        interleaved_rope_rows: False: folders store rotary pairs as the model rotates them.
+        norm_offset: as in ``HFFamily``.
     """
 
     interleaved_rope_rows = False
@@ -73,13 +73,13 @@ class SafetensorsCheckpoint:
         return file.name if file else "no tokenizer"
 
     def data(self, name: str) -> np.ndarray:
-        """The tensor's bytes, uint8 [rows, bytes of a row], read-only; [1, nbytes] for a vector.
+        """The bytes of a tensor, uint8 [rows, row_nbytes], read-only; [1, nbytes] for a vector.
 
-        The file's own mapped pages, or of a float64 tensor a copy in float32.
+        They are the mapped pages of the file, or for a float64 tensor a copy in float32.
 
         Raises:
             HuggingFaceError: the checkpoint is closed.
-            KeyError: no such tensor.
+            KeyError: there is no such tensor.
         """
         if self._stored is None:
             raise HuggingFaceError(
@@ -95,7 +95,7 @@ class SafetensorsCheckpoint:
         return raw.reshape(info.rows, info.row_nbytes)
 
     def close(self) -> None:
-        """Let go of the mappings. Idempotent. A mapping ends when the last array made from it does."""
+        """Drop the mappings. Idempotent. A mapping ends with the last array that was made from it."""
         self._stored = None
 
     def __enter__(self) -> SafetensorsCheckpoint:
@@ -110,11 +110,10 @@ def read_safetensors(path: str | Path, *, name: str | None = None) -> Safetensor
 
     Args:
         path: the folder.
-        name: what to call the model; None for the folder's own name.
+        name: the model's name; None for the name of the folder.
 
     Raises:
-        HuggingFaceError: something is missing, cannot be read, is damaged, or is of a model type or dtype that rooflama
-            does not know.
+        HuggingFaceError: a file is missing, unreadable or damaged, or the model type or a dtype is not supported.
     """
     folder = Path(path)
     with readable(folder):
@@ -163,7 +162,7 @@ def _tensor_info(name: str, tensor: StoredTensor, paths: list[Path]) -> TensorIn
 
 
 def _check_repeated(repeated: list[tuple[str, StoredTensor, StoredTensor]]) -> None:
-    """A tensor may be stored in two files, if it is the same in both."""
+    """Check that tensors which two files hold are the same in both."""
     for name, first, second in repeated:
         if not _equal(first, second):
             refuse(
@@ -178,7 +177,7 @@ def _check_repeated(repeated: list[tuple[str, StoredTensor, StoredTensor]]) -> N
 
 
 def _untie(tensors: dict[str, StoredTensor]) -> None:
-    """Of a tied model that stores its output too: drop one that equals the embedding, keep another, as transformers."""
+    """Drop a tied model's stored output matrix if it equals the embedding; otherwise keep it, as transformers does."""
     if _equal(tensors[EMBEDDING], tensors[OUTPUT]):
         del tensors[OUTPUT]
         return
@@ -190,7 +189,7 @@ def _untie(tensors: dict[str, StoredTensor]) -> None:
 
 
 def _equal(first: StoredTensor, second: StoredTensor) -> bool:
-    """Whether two tensors are stored alike, byte for byte."""
+    """Whether two tensors are equal in dtype, shape and bytes."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     left, right = first.data, second.data

@@ -1,7 +1,7 @@
-"""``hf:`` references: files of the Hugging Face Hub, through huggingface_hub (the extra ``hub``).
+"""``hf:`` references: downloading files of the Hugging Face Hub with huggingface_hub (the extra ``hub``).
 
-The library's own rules hold: HF_HOME for the cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. What is in the cache is not
-downloaded again; a revision that is a full commit hash is not even asked for.
+The library's variables apply: HF_HOME for the cache, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. A file in the cache is not
+downloaded again. For a revision that is a full commit hash, the Hub is not contacted at all.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ REFERENCE = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:@]+))?(:(
 FORM = "a reference is hf:owner/repo, hf:owner/repo@revision or hf:owner/repo:file.gguf"
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
-LEFT_OUT = ["[!a]*/*", "a[!d]*/*"]  # folders of other formats (original/, onnx/); not additional_chat_templates/
+LEFT_OUT = ["[!a]*/*", "a[!d]*/*"]  # folders of other formats (original/, onnx/), but not additional_chat_templates/
 Answer = TypeVar("Answer")
 SHARD = re.compile(r"(?P<stem>.+)-00001-of-(?P<count>\d{5})\.gguf")
 
 
 class HubError(RooflamaError, OSError):
-    """Files of the Hub that cannot be had."""
+    """Files of the Hub that cannot be downloaded."""
 
 
 class NotOnHubError(HubError):
-    """A repository, revision or file that the Hub does not have, or does not show to this user."""
+    """A repository, revision or file that does not exist, or is not visible to this user."""
 
 
 class HubUnreachableError(HubError):
-    """The Hub cannot be asked, and the cache does not have what is asked for."""
+    """The Hub cannot be reached, and the cache lacks the file."""
 
 
 class Reference(NamedTuple):
@@ -52,10 +52,10 @@ class Reference(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Raises HubError for what is no reference."""
+        """Parse a reference. Raises HubError if ``text`` is not one."""
         match = REFERENCE.fullmatch(text)
         if match is None:
-            refuse(HubError, text, "no reference", FORM, "Write it like hf:HuggingFaceTB/SmolLM2-135M")
+            refuse(HubError, text, "not a reference", FORM, "Write it like hf:HuggingFaceTB/SmolLM2-135M")
         file = match["file"]
         if file is not None and (not file.endswith(".gguf") or ".." in file.split("/") or file.startswith("/")):
             refuse(HubError, text, f"file {file!r}", FORM, "Name a .gguf file, or none for the safetensors")
@@ -63,18 +63,18 @@ class Reference(NamedTuple):
 
 
 def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
-    """Download what a reference names, unless the cache has it.
+    """Download the files that a reference names, unless the cache has them.
 
     Args:
         text: the reference.
-        weights: whether the safetensors are wanted; a GGUF file comes whole.
+        weights: False leaves out the safetensors; a GGUF file is always downloaded whole.
 
     Returns:
-        The file or folder in the cache, and the name that it goes by: the file's, or the repository's.
+        The file or folder in the cache, and the name of the file or repository.
 
     Raises:
-        NotOnHubError: no such repository, revision or file, or no access to it.
-        HubUnreachableError: no network, or HF_HUB_OFFLINE is set, and the cache does not have it.
+        NotOnHubError: the repository, revision or file does not exist, or is not accessible.
+        HubUnreachableError: the cache lacks a file, and there is no network or HF_HUB_OFFLINE is set.
         HubError: the reference is malformed, huggingface_hub is not installed, or the Hub answers with an error.
     """
     reference = Reference.parse(text)
@@ -94,7 +94,7 @@ def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
 
 
 def download(hub: ModuleType, text: str, reference: Reference, patterns: list[str]) -> Path:
-    """Download the files of a repository whose names match; returns their folder, which is named after the commit."""
+    """Download the files of a repository that match ``patterns``; returns their folder, named after the commit."""
     ask = partial(
         hub.snapshot_download,
         reference.repo,
@@ -106,14 +106,14 @@ def download(hub: ModuleType, text: str, reference: Reference, patterns: list[st
 
 
 def repository_files(hub: ModuleType, text: str, reference: Reference) -> list[str]:
-    """The names of all its files."""
+    """The names of all files of a repository."""
     return asked(
         hub, text, reference, partial(hub.HfApi().list_repo_files, reference.repo, revision=reference.revision)
     )
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder of the cache has the files that hold its weights."""
+    """Whether a folder in the cache has the files that hold its weights."""
     try:
         return bool(_weight_names(folder))
     except HuggingFaceError:
@@ -121,12 +121,12 @@ def has_weights(folder: Path) -> bool:
 
 
 def chosen_weights(hub: ModuleType, text: str, reference: Reference, folder: Path, listed: list[str]) -> list[str]:
-    """Which of a repository's files hold the weights, chosen as in a folder on this machine.
+    """The files of a repository that hold the weights, by the rules for a local folder.
 
     Args:
-        hub, text, reference: the library, and what was asked for.
-        folder: the repository's config.json and indices.
-        listed: the names of its files.
+        hub, text, reference: the library, the reference as text, and parsed.
+        folder: holds config.json and the indices of the repository.
+        listed: the names of all files of the repository.
     """
     names = [name for name in listed if name.endswith(".safetensors") and "/" not in name]
     if not names:
@@ -139,7 +139,7 @@ def chosen_weights(hub: ModuleType, text: str, reference: Reference, folder: Pat
 
 
 def copy_json(folder: Path, target: Path) -> Path:
-    """A new folder with copies of the JSON files."""
+    """Copy the JSON files of a folder to a new folder."""
     target.mkdir()
     for path in folder.glob("*.json"):
         shutil.copy(path, target)
@@ -147,14 +147,14 @@ def copy_json(folder: Path, target: Path) -> Path:
 
 
 def _weight_names(folder: Path) -> list[str]:
-    """Raises HuggingFaceError. Without a note about other files: a repository may hold more than one form."""
+    """The weight files of a folder, without warnings: a repository may hold several forms. Raises HuggingFaceError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [path.name for path in weight_files(folder, read_json(folder / "config.json"))]
 
 
 def split_set(file: str) -> list[str]:
-    """The file, or if its name is that of the first of a split set, all of the set."""
+    """All files of a split set if ``file`` is its first, else ``file`` alone."""
     shard = SHARD.fullmatch(file)
     if shard is None:
         return [file]
@@ -171,21 +171,21 @@ def library(text: str) -> ModuleType:
             HubError,
             text,
             "huggingface_hub is not installed",
-            "references to the Hub are resolved by it",
+            "it resolves references to the Hub",
             "Run: pip install 'rooflama[hub]'",
         )
     return huggingface_hub
 
 
 def asked(hub: ModuleType, text: str, reference: Reference, ask: Callable[[], Answer]) -> Answer:
-    """What the library answers, its errors as ours."""
+    """The result of ``ask``; errors of the library are raised as HubError."""
     errors = hub.errors
     revision = reference.revision or "main"
     try:
         return ask()
     except errors.GatedRepoError:
-        found, rule = "access to the repository is restricted", "its owner grants access to users that ask for it"
-        remedy = f"Ask for it at https://huggingface.co/{reference.repo}, then set HF_TOKEN"
+        found, rule = "access to the repository is restricted", "its owner grants access on request"
+        remedy = f"Request it at https://huggingface.co/{reference.repo}, then set HF_TOKEN"
     except errors.RepositoryNotFoundError:
         found, rule = (
             f"no repository {reference.repo!r}",
@@ -204,7 +204,7 @@ def asked(hub: ModuleType, text: str, reference: Reference, ask: Callable[[], An
         raise
     except errors.HFValidationError as error:
         refuse(HubError, text, str(error).rstrip("."), FORM, "Check the name")
-    except Exception as error:  # its HTTP client, and so that one's errors, differ from version to version
+    except Exception as error:  # the HTTP client, and with it its errors, differ between versions of the library
         _refuse_unreachable(hub, text, error)
     refuse(NotOnHubError, text, found, rule, remedy)
 
@@ -215,15 +215,15 @@ def _refuse_unreachable(hub: ModuleType, text: str, error: Exception) -> NoRetur
             HubUnreachableError,
             text,
             "not in the cache, and HF_HUB_OFFLINE is set",
-            "offline, only what was downloaded before can be opened",
-            "Unset HF_HUB_OFFLINE, or set HF_HOME to the cache that has it",
+            "offline, only files in the cache can be opened",
+            "Unset HF_HUB_OFFLINE, or set HF_HOME to a cache that has the file",
         )
     cause = str(error.__cause__ or error).splitlines()[0].rstrip(".")
     refuse(
         HubUnreachableError,
         text,
-        f"not in the cache, and {hub.constants.ENDPOINT} does not give it ({cause})",
-        "what is not in the cache is downloaded",
+        f"not in the cache, and not available from {hub.constants.ENDPOINT} ({cause})",
+        "files that are not in the cache are downloaded",
         "Check the network and HF_ENDPOINT, and try again",
     )
 
@@ -234,7 +234,7 @@ def refuse_without_weights(hub: ModuleType, text: str, reference: Reference) -> 
         NotOnHubError,
         text,
         "no safetensors in the repository",
-        "without a file, a reference means the safetensors",
+        "a reference that names no file means the safetensors",
         f"Its .gguf files are {files}" + (f": name one, as in {text}:FILE" if files != "none" else ""),
     )
 
@@ -243,7 +243,7 @@ def _gguf_files(hub: ModuleType, reference: Reference) -> str:
     try:
         files = hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
     except Exception:  # as above
-        return "not known here, since the Hub cannot be asked"
+        return "unknown, because the Hub cannot be reached"
     return ", ".join(file for file in files if file.endswith(".gguf")) or "none"
 
 

@@ -1,7 +1,7 @@
-"""Headers of files of the Hub: all that ``inspect`` and ``plan`` read, without the weights.
+"""Fetching only the headers of files on the Hub, for ``inspect`` and ``plan``.
 
-A file's header is fetched by HTTP ranges and written to a hollow copy: a sparse file of the whole file's length, in
-which the weights are holes. The readers take such a file as it is, and check its header against its length as always.
+A header is fetched by HTTP ranges and written to a hollow copy: a sparse file of the full length, in which the weights
+are holes. The usual readers open such a copy, and check its header against its length.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from .hub import (
 )
 from .safetensors import LENGTH_BYTES, header_nbytes
 
-Piece = tuple[int, bytes]  # an offset in a file, and what stands there
-FIRST_BYTES = 2**14  # asked for of a GGUF file, then as many again until the header ends
-MOST_BYTES = 2**26  # of a header; a vocabulary of 256,000 tokens takes 2^23
-ROPE_FACTORS = "rope_"  # begin of the names of tensors that the config needs: a number per rotary pair
+Piece = tuple[int, bytes]  # an offset in a file, and the bytes there
+FIRST_BYTES = 2**14  # of the first request for a GGUF file; each further request doubles what has been read
+MOST_BYTES = 2**26  # per header; a vocabulary of 256,000 tokens takes 2^23
+ROPE_FACTORS = "rope_"  # prefix of the tensors that the config needs: one number per rotary pair
 MOST_FACTOR_BYTES = 2**16
-AT_ONCE = 8  # shards whose headers are fetched at a time
+AT_ONCE = 8  # shards whose headers are fetched concurrently
 
 
 class RemoteFile(NamedTuple):
-    """A file of one commit of a repository."""
+    """A file in one commit of a repository."""
 
     hub: ModuleType
     text: str
@@ -48,7 +48,7 @@ class RemoteFile(NamedTuple):
     name: str
 
     def read(self, start: int, stop: int) -> tuple[bytes, int]:
-        """Its bytes from ``start`` to ``stop`` or to its end, and its length. Raises HubError."""
+        """The bytes from ``start`` to ``stop`` or the end of the file, and its length. Raises HubError."""
         return asked(self.hub, self.text, self.reference, partial(self._read, start, stop))
 
     def _read(self, start: int, stop: int) -> tuple[bytes, int]:
@@ -57,21 +57,21 @@ class RemoteFile(NamedTuple):
         wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         headers = {**self.hub.utils.build_hf_headers(), **wanted}
         with self.hub.utils.get_session().stream("GET", url, headers=headers) as response:
-            if response.status_code != 200:  # whole files are left unread
+            if response.status_code != 200:  # a whole file stays unread
                 response.read()
             self.hub.utils.hf_raise_for_status(response)
             if response.status_code != 206:
                 refuse(
                     HubError,
                     self.text,
-                    f"{self.name} is sent whole, though only its header was asked for",
-                    "headers alone are read by HTTP ranges",
+                    f"{self.name} is sent whole in answer to a request for its header",
+                    "headers are read by HTTP ranges",
                     "Download the model: rooflama.load, or the command run",
                 )
             return response.content, int(response.headers["Content-Range"].rpartition("/")[2])
 
     def hollow(self, path: Path) -> None:
-        """Write the header, and the rotary factors of a GGUF file, to a sparse file of the same length."""
+        """Write a hollow copy to ``path``: the header, and the rotary factors of a GGUF file."""
         pieces, size = self._gguf() if self.name.endswith(".gguf") else self._safetensors()
         try:
             lay_out(path, size, pieces)
@@ -79,13 +79,13 @@ class RemoteFile(NamedTuple):
             refuse(
                 HubError,
                 self.text,
-                f"{self.name}, of {size} bytes, has no room in {path.parent} ({error.strerror})",
-                "its header is written to a sparse file of its length",
-                "Set TMPDIR to a folder of a file system with sparse files",
+                f"no room for {self.name}, of {size} bytes, in {path.parent} ({error.strerror})",
+                "its header is written to a sparse file of the same length",
+                "Set TMPDIR to a folder on a file system with sparse files",
             )
 
     def _safetensors(self) -> tuple[list[Piece], int]:
-        """The header, whose length comes first; one that cannot be right is left to the reader to refuse."""
+        """The header of a safetensors file. If its length is implausible, the reader will refuse the copy."""
         head, size = self.read(0, LENGTH_BYTES)
         stop = LENGTH_BYTES + header_nbytes(head)
         if not LENGTH_BYTES < stop <= min(size, MOST_BYTES):
@@ -93,7 +93,7 @@ class RemoteFile(NamedTuple):
         return [(0, head), (LENGTH_BYTES, self.read(LENGTH_BYTES, stop)[0])], size
 
     def _gguf(self) -> tuple[list[Piece], int]:
-        """The header, whose end only reading it tells; a damaged one is left to the reader to refuse."""
+        """The header of a GGUF file, found by parsing ever more of it. The reader will refuse a damaged one."""
         head, size = self.read(0, FIRST_BYTES)
         while True:
             try:
@@ -118,17 +118,17 @@ def lay_out(path: Path, size: int, pieces: Iterable[Piece]) -> None:
 
 
 def fetch_headers(text: str, scratch: Path) -> tuple[Path, str]:
-    """Fetch what a reference names, or where it is not in the cache, config.json and the headers alone.
+    """Like ``fetch``, but weights that are not in the cache are replaced by hollow copies.
 
     Args:
         text: the reference.
-        scratch: an empty folder for hollow copies, which must stay while they are read.
+        scratch: an empty folder for the hollow copies, which must exist while they are read.
 
     Returns:
-        As ``fetch``: the file or folder, and the name that it goes by.
+        As ``fetch``: the file or folder, and the name of the file or repository.
 
     Raises:
-        NotOnHubError, HubUnreachableError, HubError: as ``fetch``.
+        NotOnHubError, HubUnreachableError, HubError: as for ``fetch``.
         HuggingFaceError: config.json or the index is damaged.
     """
     reference = Reference.parse(text)

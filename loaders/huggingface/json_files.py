@@ -1,4 +1,4 @@
-"""JSON files of a Hugging Face folder: one object each, its outer keys all different."""
+"""Reading the JSON files of a Hugging Face folder. Each holds one object, whose keys are distinct."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from rooflama.kernels import RooflamaError
 
 DAMAGED = "The file is damaged: download it again"
-MOST_DIGITS = 40  # of a whole number; transformers writes 10^30 for "no limit"
+MOST_DIGITS = 40  # of an integer; transformers writes 10^30 for "no limit"
 
 
 class HuggingFaceError(RooflamaError, ValueError):
@@ -20,32 +20,32 @@ class HuggingFaceError(RooflamaError, ValueError):
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Turns an OSError on the way to any of the folder's files into a HuggingFaceError."""
+    """Turn an OSError about a file of ``folder`` into a HuggingFaceError."""
     try:
         yield
     except OSError as error:
         refuse(
             Path(error.filename or folder),
             f"cannot be read ({error.strerror})",
-            "the files of a Hugging Face folder can be read",
+            "the files of a Hugging Face folder must be readable",
             "Check its permissions, and that the download finished",
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The file's object. Raises HuggingFaceError if it is not there or no such object."""
+    """The object in a file. Raises HuggingFaceError if the file is missing or does not hold one object."""
     if not path.is_file():
         refuse(path, "no such file", "a Hugging Face folder holds it", "Check the path, and that the download finished")
     return parse_json(path.read_bytes(), path)
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    """The file's object; empty where there is no such file."""
+    """Like ``read_json``, but an empty object if the file is missing."""
     return read_json(path) if path.exists() else {}
 
 
 def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object whose outer keys are all different, its whole numbers of a length that a float can hold."""
+    """Parse one JSON object. Refuses repeated keys, and integers of more than MOST_DIGITS digits."""
 
     def whole(digits: str) -> int:
         if len(digits) > MOST_DIGITS:

@@ -1,4 +1,4 @@
-"""The rotary parameters of a config.json, gathered from the places where transformers looks for them."""
+"""Gathering the rotary parameters of a config.json from the places where transformers looks for them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from .json_files import HuggingFaceError
 
 
 def rope_arguments(config: Mapping[str, Any], *, partial_rotary: bool) -> dict[str, Any]:
-    """The arguments of ``rope_from_hf`` that the config gives.
+    """The arguments for ``rope_from_hf`` that the config contains.
 
     Args:
         config: the parsed config.json.
-        partial_rotary: whether models of this type can rotate part of a head.
+        partial_rotary: whether this model type can rotate part of a head.
 
     Raises:
-        HuggingFaceError: two sets of parameters, one without the base; part of a head where transformers fails.
+        HuggingFaceError: there are two sets of parameters and the one that counts lacks the base, or the config asks
+            for a partial rotation with which transformers fails.
     """
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     if old and new and old != new:
@@ -45,9 +46,9 @@ def rope_arguments(config: Mapping[str, Any], *, partial_rotary: bool) -> dict[s
 
 
 def _whole_heads(parameters: Any, outer: Any) -> Any:
-    """The parameters without ``partial_rotary_factor``, of a type that knows none.
+    """The parameters without ``partial_rotary_factor``, for a model type that does not define it.
 
-    There, transformers rotates whole heads without scaling, and fails with it.
+    Without scaling, transformers rotates whole heads of such a model; with scaling, it fails.
     """
     given = parameters if isinstance(parameters, Mapping) else {}
     part = outer if given.get("partial_rotary_factor") is None else given["partial_rotary_factor"]

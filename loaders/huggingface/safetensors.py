@@ -1,8 +1,8 @@
 """One safetensors file: a length (8 bytes, little-endian), a JSON header of that length, and the tensors' bytes.
 
-The safetensors library checks the header: each tensor's dtype, shape and place, and that the places cover the rest of
-the file without gap or overlap. Two checks are added, for what the library accepts: a name that occurs twice, and a
-header out of all proportion to its file.
+The safetensors library checks the header: the dtype, shape and place of each tensor, and that the places cover the rest
+of the file without gap or overlap. Two checks are added, because the library accepts a name that occurs twice, and a
+header that is most of its file.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from safetensors import SafetensorError, safe_open
 from .json_files import parse_json, refuse
 
 LENGTH_BYTES = 8
-SMALL_HEADER = 2**20  # bytes; a larger one is a small part of its file, since JSON takes up to 50 times that in memory
+SMALL_HEADER = 2**20  # bytes; a larger one must be a small part of its file: parsed JSON takes up to 50 times its size
 
 
 class StoredTensor(NamedTuple):
     """A tensor as a file stores it.
 
     Attributes:
-        path: of the file.
-        dtype: the format's name of it.
+        path: the file.
+        dtype: the name that the format gives the dtype.
         shape: rows first.
         offset: the byte of the file at which the tensor starts.
-        data: its bytes, uint8 [nbytes]: read-only pages of the mapped file.
+        data: its bytes, uint8 [nbytes], read-only pages of the mapped file.
     """
 
     path: Path
@@ -40,12 +40,12 @@ class StoredTensor(NamedTuple):
 
 
 def header_nbytes(start: bytes) -> int:
-    """The length of the header, which the first LENGTH_BYTES of a file state."""
+    """The length of the header, from the first LENGTH_BYTES of a file."""
     return int.from_bytes(start[:LENGTH_BYTES], "little")
 
 
 def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
-    """Map one file; its header is read and checked, its tensors are not.
+    """Map one file, and read and check its header; no tensor is read.
 
     Raises:
         HuggingFaceError: the file is damaged, or its header is out of proportion.

@@ -1,8 +1,7 @@
-"""Keys of a config.json that nothing reads: passed over where they cannot change the logits, refused where they might.
+"""Keys of a config.json that nothing reads: ignored if they cannot change the logits, refused if they might.
 
-transformers ignores a key that its class for a model type does not define. A model's own code may not, and neither may
-the next release, so that such a key is passed over only where it is on the list below or holds a value that asks for
-nothing.
+transformers ignores a key that its class for a model type does not define, but a model's own code or the next release
+may read it. So such a key is ignored only if it is listed below, or holds a value that asks for nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ TOKENS = {
 LENGTHS = {
     "max_seq_len", "max_seq_length", "max_sequence_length", "model_max_length", "seq_len", "seq_length",
 }  # fmt: skip
-"""Lengths beside max_position_embeddings, which no class reads."""
+"""Lengths other than max_position_embeddings, which no class of transformers reads."""
 GENERATION = {
     "bad_words_ids", "begin_suppress_tokens", "cache_implementation", "diversity_penalty", "do_sample",
     "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
@@ -49,10 +48,10 @@ GENERATION = {
     "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix",
     "remove_invalid_values", "repetition_penalty", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
-"""Settings of generate(), as older releases of transformers wrote them here."""
+"""Settings of generate() that older releases of transformers wrote into config.json."""
 
 NO_EFFECT = TRAINING | BOOKKEEPING | EXECUTION | TOKENS | LENGTHS | GENERATION
-"""Reviewed: none of these changes the logits, whatever it holds."""
+"""Reviewed keys: none of them changes the logits, whatever its value."""
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "activation": ("silu", "swish", "swiglu"),
@@ -92,10 +91,10 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_rms_norm": (True,),
     "use_rope": (True,),
 }
-"""Keys that change the logits -> the values that ask for what is done anyway."""
+"""Keys that change the logits -> the values that ask for the default computation."""
 
 NEUTRAL_LAYERS: dict[str, object] = {"layer_types": "full_attention", "no_rope_layers": 1}
-"""The same of keys that hold a list -> what each of its entries then is."""
+"""Keys that hold one entry per layer -> the entry that asks for the default computation."""
 
 CHANGES_RESULT = {
     *NEUTRAL, *NEUTRAL_LAYERS, "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "final_logit_softcapping",
@@ -103,19 +102,19 @@ CHANGES_RESULT = {
 }  # fmt: skip
 
 WINDOW_KEYS = {"max_window_layers", "sliding_window", "use_sliding_window"}
-"""Passed over where a model type does not define them: fine-tunes of Mistral as ``llama`` still carry them."""
+"""Keys that are ignored if a model type does not define them: fine-tunes of Mistral as ``llama`` still carry them."""
 
 
 def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: bool) -> None:
-    """Pass over what changes nothing, with a warning for names that are not on the list; refuse the rest.
+    """Ignore keys that change nothing, with a warning for names that are not listed above; refuse the others.
 
     Args:
         config: the parsed config.json.
-        read: keys that are read.
-        windowed: whether layers have the sliding window that keys among ``read`` ask for.
+        read: keys that are read elsewhere.
+        windowed: whether keys among ``read`` gave layers a sliding window.
 
     Raises:
-        HuggingFaceError: a key may change the logits.
+        HuggingFaceError: a key changes the logits, or may change them.
     """
     left = {key: value for key, value in config.items() if value is not None and key not in read}
     left = {key: value for key, value in left.items() if key not in NO_EFFECT and not key.startswith("_")}
@@ -126,8 +125,8 @@ def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: 
             f"config.json: {', '.join(f'{key} {value!r}' for key, value in refused.items())}",
             rule=f"model_type {model_type!r} is computed without, and it "
             + ("changes the result" if CHANGES_RESULT.issuperset(refused) else "may change the result"),
-            remedy="Use another model, or teach its family the key (docs/ADAPTER_PATTERN_GUIDE.md); if the key says "
-            "nothing about the model, remove it",
+            remedy="Use another model, or add the key to its family (docs/ADAPTER_PATTERN_GUIDE.md); if the key "
+            "does not describe the model, remove it",
         )
     if unread := sorted(key for key in left if key not in CHANGES_RESULT):
         warnings.warn(
@@ -138,7 +137,7 @@ def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: 
 
 
 def _is_neutral(key: str, value: object, windowed: bool) -> bool:
-    """Whether the value asks for what is done anyway."""
+    """Whether the value asks for the default computation."""
     if key in WINDOW_KEYS:
         return True
     if key in NEUTRAL_LAYERS and isinstance(value, list):

@@ -1,11 +1,11 @@
-"""Which files of a Hugging Face folder hold the weights, chosen as transformers chooses them.
+"""Choosing the files of a Hugging Face folder that hold the weights, in the order of transformers.
 
 1. The file that config.json names under ``transformers_weights``.
-2. ``model.safetensors``, whatever lies beside it.
+2. ``model.safetensors``, even if other files lie beside it.
 3. The files that ``model.safetensors.index.json`` names.
 
-A folder with none of these is read if its files leave no choice: a complete set ``model-0000i-of-0000n.safetensors``,
-or a single safetensors file. transformers refuses such a folder.
+transformers refuses a folder with none of these. Here it is read if there is no choice to make: it holds one complete
+set ``model-0000i-of-0000n.safetensors``, or one safetensors file.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 OTHER_FORMATS = re.compile(r"consolidated(\.|-).*")
-"""Mistral's and Meta's own layout of the same weights, which is published beside transformers'."""
+"""The same weights in Mistral's and Meta's own layout, published beside those for transformers."""
 RULE = "a folder holds config.json and model.safetensors"
 
 
 def weight_files(folder: Path, config: Mapping[str, Any]) -> list[Path]:
-    """The files to read, all of them there. Warns of other files that might be taken for the weights.
+    """The files to read, all of which exist. Warns about other files that could be mistaken for the weights.
 
     Raises:
-        HuggingFaceError: there are none, one is missing, or what to read is not clear.
+        HuggingFaceError: there are no weights, a file is missing, or the choice is ambiguous.
     """
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     named = config.get("transformers_weights")
@@ -69,12 +69,12 @@ def _indexed(index: Path) -> list[str]:
     names = _beside(index, weight_map)
     for name in names:
         if not (index.parent / name).is_file():
-            refuse(index, f"{name} is missing", "every file that the index names is there", "Download it too")
+            refuse(index, f"{name} is missing", "every file that the index names must exist", "Download it too")
     return names
 
 
 def _beside(index: Path, weight_map: Mapping[str, Any]) -> list[str]:
-    """The files that an index names, in transformers' order; they must lie beside it."""
+    """The files that an index names, in transformers' order. Each must lie beside the index."""
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -83,13 +83,13 @@ def _beside(index: Path, weight_map: Mapping[str, Any]) -> list[str]:
 
 
 def _only_choice(folder: Path, present: list[str]) -> list[str]:
-    """What to read where nothing says it."""
+    """The files to read if neither config.json nor an index names them."""
     names = [name for name in present if not name.startswith("adapter_")]
     counts = {match["count"] for name in names if (match := SHARD.fullmatch(name))}
     if counts:
         expected = [f"model-{i + 1:05d}-of-{max(counts)}.safetensors" for i in range(int(max(counts)))]
         if missing := [name for name in expected if name not in present]:
-            refuse(folder, f"{_some(missing)} missing", "all files of a set are there", "Download them too")
+            refuse(folder, f"{_some(missing)} missing", "all files of a set must exist", "Download them too")
         return expected
     if len(names) > 1:
         refuse(
@@ -117,7 +117,7 @@ def _warn_of_others(folder: Path, chosen: list[str], present: list[str]) -> None
 
 
 def _check_left_over(index: Path) -> None:
-    """An index that is not read may be damaged, but may not point out of its folder."""
+    """Check an unused index: it may be damaged, but must not name files outside its folder."""
     try:
         weight_map = read_json(index).get("weight_map")
     except HuggingFaceError:
@@ -127,7 +127,7 @@ def _check_left_over(index: Path) -> None:
 
 
 def refuse_without_weights(folder: Path) -> NoReturn:
-    """Say what the folder holds instead."""
+    """Raise HuggingFaceError for a folder without safetensors, naming what it holds instead."""
     names = sorted(file.name for file in folder.iterdir())
     if not names:
         refuse(folder, "an empty folder", RULE, "Check the path, and that the download finished")

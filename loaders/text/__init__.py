@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizers, vocabularies, chat templates and their sandbox."""
+"""Converting text to token ids and back: tokenizers, vocabularies, chat templates and their sandbox."""
 
 from .chat_messages import ChatTemplateError
 from .opening import open_tokenizer

@@ -1,8 +1,8 @@
 """Byte-level BPE (`tokenizer.ggml.model` = "gpt2"): Llama 3, Qwen, SmolLM2, Phi-4-mini.
 
-Text is cut into words by the pre-tokeniser's regular expressions, each word's UTF-8 bytes are spelled in GPT-2's
-alphabet of 256 visible characters, and the merges are applied in order of rank. No Unicode normalisation: GGUF
-records none (llama.cpp applies none either), and so decoding gives back what was encoded.
+The pre-tokeniser's regular expressions cut text into words, each word's UTF-8 bytes are spelled in GPT-2's alphabet of
+256 visible characters, and merges are applied in order of rank. Text is not normalised, since GGUF records no
+normalisation and llama.cpp applies none; so decoding returns the text that was encoded.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _TEKKEN = _CASED % ("", "", r"\p{N}")
 
 
 class PreTokenizer(NamedTuple):
-    """How text falls into words before merging.
+    """How text is cut into words before merging.
 
-    Each pattern cuts the pieces that the one before it left; what matches and what lies between become pieces.
+    Each pattern cuts the pieces of the previous one: its matches and the text between them become pieces.
     """
 
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a word that is a token stands for itself, whatever the merges say
-    add_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # a word that is a token is encoded as that token, whatever the merges
+    add_bos: bool = False  # the default if the file does not say
 
 
-# Rules, and the names in `tokenizer.ggml.pre` that stand for them, as llama.cpp groups them. What is not here raises.
+# Rules, and their names in `tokenizer.ggml.pre`, grouped as in llama.cpp. Any other name is refused.
 _NAMES = (
     (
         PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True),
@@ -65,7 +65,7 @@ PRE_TOKENIZERS = {name: rules for rules, names in _NAMES for name in names.split
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's character for each byte: itself where Latin-1 shows it, else the next free one from U+0100 on."""
+    """GPT-2's character for each byte: its Latin-1 character if visible, else the next one from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     spelled = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(hidden)}
@@ -77,11 +77,11 @@ _BYTE_OF = {ord(character): byte for byte, character in enumerate(BYTE_ALPHABET)
 
 
 def read_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
-    """The pre-tokeniser that the file names; a file that names none gets llama.cpp's "default", with a warning."""
+    """The pre-tokeniser of the file. Without a name it is llama.cpp's "default", with a warning."""
     name = read_string(metadata, key := "tokenizer.ggml.pre")
     if not name:
         warnings.warn(
-            "tokenizer.ggml.pre is missing: words are cut by the 'default' rules, which few models were trained with. "
+            "tokenizer.ggml.pre is missing: words are cut by the 'default' rules, which few models are trained with. "
             "Convert the model again with a current convert_hf_to_gguf.py.",
             stacklevel=4,
         )
@@ -99,9 +99,9 @@ def read_pre_tokenizer(metadata: Metadata) -> PreTokenizer:
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Turns a panic of the tokenizers library into TokenizerError.
+    """Raise a panic of the tokenizers library as TokenizerError.
 
-    Its PanicException can be told by name only, and is no Exception, so that it would end a program that catches those.
+    Its PanicException is not an Exception, so it would end a program that catches those; only its name identifies it.
     """
     try:
         yield
@@ -109,21 +109,21 @@ def panics_as_errors() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(
-            f"the tokenizers library gave up on the text ({error})",
+            f"the tokenizers library failed on the text ({error})",
             rule="the tokenizer's patterns cut a text in a bounded number of steps",
             remedy="Shorten the text, or use the tokenizer of the model's original checkpoint",
         ) from None
 
 
 def word_splitter(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
-    """Cuts text into words, spelled in the byte alphabet."""
+    """A pre-tokeniser that cuts text into words, spelled in the byte alphabet."""
     cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in rules.patterns]
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([*cuts, spell])
 
 
 class ByteLevelBPE:
-    """Plain text to ids and ids to bytes. Special tokens are cut out before text comes here."""
+    """Encodes plain text to ids, and decodes ids to bytes. Text reaches it without special tokens."""
 
     add_space_prefix = False
 
@@ -141,16 +141,16 @@ class ByteLevelBPE:
 
     @panics_as_errors()
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, which holds no special token.
+        """The ids of ``text``, which holds no special tokens.
 
         Raises:
-            TokenizerError: the vocabulary has no token for one of the text's bytes, or the library gives up.
+            TokenizerError: the vocabulary has no token for a byte of the text, or the library fails.
         """
         refuse_missing_bytes(text, self._missing_bytes)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one id stands for in the text."""
+        """The bytes that an id stands for."""
         token = self._vocabulary.tokens[token_id]
         if self._vocabulary.types[token_id] != TokenType.NORMAL:
             return token.encode()
@@ -158,7 +158,7 @@ class ByteLevelBPE:
 
 
 def bytes_of_spelling(token: str) -> bytes:
-    """The bytes that a token of the byte alphabet spells; one that is spelled otherwise is plain text."""
+    """The bytes that a token spells in the byte alphabet, or its UTF-8 if it uses other characters."""
     try:
         return bytes([_BYTE_OF[ord(character)] for character in token])
     except KeyError:
@@ -166,7 +166,7 @@ def bytes_of_spelling(token: str) -> bytes:
 
 
 def refuse_missing_bytes(text: str, missing_bytes: frozenset[int]) -> None:
-    """Raise if a character of ``text`` takes a byte that the vocabulary has no token for."""
+    """Raise TokenizerError if ``text`` needs a byte for which the vocabulary has no token."""
     if missing_bytes and (missing := missing_bytes.intersection(text.encode())):
         index, character = next((i, c) for i, c in enumerate(text) if missing.intersection(c.encode()))
         raise TokenizerError(
@@ -186,11 +186,11 @@ def _read_merges(vocabulary: Vocabulary, metadata: Metadata) -> list[tuple[str, 
             unknown = next(token for token in (left, right, left + right) if token not in ids)
             rule = f"a merge names two tokens and makes a third; {unknown!r} is no token"
             refuse(metadata, key, f"{key}[{index}] = {lines[index]!r}", rule)
-    return list(dict.fromkeys(merges))  # a pair that is named twice keeps its first rank, as in llama.cpp
+    return list(dict.fromkeys(merges))  # a repeated pair keeps its first rank, as in llama.cpp
 
 
 def _reachable_from_text(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> dict[str, int]:
-    """The vocabulary less the control tokens that no merge makes: `ignore_merges` must not find those in plain text."""
+    """The vocabulary without control tokens that no merge makes, so that `ignore_merges` finds none in plain text."""
     controls = [vocabulary.tokens[i] for i in vocabulary.of_type(TokenType.CONTROL)]
     if not controls:
         return vocabulary.ids

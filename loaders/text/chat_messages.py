@@ -1,6 +1,6 @@
-"""What a chat template is given, checked and rebuilt out of plain JSON types.
+"""Checking the input of a chat template, and rebuilding it from plain JSON types.
 
-A template is code out of a file that nobody vouches for: it gets no object that has methods of its own.
+A template is untrusted code, so it never receives an object with methods of its own.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 from rooflama.kernels.errors import RooflamaError
 
 MAX_DEPTH = 128
-_TOOL_ROLES = frozenset({"tool", "ipython", "function"})  # what a tool returned is any JSON value
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates read one thing under
+_TOOL_ROLES = frozenset({"tool", "ipython", "function"})  # a tool may return any JSON value
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which templates read the reasoning
 _EXAMPLE = '[{"role": "user", "content": "Hello"}]'
 
 
 class ChatTemplateError(RooflamaError, ValueError):
-    """A chat template that is missing, broken, or goes beyond its bounds; or a conversation that it does not take."""
+    """A chat template that is missing, broken or exceeds its bounds, or a conversation that it does not accept."""
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
     """The messages as plain data.
 
     Raises:
-        ChatTemplateError: no list of dictionaries, a message without role or content, or content that is no text.
+        ChatTemplateError: messages is not a list of dictionaries, or a message lacks a valid role or content.
     """
     if not isinstance(messages, list | tuple):
         _refuse(f"messages is a {_kind(messages)}", "it must be a list of messages", f"Write {_EXAMPLE}")
@@ -49,24 +49,24 @@ def checked_dictionaries(values: Any, name: str) -> None:
 
 
 def with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, whose reasoning is there under each name that templates read it by, as transformers does."""
+    """The message with its reasoning under each name that templates use, as in transformers."""
     reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def plain(value: Any, place: str, depth: int = 0) -> Any:
-    """``value`` out of None, bool, int, float, str, list, tuple and dict alone.
+    """``value`` rebuilt from None, bool, int, float, str, list, tuple and dict only.
 
     Raises:
-        ChatTemplateError: there is something else in it, or it nests deeper than MAX_DEPTH.
+        ChatTemplateError: it contains another type, or nests deeper than MAX_DEPTH.
     """
     if depth > MAX_DEPTH:
-        _refuse(f"{place} nests deeper than {MAX_DEPTH}", "a template is given JSON values", "Give less at once")
+        _refuse(f"{place} nests deeper than {MAX_DEPTH}", "a template takes JSON values", "Nest it less deeply")
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, np.generic):
         return plain(value.item(), place, depth + 1)
-    for kind in (str, int, float):  # without the methods of a subclass
+    for kind in (str, int, float):  # drops the methods of a subclass
         if isinstance(value, kind):
             return kind.__str__(value) if kind is str else kind(value)
     if isinstance(value, Mapping):
@@ -79,7 +79,7 @@ def plain(value: Any, place: str, depth: int = 0) -> Any:
         return tuple(items) if isinstance(value, tuple) else items
     _refuse(
         f"{place} is a {_kind(value)}",
-        "a template is given JSON values: text, numbers, true, false, null, lists and dictionaries of them",
+        "a template takes JSON values: text, numbers, true, false, null, and lists and dictionaries of these",
         "Convert it to one of them, such as str(...)",
     )
 
@@ -93,8 +93,8 @@ def _checked_message(message: Any, place: str) -> dict[str, Any]:
         found = f"has no role (its keys: {', '.join(map(str, message)) or 'none'})" if role is None else f"{role!r}"
         _refuse(
             f"{place} {found}" if role is None else f"{place}['role'] is {found}",
-            "each message must say whose it is",
-            'Set "role" to "system", "user", "assistant" or what else the template knows',
+            "each message must have a role",
+            'Set "role" to "system", "user", "assistant" or another role of the template',
         )
     _check_content(message.get("content"), role, place)
     return plain(message, place)
@@ -105,7 +105,7 @@ def _check_content(content: Any, role: str, place: str) -> None:
         if role != "assistant":
             _refuse(
                 f"{place} has no content",
-                "only an assistant's message (tool calls, reasoning) may go without",
+                "only a message of the assistant (tool calls, reasoning) may have none",
                 'Set "content" to the message\'s text',
             )
     elif isinstance(content, list | tuple) and role not in _TOOL_ROLES:

@@ -1,7 +1,7 @@
-"""Chat templates: Jinja source out of a file that nobody vouches for, rendered within bounds.
+"""Chat templates: Jinja source from an untrusted file, rendered within bounds of time and size.
 
-What a template sees is what transformers gives it: messages, add_generation_prompt (False unless given), the special
-tokens' texts, tools and documents (None unless given), raise_exception, strftime_now, a tojson without HTML escapes,
+A template sees what transformers passes to it: messages, add_generation_prompt (False by default), the texts of special
+tokens, tools and documents (None by default), raise_exception, strftime_now, a tojson without HTML escapes, and
 {% break %}, {% continue %} and {% generation %}. A file may hold several templates, each with a name.
 """
 
@@ -21,13 +21,13 @@ from .template_sandbox import Refused, environment
 
 MAX_SOURCE_CHARACTERS = 64 * 1024
 MAX_SECONDS = 5.0
-MAX_UNITS, UNITS_A_CHARACTER = 2**24, 64  # made in all while rendering, and so many more for each character given
-MAX_TEXT, TEXT_A_CHARACTER = 2**16, 8  # characters of the rendered text, and so many more for each character given
+MAX_UNITS, UNITS_PER_CHARACTER = 2**24, 64  # characters made while rendering, plus these per character of the input
+MAX_TEXT, TEXT_PER_CHARACTER = 2**16, 8  # characters of the rendered text, plus these per character of the input
 DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 class ChatTemplate:
-    """One template, compiled at its first use, so that a broken one spoils nothing but chat.
+    """One template. It is compiled when it is first used, so that a broken template affects nothing but chat.
 
     Attributes:
         source: the Jinja source.
@@ -41,17 +41,16 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt for ``messages``.
 
-        Rendering may take MAX_SECONDS, make MAX_UNITS characters in all (see ``template_sandbox``), and give a text of
-        MAX_TEXT; each character of the messages and variables raises the latter two.
+        Rendering may take MAX_SECONDS, make MAX_UNITS characters in total (see ``template_sandbox``), and return
+        MAX_TEXT characters. The last two bounds grow with the messages and variables.
 
         Args:
-            messages: dictionaries with "role" and "content", and what else the template reads.
-            variables: further names for the template.
+            messages: dictionaries with "role", "content" and other keys that the template reads.
+            variables: further variables of the template.
 
         Raises:
-            ChatTemplateError: the messages or variables are of another type than they must be; the template is no
-                valid Jinja, refuses the messages, fails on them, reaches for what the sandbox keeps from it, or goes
-                beyond its bounds of time and size.
+            ChatTemplateError: messages or variables have a wrong type; or the template is not valid Jinja, refuses the
+                messages, fails on them, violates the sandbox, or exceeds a bound.
         """
         for name in ("tools", "documents"):
             checked_dictionaries(variables.get(name), name)
@@ -59,7 +58,7 @@ class ChatTemplate:
         names |= {name: plain(value, name) for name, value in variables.items()}
         names["messages"] = [with_reasoning_names(message) for message in checked_messages(messages)]
         given = len(str(names))
-        units, longest = MAX_UNITS + UNITS_A_CHARACTER * given, MAX_TEXT + TEXT_A_CHARACTER * given
+        units, longest = MAX_UNITS + UNITS_PER_CHARACTER * given, MAX_TEXT + TEXT_PER_CHARACTER * given
         budget = Budget(units, MAX_SECONDS)
         try:
             text = environment().render(self._compiled or self._compile(), budget, names)
@@ -69,7 +68,7 @@ class ChatTemplate:
         except OverBudget as error:
             raise ChatTemplateError(
                 f"tokenizer.chat_template was stopped: {error}",
-                rule=f"rendering may take {MAX_SECONDS:g} s, make {units:,} characters, and give a text of {longest:,}",
+                rule=f"rendering may take {MAX_SECONDS:g} s, make {units:,} characters and return {longest:,}",
                 remedy="Shorten the conversation, or do not use a file with such a template",
             ) from None
         except SecurityError as error:
@@ -90,7 +89,7 @@ class ChatTemplate:
                 rule="messages must be of the roles, order and content that the template takes",
                 remedy="Change the messages",
             ) from None
-        except Exception as error:  # untrusted code: whatever it runs into is the template's failure
+        except Exception as error:  # the template is untrusted code: any failure is its own
             raise ChatTemplateError(
                 f"tokenizer.chat_template failed with {type(error).__name__}: {error}",
                 rule="a chat template must render every message that has a role and a content",
@@ -106,7 +105,7 @@ class ChatTemplate:
         return self._compiled
 
     def reads(self, name: str) -> bool:
-        """Whether the template, which has been rendered once, mentions a variable."""
+        """Whether the template mentions a variable; known once it has been rendered."""
         return name in self._names
 
 
@@ -114,7 +113,7 @@ class ChatTemplates:
     """The templates of one file or folder.
 
     Args:
-        sources: name -> Jinja source; a sole template is the default.
+        sources: name -> Jinja source; the default template is named "default".
     """
 
     def __init__(self, sources: Mapping[str, str]):
@@ -133,16 +132,16 @@ class ChatTemplates:
         standard: Mapping[str, Any],
         variables: Mapping[str, Any],
     ) -> str:
-        """The prompt, as transformers' ``apply_chat_template`` renders it: a message's keys of None are left out.
+        """The prompt, as transformers' ``apply_chat_template`` renders it: keys of a message that are None are dropped.
 
         Args:
             messages: dictionaries with "role" and "content".
-            name: of the template; None takes "tool_use" where there is one and tools are given, else "default".
-            standard: variables that a template need not use.
-            variables: what the caller set; a warning names those that the template never mentions.
+            name: the template; None selects "tool_use" if it exists and tools are given, else "default".
+            standard: variables that a template may ignore.
+            variables: variables of the caller; a warning names those that the template never mentions.
 
         Raises:
-            ChatTemplateError: there is no such template; and as ``ChatTemplate.render``.
+            ChatTemplateError: there is no such template, or rendering fails as in ``ChatTemplate.render``.
         """
         said = [{key: value for key, value in m.items() if value is not None} for m in checked_messages(messages)]
         template = self._choose(name, variables.get("tools") is not None)

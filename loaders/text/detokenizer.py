@@ -1,4 +1,4 @@
-"""Ids back to text, one at a time, without ever showing half a character."""
+"""Decoding a stream of ids to text, in whole characters."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple, Protocol
 
 
 class Piece(NamedTuple):
-    """What one id contributes to the text."""
+    """The contribution of one id to the text."""
 
     data: bytes
-    special: bool  # ends generation, or is control, unknown or unused: left out by skip_special
-    whole: bool  # matched whole in text, as special tokens are: no space prefix stands before it
-    space_follows: bool  # text after it is encoded with a space before it, as SentencePiece does
+    special: bool  # ends generation, or is a control, unknown or unused token; skip_special leaves it out
+    whole: bool  # matched whole in text, like a special token, so without a space prefix
+    space_follows: bool  # text after it is encoded with a space before it, as in SentencePiece
 
 
 class PieceTable(Protocol):
@@ -22,11 +22,11 @@ class PieceTable(Protocol):
 
 
 class StreamDecoder:
-    """Decodes a stream of ids; the strings it returns, joined, are what decoding them all at once gives.
+    """Decodes a stream of ids. The strings that it returns, joined, equal the text of all ids decoded at once.
 
-    Bytes that end in the middle of a character are held back until the rest arrives. Bytes that can be no UTF-8
-    become U+FFFD. The space that SentencePiece's encoder puts before a text, and after each special token, is taken
-    out again; ``after`` is the id that the stream continues from (the prompt's last), None at the start of a text.
+    Bytes of an incomplete character are held back until the rest arrives; bytes that are not UTF-8 become U+FFFD. The
+    space that SentencePiece's encoder adds before a text and after a special token is removed. ``after`` is the id
+    before the stream, usually the prompt's last; None at the start of a text.
     """
 
     def __init__(self, table: PieceTable, *, skip_special: bool, after: int | None = None):
@@ -36,7 +36,7 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
-        """The text that ``token_id`` completes, possibly empty.
+        """The text that ``token_id`` completes; it may be empty.
 
         Raises:
             TokenizerError: the id is not in the vocabulary.
@@ -50,5 +50,5 @@ class StreamDecoder:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """U+FFFD where the stream ended in the middle of a character, else nothing."""
+        """U+FFFD if the stream ended within a character, else an empty string."""
         return self._decoder.decode(b"", final=True)

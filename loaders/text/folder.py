@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: from tokenizer.json, or where there is none from tokenizer.model."""
+"""The tokenizer of a Hugging Face folder, from tokenizer.json or, if it is missing, from tokenizer.model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .vocabulary import Vocabulary
 
 
 def read_folder_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, which may hold no weights.
+    """The tokenizer of a folder; the folder need not hold weights.
 
     Raises:
-        HuggingFaceError: a file cannot be read, or is no JSON object.
-        TokenizerError: there is no tokenizer, it is of a kind not known here, or its files contradict each other.
+        HuggingFaceError: a file cannot be read, or does not hold one JSON object.
+        TokenizerError: there is no tokenizer, its kind is not supported, or its files contradict each other.
     """
     with readable(folder):
         return _read_tokenizer(folder)

@@ -1,4 +1,4 @@
-"""How a GGUF file's metadata encodes text: special tokens are cut out first, one of two models takes the rest."""
+"""Encoding text as GGUF metadata describes it: special tokens are cut out, and one of two models encodes the rest."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .vocabulary import Metadata, Vocabulary
 
 
 class PlainText(Protocol):
-    """Plain text to ids and ids to bytes; special tokens are cut out before.
+    """Encodes plain text to ids, and decodes ids to bytes. Text reaches it without special tokens.
 
     Attributes:
-        add_bos: whether BOS is added where the file does not say.
-        add_space_prefix: whether a text, and what follows a special token, is encoded with a space before it.
+        add_bos: whether to add BOS if the file does not say.
+        add_space_prefix: whether a text, or the text after a special token, is encoded with a space before it.
     """
 
     add_bos: bool
@@ -28,12 +28,12 @@ class PlainText(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
 
-# `tokenizer.ggml.model` -> what encodes plain text. What is not here raises.
+# `tokenizer.ggml.model` -> the encoder of plain text. Any other value is refused.
 MODELS: dict[str, Callable[[Vocabulary, Metadata], PlainText]] = {"gpt2": ByteLevelBPE, "llama": SentencePieceBPE}
 
 
 class GGUFText:
-    """Text to ids and ids to bytes, special tokens included; attributes as ``PlainText``."""
+    """Encodes text with special tokens to ids, and decodes ids to bytes. Attributes as for ``PlainText``."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Metadata):
         self._plain = MODELS[vocabulary.model](vocabulary, metadata)
@@ -63,15 +63,15 @@ class GGUFText:
         return self.add_space_prefix and token_id in self._matched_whole
 
     def _texts(self, token_ids: Iterable[int]) -> dict[str, int]:
-        """How special tokens look in text -> their ids."""
+        """The text of each token -> its id."""
         return {self.token_bytes(token_id).decode(): token_id for token_id in token_ids}
 
 
 def _phi3_strips_after(vocabulary: Vocabulary, special: Mapping[str, int]) -> set[int]:
-    """The special tokens that swallow the whitespace after them: Phi-3's and 3.5's, all but three.
+    """The special tokens that remove the whitespace after them: all but three of Phi-3 and Phi-3.5.
 
-    Their Hugging Face tokenizers say so (`rstrip`), GGUF has no key for it; llama.cpp goes by "phi3" in the model's
-    name, here it is the architecture with a SentencePiece vocabulary.
+    Their Hugging Face tokenizers declare it (`rstrip`); GGUF has no key for it. llama.cpp looks for "phi3" in the name
+    of the model; here the architecture decides, together with a SentencePiece vocabulary.
     """
     if vocabulary.arch != "phi3" or vocabulary.model != "llama":
         return set()

@@ -1,6 +1,6 @@
-"""tokenizer.model: a SentencePiece model file, as the metadata that a GGUF file would hold of it.
+"""Translating tokenizer.model, a SentencePiece model file, to the metadata of a GGUF file.
 
-The file is a Protocol Buffers message. Read are the pieces, and the settings that decide how text is encoded.
+The file is a Protocol Buffers message. Its pieces are read, and the settings that affect encoding.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ TAKE_JSON = "Get the model's tokenizer.json"
 
 
 def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str, Any]:
-    """The keys `tokenizer.ggml.*` of this file, with what the folder's other files say.
+    """The keys `tokenizer.ggml.*` for this file and the settings of the folder.
 
     Raises:
-        TokenizerError: the file is no SentencePiece model, of another kind than BPE, or contradicts the other files.
+        TokenizerError: the file is not a SentencePiece model of type BPE, or contradicts the other files.
     """
     model = _read(path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
@@ -58,7 +58,7 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
 
 
 def _read(path: Path) -> ModelProto:
-    """The message, whose pieces are text, and in which no value of a field that the format knows was set aside."""
+    """Parse the file. Refuses pieces that are not text, and known fields whose values the parser set aside."""
     rule = "the file is one message of pieces and settings, as sentencepiece_model.proto has them"
     try:
         model = ModelProto.FromString(path.read_bytes())
@@ -67,14 +67,14 @@ def _read(path: Path) -> ModelProto:
     for message in (model, model.trainer_spec, model.normalizer_spec, *model.pieces):
         if found := _set_aside(message):
             refuse(path, f"no SentencePiece model ({found})", rule, TAKE_JSON)
-    # Protocol Buffers gives text that is no UTF-8 as bytes.
+    # Protocol Buffers returns text that is not UTF-8 as bytes.
     if bad := [p.piece for p in model.pieces if not isinstance(p.piece, str)]:
         refuse(path, f"no SentencePiece model (piece {bad[0]!r:.60})", "pieces are UTF-8", TAKE_JSON)
     return model
 
 
 def _set_aside(message: Message) -> str | None:
-    """A value that Protocol Buffers passes over: of another wire type than its field, or none of its field's enum."""
+    """A value that Protocol Buffers ignores: its wire type is not the field's, or its number is not in the enum."""
     fields = message.DESCRIPTOR.fields_by_number
     for value in UnknownFieldSet(message):
         if value.field_number in fields:
@@ -83,7 +83,7 @@ def _set_aside(message: Message) -> str | None:
 
 
 def _extend(tokens: list[str], scores: list[float], types: list[int], settings: TokenizerSettings, path: Path) -> None:
-    """Append the added tokens, and type those that are pieces already as what they are."""
+    """Append the added tokens, and set the types of those that are pieces already."""
     for token_id, token in sorted(settings.added.items()):
         if token_id == len(tokens):
             tokens.append(token.content)

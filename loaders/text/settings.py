@@ -1,14 +1,14 @@
-"""What the small files of a Hugging Face folder say about its tokenizer.
+"""Reading the small files of a Hugging Face folder that describe its tokenizer.
 
-| file | what is taken from it |
+| file | what is read from it |
 |--|--|
 | tokenizer_config.json | special tokens, tokens added to the vocabulary, add_bos_token, add_eos_token, chat template |
-| special_tokens_map.json | special tokens; goes first where tokenizer_config.json has no added_tokens_decoder |
-| added_tokens.json | tokens added to the vocabulary, where tokenizer_config.json has none |
-| chat_template.jinja | the chat template; goes before tokenizer_config.json's |
-| additional_chat_templates/NAME.jinja | chat templates by their names |
-| generation_config.json | every id that ends generation; config.json's where it names none |
-| config.json | BOS where no other file names it |
+| special_tokens_map.json | special tokens; takes precedence if tokenizer_config.json has no added_tokens_decoder |
+| added_tokens.json | tokens added to the vocabulary, if tokenizer_config.json lists none |
+| chat_template.jinja | the chat template; takes precedence over tokenizer_config.json |
+| additional_chat_templates/NAME.jinja | further chat templates, by name |
+| generation_config.json | every id that ends generation; those of config.json if it names none |
+| config.json | BOS, if no other file names it |
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .vocabulary import TokenizerError
 
 NAMED = ("bos", "eos", "unk", "pad")
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
-SURROGATE = re.compile("[\ud800-\udfff]")  # lone ones are no text; the library cannot take them
-ID = re.compile("0|[1-9][0-9]{0,9}")  # one spelling for each
+SURROGATE = re.compile("[\ud800-\udfff]")  # a lone one is not text, and the library fails on it
+ID = re.compile("0|[1-9][0-9]{0,9}")  # one spelling per id
 REDOWNLOAD = "Download the tokenizer's files again, all of one revision"
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that was added to a trained vocabulary."""
+    """A token added to a trained vocabulary."""
 
     content: str
     special: bool = False
@@ -46,17 +46,17 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """The facts of those files, checked for type and against each other.
+    """The contents of these files, with types and mutual consistency checked.
 
     Attributes:
-        named: "bos", "eos", "unk", "pad" -> the token's text, where a file names it.
-        further: texts of further special tokens.
+        named: "bos", "eos", "unk", "pad" -> the token's text, if a file names it.
+        further: the texts of further special tokens.
         added: id -> token.
-        add_bos, add_eos: None where tokenizer_config.json does not say.
-        bos_id: config.json's.
+        add_bos, add_eos: None if tokenizer_config.json does not say.
+        bos_id: as in config.json.
         eos_ids: every id that ends generation.
-        chat_templates: name -> Jinja source; the one without a name is "default".
-        arch: GGUF's name of the model's architecture; "" where it is unknown.
+        chat_templates: name -> Jinja source; a template without a name is "default".
+        arch: GGUF's name of the model's architecture; "" if unknown.
     """
 
     named: Mapping[str, str]
@@ -71,24 +71,24 @@ class TokenizerSettings:
 
     @property
     def special_texts(self) -> list[str]:
-        """Texts of all special tokens that the files name, each once."""
+        """The texts of all special tokens that the files name, without repetition."""
         return list(dict.fromkeys((*self.named.values(), *self.further)))
 
     def allow_new(self, text: str, token_id: int, path: Path) -> None:
-        """Warn that a token which the files name, and the vocabulary has not, gets an id, as in transformers.
+        """Warn that a special token is added because the vocabulary lacks it, as in transformers.
 
         Raises:
-            TokenizerError: it is BOS or EOS, which a model without it cannot have learnt.
+            TokenizerError: it is BOS or EOS; a model cannot have learnt one that its vocabulary lacks.
         """
         if text in (self.named.get("bos"), self.named.get("eos")):
-            refuse(path, f"no token {text!r}", "the BOS and EOS that the other files name are in the vocabulary")
+            refuse(path, f"no token {text!r}", "the BOS and EOS that other files name must be in the vocabulary")
         warnings.warn(
             f"{path}: no token {text!r}, which another file names; it is added as id {token_id}, as in transformers",
             stacklevel=8,
         )
 
     def unused_role(self, text: str) -> str | None:
-        """Where "pad" or "unk" is all that the files name this token for, that; such a token decides nothing here."""
+        """The role of a token that the files name only as "pad" or "unk", which has no effect here; else None."""
         roles = {name for name, named in self.named.items() if named == text}
         if text in self.further or not roles or not roles <= {"pad", "unk"}:
             return None
@@ -103,11 +103,11 @@ class TokenizerSettings:
 
     @classmethod
     def read(cls, folder: Path) -> TokenizerSettings:
-        """Read them; each file may be missing.
+        """Read the files of a folder; each of them may be missing.
 
         Raises:
-            HuggingFaceError: a file is no JSON object.
-            TokenizerError: a value is of another type than it must be, or two files disagree.
+            HuggingFaceError: a file cannot be read, or does not hold one JSON object.
+            TokenizerError: a value has a wrong type, or two files contradict each other.
         """
         path = folder / "tokenizer_config.json"
         own, older = read_json_if_there(path), read_json_if_there(folder / "special_tokens_map.json")
@@ -129,10 +129,10 @@ class TokenizerSettings:
 
 
 def _named(own: Mapping[str, Any], older: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """The special tokens with a role; which file goes first is transformers' choice.
+    """The special tokens with a role. If two files differ, the one that transformers follows takes precedence.
 
-    transformers does not open special_tokens_map.json where tokenizer_config.json lists its added tokens. Names that
-    only that file has are taken all the same.
+    transformers does not open special_tokens_map.json if tokenizer_config.json lists its added tokens. Roles that only
+    special_tokens_map.json names are read in any case.
     """
     named = {}
     first_file = "tokenizer_config.json" if own.get("added_tokens_decoder") is not None else "special_tokens_map.json"
@@ -191,12 +191,12 @@ def _added(own: Mapping[str, Any], special: set[str], folder: Path) -> dict[int,
 
 
 def added_token(fields: Mapping[str, Any]) -> AddedToken:
-    """A token from its JSON, in tokenizer_config.json's or tokenizer.json's spelling."""
+    """A token from its JSON in tokenizer_config.json or tokenizer.json."""
     return AddedToken(fields["content"], **{flag: bool(fields[flag]) for flag in FLAGS if flag in fields})
 
 
 def _text(value: Any, path: Path, key: str) -> str | None:
-    """A token's text, which stands there plain or as an object with flags."""
+    """The text of a token, which is stored as a string or as an object with flags."""
     if isinstance(value, dict):
         value = value.get("content")
     if value is not None and (not isinstance(value, str) or not value or SURROGATE.search(value)):
@@ -212,10 +212,10 @@ def _flag(own: Mapping[str, Any], key: str, path: Path) -> bool | None:
 
 
 def _bos_id(model: Mapping[str, Any], path: Path) -> int | None:
-    """config.json's, or the first of a list; a negative number stands for none."""
+    """BOS in config.json, the first if it is a list; a negative number means none."""
     value = model.get("bos_token_id")
     if type(value) is int and value < 0:
-        warnings.warn(f"{path}: bos_token_id = {value} is no id and is not used", stacklevel=5)
+        warnings.warn(f"{path}: bos_token_id = {value} is not an id and is not used", stacklevel=5)
         return None
     ids = _ids(value, path, "bos_token_id")
     return ids[0] if ids else None
@@ -233,7 +233,7 @@ def _eos_ids(value: Any, path: Path) -> frozenset[int]:
 
 
 def _ids(value: Any, path: Path, key: str) -> list[int]:
-    """One id or a list of them; none for null."""
+    """The ids of a value that is one id, a list of ids, or null."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(index) is int and index >= 0 for index in ids):
         refuse(path, f"{key} = {value!r}", "it is an id, or a list of ids")
@@ -241,7 +241,7 @@ def _ids(value: Any, path: Path, key: str) -> list[int]:
 
 
 def _chat_templates(own: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """The files' templates; without a chat_template.jinja, tokenizer_config.json's too: a string, or a named list."""
+    """The templates in .jinja files and, without a chat_template.jinja, those in tokenizer_config.json."""
     files = {DEFAULT: folder / "chat_template.jinja"}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     templates = {name: _template_text(file) for name, file in files.items() if file.is_file()}
@@ -259,7 +259,7 @@ def _chat_templates(own: Mapping[str, Any], folder: Path) -> dict[str, str]:
             folder / "tokenizer_config.json",
             f"chat_template = {found!r:.80}",
             "it is a string, or a list of objects with name and template",
-            "Write the template to use into chat_template.jinja",
+            "Write the template into chat_template.jinja",
         )
     return {entry["name"]: entry["template"] for entry in entries} | templates
 

@@ -1,21 +1,21 @@
-"""Cuts special tokens out of text, before anything else looks at it."""
+"""Finding special tokens in text, before the rest is encoded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-# Unicode's White_Space, which is what tokenizers strips; str.isspace adds the information separators to it.
+# Unicode's White_Space, as the tokenizers library strips it; str.isspace also accepts information separators.
 _WHITESPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _SKIP_WHITESPACE = re.compile(f"[{_WHITESPACE}]*")
 
 
 class SpecialTokens:
-    """Finds whole tokens in text: the leftmost first, the longest of those that start at one place.
+    """Finds whole tokens in text, from left to right; of tokens that start at one place, the longest.
 
     Args:
-        ids: text of each token -> id.
-        strip_after: ids that swallow the whitespace after them.
+        ids: the text of each token -> its id.
+        strip_after: ids of tokens that remove the whitespace after them.
     """
 
     def __init__(self, ids: Mapping[str, int], strip_after: Iterable[int] = ()):
@@ -27,7 +27,7 @@ class SpecialTokens:
         self._starts = re.compile(f"[{re.escape(''.join(self._lengths))}]") if ids else None
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text in order: an id for each special token, a non-empty string for what lies between."""
+        """The text in order: the id of each special token, and each non-empty string between them."""
         begin = at = 0
         while self._starts and (start := self._starts.search(text, at)):
             at = start.start()

@@ -1,8 +1,8 @@
 """SentencePiece vocabularies (`tokenizer.ggml.model` = "llama"): Llama 2, TinyLlama, Mistral, Phi-3.
 
-The sentencepiece library itself does the merging: tokens, scores and types are written out as the model file they once
-came from. Normalisation is none, as in all these models: spaces become U+2581 and nothing else changes, so that only
-a text with U+2581 in it comes back different (with spaces). The space before a text is put there by the caller.
+The sentencepiece library merges: it is given a model file made from the tokens, scores and types. Text is not
+normalised, as in all these models, except that spaces become U+2581; so only a text that contains U+2581 decodes to
+another text (with spaces). The caller adds the space before a text.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SPACE = "\u2581"
 
 
 class SentencePieceBPE:
-    """Plain text to ids and ids to bytes. Special tokens are cut out of the text before it comes here."""
+    """Encodes plain text to ids, and decodes ids to bytes. Text reaches it without special tokens."""
 
-    add_bos = True  # where the file does not say
+    add_bos = True  # the default if the file does not say
 
     def __init__(self, vocabulary: Vocabulary, metadata: Metadata):
         self._vocabulary = vocabulary
@@ -36,7 +36,7 @@ class SentencePieceBPE:
             )
         words = vocabulary.of_type(TokenType.NORMAL, TokenType.UNUSED)
         model = _model_file(vocabulary, words, vocabulary.scores(metadata))
-        self._id_of_piece = [None, *words]  # sentencepiece's ids -> ids; 0 is what no word covers
+        self._id_of_piece = [None, *words]  # sentencepiece's id -> id; 0 stands for text that no word covers
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -44,10 +44,10 @@ class SentencePieceBPE:
             refuse(metadata, "tokenizer.ggml.tokens", f"sentencepiece: {str(error).rstrip('.')}", rule)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, which holds no special token.
+        """The ids of ``text``, which holds no special tokens.
 
         Raises:
-            TokenizerError: a character has neither a word nor byte tokens, and the vocabulary has no unknown token.
+            TokenizerError: a character has no word and no byte tokens, and the vocabulary has no unknown token.
         """
         ids: list[int] = []
         pieces = self._processor.encode(text)
@@ -58,7 +58,7 @@ class SentencePieceBPE:
         return ids
 
     def _fallback(self, characters: str) -> list[int]:
-        """Each character as its bytes; a run of those with a byte that has no token, as one unknown token."""
+        """The ids of each character's bytes. A run of characters without byte tokens becomes one unknown token."""
         ids: list[int] = []
         in_unknown = False
         for character in characters:
@@ -81,7 +81,7 @@ class SentencePieceBPE:
         return self._vocabulary.unk_id
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one id stands for in the text."""
+        """The bytes that an id stands for."""
         byte = self._byte_values.get(token_id)
         if byte is not None:
             return bytes([byte])
@@ -89,7 +89,7 @@ class SentencePieceBPE:
 
 
 def _read_byte_tokens(vocabulary: Vocabulary, metadata: Metadata) -> dict[int, int]:
-    """Id -> byte value of the byte tokens."""
+    """The id of each byte token -> its byte."""
     values, key = {}, "tokenizer.ggml.tokens"
     for token_id in vocabulary.of_type(TokenType.BYTE):
         token = vocabulary.tokens[token_id]
@@ -116,16 +116,16 @@ def _refuse_normalisation(metadata: Metadata) -> None:
             metadata,
             key,
             f"{key} or remove_extra_whitespaces is set",
-            "text is encoded here as it is, which is what the Llama, Mistral and Phi-3 tokenizers do",
+            "text is encoded without normalisation, as in the Llama, Mistral and Phi-3 tokenizers",
             "Use a model of those families",
         )
 
 
 def _model_file(vocabulary: Vocabulary, words: list[int], scores: np.ndarray) -> bytes:
-    """A SentencePiece model file, BPE, normaliser "identity", with an unknown piece and then ``words``.
+    """A SentencePiece model file: BPE, normaliser "identity", an unknown piece, then ``words``.
 
-    Only what text can become is written: special tokens are cut out of the text before sentencepiece sees it, and
-    sentencepiece takes byte tokens only where there are 256 of them.
+    It holds only pieces that plain text can become: special tokens are cut out of the text before, and sentencepiece
+    accepts byte tokens only if there are 256 of them.
     """
     unknown = "<unk>"
     while unknown in vocabulary.ids:

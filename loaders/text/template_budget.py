@@ -1,4 +1,4 @@
-"""What one rendering of a chat template may spend, counted in characters, and how long it may take."""
+"""The budget of one rendering of a chat template: characters that it may make, and seconds that it may take."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from typing import Any
 from jinja2.sandbox import SecurityError
 from jinja2.utils import Cycler, Namespace
 
-ITEM_COST = 32  # units; about the bytes that a small item and its place in a list take
+ITEM_COST = 32  # units per list item; about the bytes of a small item and its slot in a list
 
 INTEGER_BITS = 1024
 MAX_DEPTH = 256
 
 
 class OverBudget(Exception):
-    """The rendering took more time, or made more, than it may."""
+    """The rendering exceeded its time or its characters."""
 
 
 class Budget:
-    """What one rendering may still spend.
+    """What a rendering may still spend.
 
     Args:
-        units: characters it may make in all, and the largest that one value may be when written out.
-        seconds: wall-clock time.
+        units: the characters that it may make in total, and that a single value may have when written out.
+        seconds: the wall-clock time that it may take.
     """
 
     def __init__(self, units: int, seconds: float):
         self.left = self._limit = units
         self._seconds = seconds
         self._deadline = time.monotonic() + seconds
-        self._sizes: dict[
-            int, tuple[int, int, Any]
-        ] = {}  # id -> (size, depth, container: held, so its id stays its own)
+        # id -> size, depth, and the container itself, so that its id is not reused
+        self._sizes: dict[int, tuple[int, int, Any]] = {}
 
     def spend(self, units: int) -> None:
         self.left -= units
@@ -48,7 +47,7 @@ class Budget:
             raise OverBudget(f"it takes longer than {self._seconds:g} s")
 
     def size(self, value: Any) -> int:
-        """Units of ``value`` written out in full.
+        """The units of ``value`` when written out in full.
 
         Raises:
             OverBudget: a container is larger than the budget.
@@ -58,13 +57,13 @@ class Budget:
         return self._measure(value)[0]
 
     def _measure(self, value: Any) -> tuple[int, int]:
-        """Size, and how deep containers nest."""
+        """The units of ``value``, and the depth to which its containers nest."""
         if isinstance(value, str):
             return ITEM_COST + len(value), 0
         if isinstance(value, Namespace):
             raise SecurityError("a namespace cannot be printed or put into a list")
         if isinstance(value, int) and value.bit_length() > INTEGER_BITS:
-            raise SecurityError(f"whole numbers end at {INTEGER_BITS} bits")
+            raise SecurityError(f"integers have at most {INTEGER_BITS} bits")
         items = _items(value)
         if items is None:
             return ITEM_COST, 0
@@ -77,14 +76,14 @@ class Budget:
             if total > self._limit:
                 raise OverBudget(f"a list in it is larger than {self._limit:,} characters when written out")
             if depth > MAX_DEPTH:
-                raise SecurityError(f"lists and dictionaries nest {MAX_DEPTH} deep at most")
+                raise SecurityError(f"lists and dictionaries nest at most {MAX_DEPTH} deep")
             if index % 4096 == 0:
                 self._check_time()
         self._sizes[id(value)] = total, depth, value
         return total, depth
 
     def pay(self, value: Any) -> Any:
-        """Pay for a value just made, and hand it on."""
+        """Spend the units of a new value, and return it."""
         if isinstance(value, str | list | tuple | dict):
             self.spend(ITEM_COST + len(value) * (1 if isinstance(value, str) else ITEM_COST))
         if not isinstance(value, Namespace):
@@ -93,7 +92,7 @@ class Budget:
 
 
 def _items(value: Any) -> Iterable[Any] | None:
-    """What a container holds; None for what is none."""
+    """The items of a container; None if ``value`` is not one."""
     if isinstance(value, dict):
         return chain(value.keys(), value.values())
     if isinstance(value, ItemsView):
@@ -103,4 +102,4 @@ def _items(value: Any) -> Iterable[Any] | None:
     return value if isinstance(value, list | tuple | set | KeysView | ValuesView) else None
 
 
-current: ContextVar[Budget] = ContextVar("budget of the rendering at work")
+current: ContextVar[Budget] = ContextVar("budget of the current rendering")

@@ -1,8 +1,8 @@
-"""Filters, string methods and formatting of the chat template sandbox, each paid for from the rendering's budget.
+"""Filters, string methods and formatting of the chat template sandbox. Each spends units of the rendering's budget.
 
-What may grow far beyond its inputs is paid for before it is made; the result of every other filter is paid for once it
-is there. Jinja's filters that are not in FILTERS are refused when a template is compiled: ``random`` (a prompt must be
-reproducible), ``pprint`` (its time grows with the square of the depth) and those that make HTML or URLs.
+A result that may be far larger than its inputs is paid for before it is made, any other result afterwards. Jinja's
+filters that are not in FILTERS are refused when a template is compiled: ``random`` (a prompt must be reproducible),
+``pprint`` (its time grows with the square of the depth) and those that make HTML or URLs.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from jinja2.sandbox import SandboxedEnvironment, SandboxedFormatter, SecurityErr
 from .template_budget import ITEM_COST, current
 
 _INDENT_CHARACTERS = 64
-_WIDTH_DIGITS = 9  # of a number in a format, which is paid for as it is
-_DECIMAL_PLACES = 300  # more than any float has before or after its point
-_SPELLED_OUT = 10  # repr() and ascii() write at most so many characters for one
+_WIDTH_DIGITS = 9  # of a number in a format; the width itself is paid for
+_DECIMAL_PLACES = 300  # more than a float has before or after its point
+_SPELLED_OUT = 10  # characters that repr() and ascii() write per character, at most
 
 _FILTERS = """
     abs attr capitalize count d default dictsort e escape filesizeformat first float forceescape groupby int items last
     length list lower map max min reject rejectattr reverse safe select selectattr sort title truncate unique upper
     wordcount
 """
-_SPLITTING_FILTERS = frozenset({"groupby", "list", "sort", "title", "wordcount"})  # of a string: an item a character
+_SPLITTING_FILTERS = frozenset({"groupby", "list", "sort", "title", "wordcount"})  # an item per character
 _LAZY_FILTERS = frozenset({"map", "reject", "rejectattr", "select", "selectattr", "unique"})
 
 _PERCENT_FORMAT = re.compile(r"%(?:%|(?:\([^()]*\))?[-#0 +]*(\d*)(?:\.(\d*))?[hlL]?([A-Za-z]))")
 
 
 def text_of(value: Any) -> str:
-    """``str(value)``, paid for."""
+    """``str(value)``, paid from the budget."""
     budget = current.get()
     if not isinstance(value, str):
         budget.spend(budget.size(value))
@@ -44,7 +44,7 @@ def text_of(value: Any) -> str:
 
 
 def joined(separator: str, values: Iterable[Any]) -> str:
-    """``separator.join(values)``, whose values may be of any type."""
+    """``separator.join(values)`` for values of any type."""
     if isinstance(values, str):
         current.get().spend(ITEM_COST * len(values))
     texts = [text_of(value) for value in values]
@@ -61,7 +61,7 @@ def replaced(text: str, old: str, new: str, count: int | None = -1) -> str:
 
 
 def stripping_cost(text: str, characters: Any) -> int:
-    """Each character of the text may be looked for among all that are stripped."""
+    """Units of a strip: each character of the text may be compared with each that is stripped."""
     return len(text) * len(characters) if isinstance(characters, str) else len(text)
 
 
@@ -73,21 +73,21 @@ def padding_cost(text: str, method: str, size: Any) -> int:
 
 
 def pieces(text: str, method: str, separator: Any) -> int:
-    """At most so many strings come out of one of the splitting methods."""
+    """The largest number of strings that a splitting method may return."""
     if method.endswith("partition"):
         return 3
     return text.count(separator) + 1 if separator and isinstance(separator, str) else len(text)
 
 
 def ticking(values: Iterable[Any]) -> Iterator[Any]:
-    """The values, each paid for when it is taken."""
+    """The values, each paid for as it is taken."""
     for value in values:
         current.get().spend(ITEM_COST)
         yield value
 
 
 class _Formatter(SandboxedFormatter):
-    """``str.format``, whose fields are looked up in the sandbox and whose widths are paid for."""
+    """``str.format`` with fields looked up in the sandbox and widths paid for."""
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         budget = current.get()
@@ -103,7 +103,7 @@ class _Formatter(SandboxedFormatter):
 
 
 def formatting(environment: SandboxedEnvironment, method: Callable[..., Any]) -> Callable[..., str] | None:
-    """For a string's own ``format`` or ``format_map`` the same within the budget; None for anything else."""
+    """A budgeted version of a string's method ``format`` or ``format_map``; None for any other method."""
     text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
     if not isinstance(text, str) or name not in ("format", "format_map"):
         return None
@@ -126,7 +126,7 @@ def percent_formatted(text: str, values: Any) -> str:
     for field in fields:
         for digits in filter(None, field.group(1, 2)):
             _pay_width(digits)
-    copies = len(fields) if isinstance(values, dict) else 1  # each field of a dictionary may be the same value
+    copies = len(fields) if isinstance(values, dict) else 1  # each field may be the same value of a dictionary
     spelled = _SPELLED_OUT if any(field[3] in ("r", "a") for field in fields) else 1
     budget.spend(len(text) + copies * spelled * budget.size(values))
     return text % values
@@ -134,7 +134,7 @@ def percent_formatted(text: str, values: Any) -> str:
 
 def _pay_width(digits: str) -> None:
     if len(digits) > _WIDTH_DIGITS:
-        raise SecurityError(f"a number in a format ends at {_WIDTH_DIGITS} digits")
+        raise SecurityError(f"a number in a format has at most {_WIDTH_DIGITS} digits")
     current.get().spend(int(digits))
 
 
@@ -187,7 +187,7 @@ def _slice_filter(value: Any, slices: int, fill_with: Any = None) -> list[Any]:
 
 def _round_filter(value: float, precision: int = 0, method: Any = "common") -> float:
     if abs(precision) > _DECIMAL_PLACES:
-        raise SecurityError(f"rounding ends at {_DECIMAL_PLACES} places")
+        raise SecurityError(f"rounding takes at most {_DECIMAL_PLACES} places")
     return filters.do_round(value, precision, method)
 
 
@@ -196,7 +196,7 @@ def _sum_filter(environment: SandboxedEnvironment, iterable: Any, attribute: Any
     if attribute is not None:
         iterable = map(filters.make_attrgetter(environment, attribute), iterable)
     for item in ticking(iterable):
-        start = environment.call_binop(None, "+", start, item)  # type: ignore[arg-type]  # the context is not looked at
+        start = environment.call_binop(None, "+", start, item)  # type: ignore[arg-type]  # call_binop does not use the context
     return start
 
 
@@ -210,7 +210,7 @@ def _tojson_filter(
     """JSON as transformers writes it: no HTML escapes."""
     step = indent if isinstance(indent, int) else len(indent or "")
     if max(step, *map(len, separators or ("",))) > _INDENT_CHARACTERS:
-        raise SecurityError(f"indents and separators end at {_INDENT_CHARACTERS} characters")
+        raise SecurityError(f"indents and separators have at most {_INDENT_CHARACTERS} characters")
     budget = current.get()
     budget.spend(budget.size(value) * (1 + max(map(len, separators or ("",)))))
     encoder = json.JSONEncoder(
@@ -224,7 +224,7 @@ def _tojson_filter(
 
 
 def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, its result paid for; and what a lazy one takes, item by item, for its result is made elsewhere."""
+    """A filter that pays for its result. A lazy filter pays per item, since its result is made later."""
     value_at = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)

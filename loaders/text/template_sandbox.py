@@ -1,15 +1,15 @@
 """A Jinja sandbox in which a hostile template runs out of budget instead of out of memory or time.
 
-Jinja's ImmutableSandboxedEnvironment keeps a template from Python's internals and from changing what it is given. It
-does not keep it from looping, doubling strings, or nesting lists until printing them takes for ever. Here everything
-a template makes is paid for, in units of one character, from the budget of its rendering:
+Jinja's ImmutableSandboxedEnvironment protects Python's internals and the template's inputs. It does not prevent endless
+loops, strings that double, or lists nested so that printing them takes forever. Here a template pays for all that it
+makes from the budget of its rendering, in units of one character:
 
-    - each round of a loop, each call, each item of a list: ITEM_COST; each character of a new string: 1;
-    - what may grow far beyond its inputs (``*``, ``join``, ``replace``, ``indent``, ``tojson``) is paid for beforehand;
-    - no list or dictionary may be larger than the budget when written out in full, shared parts counted each time.
+    - ITEM_COST per iteration of a loop, per call and per item of a list; 1 per character of a new string;
+    - results that may far exceed their inputs (``*``, ``join``, ``replace``, ``indent``, ``tojson``) in advance;
+    - a list or dictionary must fit the budget when written out in full, with shared parts counted each time.
 
-Loops, literals, concatenations and slices are rewritten to say what they make; operators, calls and output have hooks
-in Jinja's sandbox. Filters and methods that are not in the tables below are refused.
+Loops, literals, concatenations and slices are rewritten so that they report what they make; operators, calls and output
+have hooks in Jinja's sandbox. Filters and methods that are not in the tables below are refused.
 """
 
 from __future__ import annotations
@@ -68,26 +68,26 @@ class Refused(Exception):
 
 def _strftime_now(pattern: str) -> str:
     if len(pattern) > _TIME_PATTERN_CHARACTERS:
-        raise SecurityError(f"a time format ends at {_TIME_PATTERN_CHARACTERS} characters")
+        raise SecurityError(f"a time format has at most {_TIME_PATTERN_CHARACTERS} characters")
     return datetime.now().strftime(pattern)
 
 
 class _Namespace(Namespace):
-    """Jinja's namespace, without names that Python or Jinja would call behind the sandbox's back."""
+    """Jinja's namespace without names that Python or Jinja would call outside the sandbox."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # self is among args: "self" may be one of the names
+    def __init__(*args: Any, **kwargs: Any) -> None:  # self is in args, since "self" may be one of the names
         Namespace.__init__(args[0])
         for name, value in _dict(*args[1:], **kwargs).items():
             args[0][name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
-            raise SecurityError(f"a namespace takes no name with an underscore before it, such as {name!r}")
+            raise SecurityError(f"a namespace takes no name that starts with an underscore, such as {name!r}")
         super().__setitem__(name, value)
 
 
 def _dict(values: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
-    """``dict``, item by item: each is compared with all before it whose hash is the same."""
+    """``dict``, paid per item, since an item is compared with all earlier ones of equal hash."""
     made = {}
     for key, value in ticking(values.items() if isinstance(values, dict) else values):
         made[key] = value
@@ -99,7 +99,7 @@ def _raise_exception(message: str) -> None:
 
 
 class _Rewriter(NodeTransformer):
-    """Makes loops, literals, slices and concatenations report to the budget."""
+    """Rewrites loops, literals, slices and concatenations to report to the budget."""
 
     def _call(self, node: nodes.Node, hook: str, arguments: list[nodes.Expr]) -> nodes.Call:
         target = nodes.EnvironmentAttribute(hook, lineno=node.lineno, environment=node.environment)
@@ -148,7 +148,7 @@ class _Rewriter(NodeTransformer):
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}`` marks what transformers trains on; its body is rendered as it is, in a scope of its own."""
+    """``{% generation %}`` marks what transformers trains on; its body is rendered unchanged, in its own scope."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -187,7 +187,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def tick() -> bool:
-        return True  # the call itself is paid for
+        return True  # the call is paid for
 
     @staticmethod
     def made(value: Any) -> Any:
@@ -226,7 +226,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         budget.spend(ITEM_COST)
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str):
-            if name in ("join", "replace"):  # what Jinja tells its own functions of the place of the call is not theirs
+            if name in ("join", "replace"):  # without the arguments that Jinja adds for its own functions
                 own = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
                 return (joined if name == "join" else replaced)(text, *args, **own)
             budget.spend(len(text))
@@ -247,14 +247,14 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        current.get().spend(1)  # a filter may look up many for each item
+        current.get().spend(1)  # a filter may look up many names per item
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         return formatting(self, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__!r} is not open to templates")
+        raise SecurityError(f"attribute {attribute!r} of {type(obj).__name__!r} is not available to templates")
 
 
 def _small_power(base: Any, exponent: Any) -> bool:
@@ -265,5 +265,5 @@ def _small_power(base: Any, exponent: Any) -> bool:
 
 @functools.cache
 def environment() -> BudgetedEnvironment:
-    """The one environment, which holds no state of any rendering."""
+    """The one environment; it holds no state of a rendering."""
     return BudgetedEnvironment()

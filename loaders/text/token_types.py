@@ -1,4 +1,4 @@
-"""What kind of token each id is: the file's type, corrected as llama.cpp does, or a guess where the file has none."""
+"""The type of each token: as in the file with llama.cpp's corrections, or guessed if the file has no types."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ class TokenType(IntEnum):
 
     NORMAL = 1
     UNKNOWN = 2
-    CONTROL = 3  # found in text only where the caller allows it (parse_special)
-    USER_DEFINED = 4  # always found in text, before any merging
+    CONTROL = 3  # found in text only if the caller allows it (parse_special)
+    USER_DEFINED = 4  # always found in text, before merging
     UNUSED = 5  # padding rows and retired pieces
-    BYTE = 6  # "<0x0A>": a byte that no other piece covers
+    BYTE = 6  # "<0x0A>": a byte of a character without a piece
 
 
 MATCHED_WHOLE = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
-"""Tokens that are cut out of a text before any merging."""
+"""Types of tokens that are cut out of a text before merging."""
 
 BYTE_TOKENS = {f"<0x{value:02X}>": value for value in range(256)}
-"""How a SentencePiece vocabulary spells bytes."""
+"""The spelling of each byte in a SentencePiece vocabulary -> the byte."""
 
-# Tokens that end a turn or a text whatever their type: llama.cpp's list and CodeLlama's, less "</s>".
+# Tokens that end a turn or a text, whatever their type: llama.cpp's list and CodeLlama's, without "</s>".
 END_OF_GENERATION = frozenset(
     [
         "<eos>",
@@ -54,12 +54,12 @@ END_OF_GENERATION = frozenset(
     ]
 )
 
-# What convert_hf_to_gguf.py takes for special by its looks, and the names that SentencePiece gives.
+# Spellings that convert_hf_to_gguf.py takes for special tokens, and SentencePiece's names.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused\d+>|</?s>|<(pad|mask|bos|eos)>", re.DOTALL)
 
 
 def guessed_types(tokens: Sequence[str], *, sentencepiece: bool) -> np.ndarray:
-    """Types by what tokens look like, for a file without `tokenizer.ggml.token_type`; int8 [vocab_size]."""
+    """Types guessed from the spelling, for a file without `tokenizer.ggml.token_type`: int8 [vocab_size]."""
     types = np.full(len(tokens), TokenType.NORMAL, dtype=np.int8)
     for index, token in enumerate(tokens):
         if token == "<unk>":
@@ -72,7 +72,7 @@ def guessed_types(tokens: Sequence[str], *, sentencepiece: bool) -> np.ndarray:
 
 
 def corrected_types(types: np.ndarray, ids: Mapping[str, int], *, sentencepiece: bool) -> np.ndarray:
-    """The types with end tokens as control, and bytes that are typed as words as bytes."""
+    """The types, with end tokens as control tokens, and with byte tokens that are typed as words as bytes."""
     types = types.copy()
     types[[ids[text] for text in END_OF_GENERATION & ids.keys()]] = TokenType.CONTROL
     if sentencepiece:
@@ -82,9 +82,9 @@ def corrected_types(types: np.ndarray, ids: Mapping[str, int], *, sentencepiece:
 
 
 def end_ids(ids: Mapping[str, int], types: np.ndarray, bos_id: int | None) -> set[int]:
-    """The tokens that are known to end a turn or a text.
+    """The tokens that end a turn or a text.
 
-    "</s>" is one of them where it is a control token or BOS is "<s>"; elsewhere it is the HTML tag, as in Gemma's
+    "</s>" is one of them if it is a control token or BOS is "<s>"; otherwise it is an HTML tag, as in Gemma's
     vocabulary.
     """
     ends = {ids[text] for text in END_OF_GENERATION & ids.keys()}

@@ -1,7 +1,7 @@
-"""The model's own tokenizer, from the metadata of its GGUF file or from a Hugging Face folder.
+"""The tokenizer of a model, from the metadata of a GGUF file or from a Hugging Face folder.
 
-How text is encoded differs (``gguf_text``, ``tokenizer_json``). What all share lives here: BOS and EOS are added
-as the file says, ids become text again, and the chat template is rendered.
+``gguf_text`` and ``tokenizer_json`` encode text. What they share is here: adding BOS and EOS as the file says, decoding
+ids to text, and rendering the chat template.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .vocabulary import Metadata, TokenizerError, Vocabulary, read_flag, read_st
 
 
 class TextModel(Protocol):
-    """Text to ids and ids to bytes; BOS and EOS are added elsewhere.
+    """Encodes text to ids without BOS and EOS, and decodes ids to bytes.
 
     Attributes:
         add_space_prefix: whether a text is encoded with a space before it.
@@ -31,23 +31,23 @@ class TextModel(Protocol):
     def token_bytes(self, token_id: int) -> bytes: ...
 
     def space_follows(self, token_id: int) -> bool:
-        """Whether text that follows this token is encoded with a space before it."""
+        """Whether text after this token is encoded with a space before it."""
 
 
 _SKIPPED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.UNUSED)
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Encodes text to token ids, and decodes ids to text.
 
     Attributes:
-        tokens: each id's text as the file stores it.
-        vocab_size: how many there are; the model's embedding may have more rows, as padding.
-        bos_id, eos_id, unk_id, pad_id: None where the file names none.
+        tokens: the text of each id, as the file stores it.
+        vocab_size: the number of tokens; the model's embedding may have more rows, as padding.
+        bos_id, eos_id, unk_id, pad_id: None if the file names none.
         eos_ids: every id that ends generation.
-        add_bos, add_eos: what ``encode`` adds.
+        add_bos, add_eos: whether ``encode`` adds BOS and EOS.
         add_space_prefix: whether a text is encoded with a space before it.
-        chat_templates: name -> Jinja source; the one without a name is "default".
+        chat_templates: name -> Jinja source; a template without a name is "default".
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> Tokenizer:
-        """The tokenizer that a GGUF file's key/value pairs describe.
+        """The tokenizer that the metadata of a GGUF file describes.
 
         Args:
-            metadata: the file's keys with their values; string arrays as sequences of str, numbers as numpy arrays.
+            metadata: key -> value; string arrays are sequences of str, arrays of numbers are NumPy arrays.
 
         Raises:
-            TokenizerError: the metadata contradicts itself or asks for something not known here.
+            TokenizerError: the metadata contradicts itself, or asks for something unsupported.
         """
         vocabulary = Vocabulary.from_metadata(metadata, models=MODELS)
         text_model = GGUFText(vocabulary, metadata)
@@ -95,20 +95,21 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Ids of a text.
+        """Encode a text to ids.
 
         Args:
             text: any text; user-defined tokens in it are always found.
-            add_special: add BOS and EOS as the file says; a text that already begins with BOS gets no second one.
-            parse_special: read control tokens such as "<|im_start|>" as what they are. Only for text whose source you
-                trust: in plain text they are plain characters.
+            add_special: add BOS and EOS as the file says; a text that begins with BOS gets no second one.
+            parse_special: encode control tokens such as "<|im_start|>" as single ids, only for text that you trust.
+                Otherwise they are encoded as plain characters.
 
         Raises:
-            TokenizerError: no text, a lone surrogate in it, or a character that the vocabulary cannot spell.
+            TokenizerError: ``text`` is not a str, contains a lone surrogate, or has a character that the vocabulary
+                cannot encode.
         """
         if not isinstance(text, str):
-            found = f"{type(text).__name__} in place of a text"
-            raise TokenizerError(found, rule="a tokenizer encodes one str", remedy="Encode texts one by one")
+            found = f"text of type {type(text).__name__}"
+            raise TokenizerError(found, rule="encode takes one str", remedy="Encode texts one by one")
         _refuse_surrogates(text)
         ids = self._text_model.encode(text, parse_special=parse_special)
         if add_special:
@@ -117,11 +118,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD.
+        """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
 
         Args:
-            ids: any integers of the vocabulary.
-            skip_special: leave end tokens, and control, unknown and unused ones, out.
+            ids: ids of the vocabulary.
+            skip_special: leave out end tokens, and control, unknown and unused tokens.
 
         Raises:
             TokenizerError: no ids, or one that is not in the vocabulary.
@@ -130,16 +131,16 @@ class Tokenizer:
         return "".join([stream.feed(token_id) for token_id in _each(ids)]) + stream.flush()
 
     def stream(self, *, skip_special: bool = True, after: int | None = None) -> StreamDecoder:
-        """A decoder to feed ids one by one as they are generated.
+        """A decoder that takes ids one by one as they are generated.
 
         Args:
-            skip_special: leave end tokens, and control, unknown and unused ones, out.
-            after: the id that the stream continues from, usually the prompt's last; None at the start of a text.
+            skip_special: leave out end tokens, and control, unknown and unused tokens.
+            after: the id before the stream, usually the prompt's last; None at the start of a text.
         """
         return StreamDecoder(self, skip_special=skip_special, after=after)
 
     def piece(self, token_id: int) -> Piece:
-        """What one id contributes to the text."""
+        """The contribution of one id to the text."""
         try:
             piece = self._pieces.get(token_id)
             index = operator.index(token_id) if piece is None else 0
@@ -164,7 +165,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The file's default chat template, Jinja source; None where it carries none."""
+        """The Jinja source of the default chat template; None if there is none."""
         return self.chat_templates.get(DEFAULT)
 
     def apply_chat_template(
@@ -175,20 +176,20 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt that the model was trained to see for a conversation, as transformers renders it.
+        """Render a conversation as the prompt that the model was trained on, as transformers does.
 
         Args:
             messages: dictionaries with "role" and "content"; content is text, or a list of parts such as
-                {"type": "text", "text": ...} for a template that takes them.
-            chat_template: name of the template; None takes "tool_use" where there is one and tools are given, else
+                {"type": "text", "text": ...} if the template accepts them.
+            chat_template: name of the template; None selects "tool_use" if it exists and tools are given, else
                 "default".
-            add_generation_prompt: end with the opening of the assistant's turn.
-            variables: whatever else the template knows, such as ``tools``, ``documents`` or ``enable_thinking``. A
+            add_generation_prompt: end with the start of the assistant's turn.
+            variables: further variables of the template, such as ``tools``, ``documents`` or ``enable_thinking``. A
                 warning names those that it does not use.
 
         Raises:
-            ChatTemplateError: there is no template, messages or variables are of another type than they must be, the
-                template refuses them, or it breaks the sandbox or its bounds.
+            ChatTemplateError: there is no template, messages or variables have a wrong type, or the template refuses
+                them, violates the sandbox or exceeds a bound.
         """
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self.unk_id, "pad_token": self.pad_id}
         tokens = {name: self.tokens[token_id] for name, token_id in named.items() if token_id is not None}
@@ -202,11 +203,11 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """Ids of a conversation: the rendered template, with one BOS before it where the model uses one, no EOS after.
+        """Encode a conversation: the rendered template after one BOS, if the model uses it, and without EOS.
 
-        The messages' contents are part of the rendered text, so a control token spelled in one is read as one.
+        A control token spelled in the content of a message is encoded as that token.
 
-        Args and errors: as ``apply_chat_template``.
+        Arguments and errors are those of ``apply_chat_template``.
         """
         text = self.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
         ids = self.encode(text, add_special=False, parse_special=True)
@@ -220,7 +221,7 @@ class Tokenizer:
 
 
 def _gguf_templates(metadata: Metadata) -> dict[str, str]:
-    """`tokenizer.chat_template` and, by their names, `tokenizer.chat_template.NAME`."""
+    """`tokenizer.chat_template`, and each `tokenizer.chat_template.NAME` under its name."""
     key = "tokenizer.chat_template"
     named = {name: read_string(metadata, name) for name in metadata if name == key or name.startswith(f"{key}.")}
     return {
@@ -231,12 +232,12 @@ def _gguf_templates(metadata: Metadata) -> dict[str, str]:
 
 
 def _addition(name: str, added: bool, token_id: int | None) -> list[int]:
-    """The ids that ``encode`` adds: the one, or none."""
+    """The ids that ``encode`` adds for BOS or EOS: one or none."""
     if not added:
         return []
     if token_id is None:
         raise TokenizerError(
-            f"{name}_token_id is missing, or is no id of the vocabulary",
+            f"{name}_token_id is missing, or is not in the vocabulary",
             rule=f"a tokenizer that adds {name.upper()} must name it",
             remedy=f"Set it, or set add_{name}_token to false, in the file's tokenizer metadata",
         )
@@ -260,6 +261,6 @@ def _refuse_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         raise TokenizerError(
             f"character {error.start} of the text is {text[error.start]!r}",
-            rule="a lone surrogate is no character and has no UTF-8",
+            rule="a lone surrogate is not a character and has no UTF-8",
             remedy='Decode the input as UTF-8 with errors="replace"',
         ) from None

@@ -1,10 +1,10 @@
 """tokenizer.json: the tokenizers library runs the file's own normaliser, pre-tokeniser, merges and added tokens.
 
-The file is taken as it stands. transformers 5 rebuilds some of them (class LlamaTokenizer) with other rules for the
-space after a special token.
+The file is used unchanged. transformers 5 rebuilds some files (class LlamaTokenizer), with other rules for the space
+after a special token.
 
-Decoding does not go through the library, whose decoders join a whole text: here each token has its bytes, so that a
-stream of tokens can be decoded one by one. Which bytes, the file's decoder says.
+The library's decoders need a whole text, so they are not used: each token has its bytes here, according to the decoder
+in the file, and a stream can be decoded token by token.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from .token_types import BYTE_TOKENS, MATCHED_WHOLE, TokenType, end_ids
 from .tokenizer import Tokenizer
 from .vocabulary import Vocabulary
 
-PROBE = "a"  # a text that no normaliser touches
-MODEL = "tokenizer.json"  # what a Vocabulary of this kind calls its model
+PROBE = "a"  # a text that no normaliser changes
+MODEL = "tokenizer.json"  # ``Vocabulary.model`` of this kind
 
 
 @panics_as_errors()
 def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
-    """The tokenizer of this file, with what the folder's other files say.
+    """The tokenizer of a tokenizer.json and the settings of its folder.
 
     Raises:
-        HuggingFaceError: the file is no JSON object.
-        TokenizerError: it is of a kind not known here, or contradicts the other files.
+        HuggingFaceError: the file does not hold one JSON object.
+        TokenizerError: the kind of the tokenizer is not supported, or the file contradicts the other files.
     """
     text = path.read_bytes()
     stored = parse_json(text, path)
     try:
         library = tokenizers.Tokenizer.from_buffer(text)
-    except Exception as error:  # the library raises nothing narrower
-        refuse(path, str(error), "the text is a tokenizer that the tokenizers library can read")
+    except Exception as error:  # the library raises nothing more specific
+        refuse(path, str(error), "the file is one that the tokenizers library can read")
     if not isinstance(library.model, models.BPE):
         refuse(
             path,
@@ -64,7 +64,7 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
             refuse(
                 path,
                 f"post_processor adds {[vocabulary.tokens[i] for i in added]}",
-                f"what it adds is the {name}_token, here {settings.named.get(name)!r}, or nothing",
+                f"it adds the {name}_token, here {settings.named.get(name)!r}, or nothing",
             )
         said = getattr(settings, f"add_{name}")
         if said is not None and said != bool(added):
@@ -82,7 +82,7 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
 
 
 class JsonText:
-    """Text to ids and ids to bytes, special tokens included."""
+    """Encodes text with special tokens to ids, and decodes ids to bytes."""
 
     def __init__(self, library: tokenizers.Tokenizer, vocabulary: Vocabulary, spelling: _Spelling):
         self._library, self._vocabulary, self._spelling = library, vocabulary, spelling
@@ -103,7 +103,7 @@ class JsonText:
         return self._spelling.to_bytes(token) if kind in (TokenType.NORMAL, TokenType.BYTE) else token.encode()
 
     def space_follows(self, token_id: int) -> bool:
-        """Tried out, since several settings of a tokenizer.json decide it together."""
+        """As in ``TextModel``; determined by a trial, since it depends on several settings together."""
         if not self.add_space_prefix or self._vocabulary.types[token_id] not in MATCHED_WHOLE:
             return False
         if token_id == self._vocabulary.bos_id:
@@ -115,9 +115,9 @@ class JsonText:
         return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
 
     def settle_spelled_controls(self, settings: TokenizerSettings, path: Path) -> None:
-        """Plain text must not become control tokens, which a merge or a word of the vocabulary could make it.
+        """Check that no plain text is encoded as a control token, through a merge or a word of the vocabulary.
 
-        A word that serves as the padding or the unknown token remains text.
+        A word that is only the padding or the unknown token becomes a normal token; for any other, TokenizerError.
         """
         for token_id in self._vocabulary.of_type(TokenType.CONTROL):
             text = self._vocabulary.tokens[token_id]
@@ -127,8 +127,8 @@ class JsonText:
             if (role := settings.unused_role(text)) is None:
                 refuse(
                     path,
-                    f"plain text {text!r} becomes the control token of that name",
-                    "a token that the vocabulary spells is no control token",
+                    f"plain text {text!r} is encoded as the control token of that name",
+                    "a control token is not spelled by the vocabulary",
                     "Use the tokenizer of the model's original checkpoint",
                 )
             self._vocabulary.types[token_id] = TokenType.NORMAL
@@ -140,7 +140,7 @@ class JsonText:
 
 
 class _Spelling:
-    """How the vocabulary spells bytes, as the file's decoder tells."""
+    """How the vocabulary spells bytes, according to the decoder in the file."""
 
     def __init__(self, library: tokenizers.Tokenizer, path: Path):
         steps = _steps(json.loads(library.decoder.__getstate__()) if library.decoder else {"type": None})
@@ -163,7 +163,7 @@ class _Spelling:
             refuse(
                 path,
                 "neither an unk_token nor byte_fallback",
-                "a character without a token becomes something, it is not dropped",
+                "a character without a token is encoded, not dropped",
             )
 
     def to_bytes(self, token: str) -> bytes:
@@ -191,7 +191,7 @@ def _spells_spaces(step: dict[str, Any]) -> bool:
 
 
 def _add_tokens(library: tokenizers.Tokenizer, stored: dict[str, Any], settings: TokenizerSettings, path: Path) -> None:
-    """Tokens that only tokenizer_config.json adds, or has with other flags, in order of id; then ids are compared."""
+    """Add the tokens that only tokenizer_config.json has, or has with other flags; then compare all ids."""
     own = {entry["id"]: added_token(entry) for entry in stored.get("added_tokens") or []}
     for token_id, token in sorted(settings.added.items()):
         if own.get(token_id) != token:
@@ -206,7 +206,7 @@ def _add_tokens(library: tokenizers.Tokenizer, stored: dict[str, Any], settings:
 
 
 def _add_named(library: tokenizers.Tokenizer, settings: TokenizerSettings, path: Path) -> None:
-    """Make the tokens special that the other files name; all but BOS and EOS may be new ones, as in transformers."""
+    """Make the tokens special that other files name, adding those that are missing, as in transformers."""
     special = {token.content for token in library.get_added_tokens_decoder().values()}
     for text in settings.special_texts:
         if library.token_to_id(text) is None:
@@ -220,13 +220,13 @@ def _as_library(token: AddedToken) -> tokenizers.AddedToken:
 
 
 def _additions(library: tokenizers.Tokenizer, path: Path) -> tuple[list[int], list[int]]:
-    """The ids that the post-processor puts before and after a text."""
+    """The ids that the post-processor adds before and after a text."""
     plain = library.encode(PROBE, add_special_tokens=False).ids
     whole = library.encode(PROBE).ids
     for start in range(len(whole) - len(plain), -1, -1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
-    refuse(path, f"a post_processor that makes {whole} of {plain}", "it adds tokens before and after a text, no more")
+    refuse(path, f"a post_processor that makes {whole} of {plain}", "it only adds tokens before and after a text")
 
 
 def _vocabulary(

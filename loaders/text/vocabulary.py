@@ -1,7 +1,7 @@
-"""What a GGUF file says about its tokenizer, checked: tokens, their types, special ids and flags.
+"""Reading and checking the vocabulary in a GGUF file's metadata: tokens, their types, special ids and flags.
 
-Metadata is untrusted. Every array is typed and sized here, every id is in range, so that the tokenizers behind it
-never see a vocabulary that contradicts itself.
+Metadata is untrusted. The type and length of every array and the range of every id are checked here, so that the
+tokenizers never receive an inconsistent vocabulary.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ Metadata = Mapping[str, Any]
 
 
 class TokenizerError(RooflamaError, ValueError):
-    """Tokenizer metadata that contradicts itself, or text that the vocabulary cannot take."""
+    """A tokenizer that cannot be read, or text that its vocabulary cannot encode."""
 
 
 _RECONVERT = "Convert the model again with a current convert_hf_to_gguf.py"
 
 
 def refuse(metadata: Metadata, key: str, found: str, rule: str, remedy: str = _RECONVERT) -> NoReturn:
-    """Raise TokenizerError for what was found at ``key``, with the file and the byte where the metadata knows them."""
+    """Raise TokenizerError about the value at ``key``, with the file and byte if the metadata knows them."""
     raise TokenizerError(place(metadata, key) + found, rule=rule, remedy=remedy)
 
 
 def warn(metadata: Metadata, key: str, text: str) -> None:
-    """Warn about what was found at ``key``, with the file and the byte where the metadata knows them."""
+    """Warn about the value at ``key``, with the file and byte if the metadata knows them."""
     warnings.warn(place(metadata, key) + text, stacklevel=2)
 
 
 def read_string(metadata: Metadata, key: str) -> str | None:
-    """The string at ``key``, or None where the key is missing."""
+    """The string at ``key``; None if the key is missing."""
     value = metadata.get(key)
     if value is not None and not isinstance(value, str):
         refuse(metadata, key, f"{key} is a {type(value).__name__}", "it must be a string")
@@ -47,7 +47,7 @@ def read_string(metadata: Metadata, key: str) -> str | None:
 
 
 def read_flag(metadata: Metadata, key: str, default: bool) -> bool:
-    """The boolean at ``key``, or ``default`` where the key is missing."""
+    """The boolean at ``key``; ``default`` if the key is missing."""
     value = metadata.get(key, default)
     if not isinstance(value, bool | np.bool_):
         refuse(metadata, key, f"{key} = {value!r}", "it must be a boolean")
@@ -55,7 +55,7 @@ def read_flag(metadata: Metadata, key: str, default: bool) -> bool:
 
 
 def read_strings(metadata: Metadata, key: str) -> list[str]:
-    """The array of non-empty strings at ``key``, which must be there."""
+    """The array of strings at ``key``, which must exist."""
     value = metadata.get(key)
     if value is None:
         refuse(metadata, key, f"{key} is missing", "this kind of tokenizer needs it")
@@ -82,7 +82,7 @@ def _read_numbers(metadata: Metadata, key: str, kinds: str, length: int) -> np.n
         refuse(metadata, key, found, f"it must be a flat array of {wanted}")
     if len(array) != length:
         found = f"{key} has {len(array)} elements and tokenizer.ggml.tokens has {length}"
-        refuse(metadata, key, found, "the two must be of one length")
+        refuse(metadata, key, found, "both must have the same length")
     return array
 
 
@@ -111,7 +111,7 @@ def _read_types(metadata: Metadata, tokens: list[str], ids: Mapping[str, int], *
 
 
 def _read_special(metadata: Metadata, name: str, vocab_size: int) -> int | None:
-    """The id at `tokenizer.ggml.NAME_token_id`; None, with a warning, where it is none of the vocabulary."""
+    """The id at `tokenizer.ggml.NAME_token_id`; None, with a warning, if it is not in the vocabulary."""
     key = f"tokenizer.ggml.{name}_token_id"
     value, rule = metadata[key], f"it must be an id of the vocabulary, 0 to {vocab_size - 1}"
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
@@ -126,15 +126,15 @@ def _read_special(metadata: Metadata, name: str, vocab_size: int) -> int | None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The checked vocabulary.
+    """A checked vocabulary.
 
     Attributes:
-        tokens: text of each id, as stored (byte-level alphabet or SentencePiece escapes included).
-        ids: the reverse of ``tokens``.
+        tokens: the text of each id, as stored: in the byte-level alphabet, or with SentencePiece's escapes.
+        ids: text -> id.
         types: int8 [vocab_size], values of TokenType.
-        model: "gpt2" or "llama".
-        arch: `general.architecture`, "" where missing.
-        bos_id, eos_id, unk_id, pad_id: None where the file names none.
+        model: "gpt2" or "llama", or "tokenizer.json".
+        arch: `general.architecture`, "" if missing.
+        bos_id, eos_id, unk_id, pad_id: None if the file names none.
         eos_ids: every id that ends generation.
     """
 
@@ -151,10 +151,10 @@ class Vocabulary:
 
     @classmethod
     def from_metadata(cls, metadata: Metadata, models: Collection[str]) -> Vocabulary:
-        """Read and check; ``models`` are the values of `tokenizer.ggml.model` that the caller knows.
+        """Read and check a vocabulary; ``models`` are the supported values of `tokenizer.ggml.model`.
 
         Raises:
-            TokenizerError: an array is missing, mistyped or of another length, tokens repeat, an id is out of range.
+            TokenizerError: an array is missing or has a wrong type or length, tokens repeat, or an id is out of range.
         """
         model = read_string(metadata, key := "tokenizer.ggml.model")
         if model is None or model not in models:
@@ -162,7 +162,7 @@ class Vocabulary:
                 metadata,
                 key,
                 f"{key} is missing" if model is None else f"{key} = {model!r}",
-                f"the kinds of tokenizer known here are {', '.join(models)}",
+                f"supported kinds of tokenizer are {', '.join(models)}",
                 "Use a model of the Llama, Qwen or Phi-3 families",
             )
         tokens = read_strings(metadata, key := "tokenizer.ggml.tokens")
@@ -171,14 +171,14 @@ class Vocabulary:
         ids = {token: index for index, token in enumerate(tokens)}
         if len(ids) != len(tokens):
             index = next(i for i, token in enumerate(tokens) if ids[token] != i)
-            found = f"{key}[{index}] = {tokens[index]!r} stands again at {ids[tokens[index]]}"
+            found = f"{key}[{index}] = {tokens[index]!r} occurs again at {ids[tokens[index]]}"
             refuse(metadata, key, found, "tokens must be distinct")
         if "" in ids:
             refuse(metadata, key, f"{key}[{ids['']}] = ''", "a token must not be empty")
         types = _read_types(metadata, tokens, ids, sentencepiece=model == "llama")
 
         def special(name: str, customary: int | None = None) -> int | None:
-            """The id the file names; else SentencePiece's customary one, where that token is indeed special."""
+            """The id that the file names, else SentencePiece's customary id if its token is special."""
             if metadata.get(f"tokenizer.ggml.{name}_token_id") is not None:
                 named = _read_special(metadata, name, len(tokens))
                 if named is not None or name != "unknown":
@@ -203,7 +203,7 @@ class Vocabulary:
         )
 
     def of_type(self, *types: TokenType) -> list[int]:
-        """The ids whose type is one of ``types``, ascending."""
+        """The ids whose type is one of ``types``, in ascending order."""
         return np.flatnonzero(np.isin(self.types, types)).tolist()
 
     def scores(self, metadata: Metadata) -> np.ndarray:

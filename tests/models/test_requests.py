@@ -251,7 +251,7 @@ def test_what_is_no_prompt_is_named(model, prompt, message):
 
 @pytest.mark.parametrize("text", [None, b"ab", 5, ["ab"], np.array([5])])
 def test_what_a_tokenizer_cannot_encode_is_named(model, text):
-    with pytest.raises(TokenizerError, match=f"{type(text).__name__} in place of a text"):
+    with pytest.raises(TokenizerError, match=f"text of type {type(text).__name__}"):
         model.tokenizer.encode(text)
 
 
@@ -310,5 +310,5 @@ def test_an_option_of_load_of_another_kind_is_refused(tmp_path, numpy_backend, n
 
 def test_what_is_no_path_is_refused():
     for path in (None, 5, ["a.gguf"]):
-        with pytest.raises(RooflamaError, match="in place of a path"):
+        with pytest.raises(RooflamaError, match=r"source .* of type"):
             rooflama.load(path)

@@ -68,17 +68,17 @@ def test_a_conversation_reads_as_in_transformers(messages, tools):
         ([[HELLO]], r"messages\[0\] is a list: each message must be a dictionary"),
         ([{"content": "Hello"}], r"messages\[0\] has no role \(its keys: content\)"),
         ([{}], r"messages\[0\] has no role \(its keys: none\)"),
-        ([{"role": 1, "content": "Hello"}], r"messages\[0\]\['role'\] is 1: each message must say whose it is"),
+        ([{"role": 1, "content": "Hello"}], r"messages\[0\]\['role'\] is 1: each message must have a role"),
         ([{"role": "", "content": "Hello"}], r"messages\[0\]\['role'\] is ''"),
-        ([{"role": "user"}], r"messages\[0\] has no content: only an assistant's message"),
+        ([{"role": "user"}], r"messages\[0\] has no content: only a message of the assistant"),
         ([{"role": "user", "content": None}], r"messages\[0\] has no content"),
         ([{"role": "user", "text": "Hello"}], r"messages\[0\] has no content"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\['content'\] is a int: content must be text"),
         ([{"role": "user", "content": b"Hello"}], r"messages\[0\]\['content'\] is a bytes"),
         ([{"role": "user", "content": {"type": "text"}}], r"messages\[0\]\['content'\] is a dict"),
         ([{"role": "user", "content": ["Hello"]}], r"messages\[0\]\['content'\]\[0\] is a str"),
-        ([{"role": "tool", "content": {1, 2}}], r"messages\[0\]\['content'\] is a set: a template is given JSON"),
-        ([HELLO | {"image": object()}], r"messages\[0\]\['image'\] is a object: a template is given JSON values"),
+        ([{"role": "tool", "content": {1, 2}}], r"messages\[0\]\['content'\] is a set: a template takes JSON"),
+        ([HELLO | {"image": object()}], r"messages\[0\]\['image'\] is a object: a template takes JSON values"),
     ],
 )
 def test_slips_are_refused(messages, found):
@@ -101,9 +101,9 @@ def weather(city: str) -> str:
         ({"tools": ["weather"]}, r"tools\[0\] is a str"),
         ({"tools": [weather]}, r"tools\[0\] is a function: .* JSON schema, such as .*get_json_schema"),
         ({"documents": ["a"]}, r"documents\[0\] is a str"),
-        ({"moment": object()}, "moment is a object: a template is given JSON values"),
+        ({"moment": object()}, "moment is a object: a template takes JSON values"),
         ({"moment": {"now": [object()]}}, r"moment\['now'\]\[0\] is a object"),
-        ({"call": weather}, "call is a function: a template is given JSON values"),
+        ({"call": weather}, "call is a function: a template takes JSON values"),
     ],
 )
 def test_variables_of_other_types_are_refused(variables, found):

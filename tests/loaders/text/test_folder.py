@@ -377,8 +377,8 @@ def word_as_control(content, word="the"):
          "a decoder of WordPiece"),
         (lambda f: stored(f, lambda c: c.update(decoder=None)), "a decoder of None"),
         (lambda f: stored(f, lambda c: c["added_tokens"][0].update(id=999)), "and 999 as an added token"),
-        (lambda f: stored(f, word_as_control), "plain text 'the' becomes the control token"),
-        (lambda f: stored(f, lambda c: word_as_control(c, "Ġthe")), "plain text 'Ġthe' becomes the control token"),
+        (lambda f: stored(f, word_as_control), "plain text 'the' is encoded as the control token"),
+        (lambda f: stored(f, lambda c: word_as_control(c, "Ġthe")), "'Ġthe' is encoded as the control token"),
         (lambda f: change(f, "tokenizer_config.json", bos_token="<s>"), "no token '<s>'"),
         (lambda f: change(f, "tokenizer_config.json", bos_token="<|eot|>"), "bos_token, here '<|eot|>'"),
         (lambda f: change(f, "tokenizer_config.json", bos_token=5), "bos_token = 5: it is a token's text"),
@@ -454,7 +454,7 @@ def test_a_pattern_that_backtracks_too_long_is_an_error(folder, capfd):
     ours = read_folder_tokenizer(folder)
     for _ in range(2):
         assert ours.decode(ours.encode("roof"), skip_special=True) == "roof"
-        with pytest.raises(TokenizerError, match=r"gave up on the text \(.*retry-limit-in-match over"):
+        with pytest.raises(TokenizerError, match=r"failed on the text \(.*retry-limit-in-match over"):
             ours.encode("a" * 60 + " x")
     capfd.readouterr()  # the library's own trace
 

@@ -135,7 +135,7 @@ def test_customary_ids_where_the_file_names_none():
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
     metadata["tokenizer.ggml.token_type"][1] = 1
     with pytest.raises(
-        TokenizerError, match="bos_token_id is missing, or is no id of the vocabulary: a tokenizer that adds BOS"
+        TokenizerError, match="bos_token_id is missing, or is not in the vocabulary: a tokenizer that adds BOS"
     ):
         Tokenizer.from_metadata(metadata)
 
@@ -156,8 +156,11 @@ def _change(key, index, value):
             lambda: _change("token_type", 400, 6),
             r"tokens\[400\] = '.+', typed as a byte: byte tokens are spelled",
         ),
-        (lambda: spm_metadata(trained_sentencepiece(), remove_extra_whitespaces=True), "text is encoded here as it is"),
-        (lambda: spm_metadata(trained_sentencepiece(), precompiled_charsmap=np.zeros(4, np.uint8)), "as it is"),
+        (lambda: spm_metadata(trained_sentencepiece(), remove_extra_whitespaces=True), "without normalisation"),
+        (
+            lambda: spm_metadata(trained_sentencepiece(), precompiled_charsmap=np.zeros(4, np.uint8)),
+            "without normalisation",
+        ),
     ],
 )
 def test_bad_metadata_is_refused(metadata, message):

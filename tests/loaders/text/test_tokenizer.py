@@ -176,7 +176,7 @@ def test_an_id_out_of_range_that_is_not_used_is_said(name, value):
 @pytest.mark.filterwarnings("ignore:tokenizer.ggml.bos_token_id = 999 is no id")
 def test_a_bos_out_of_range_that_is_added_is_refused():
     for metadata in (bpe_with_special(add_bos_token=True), spm_metadata(trained_sentencepiece())):
-        with pytest.raises(TokenizerError, match="bos_token_id is missing, or is no id of the vocabulary: a tokenizer"):
+        with pytest.raises(TokenizerError, match="bos_token_id is missing, or is not in the vocabulary: a tokenizer"):
             Tokenizer.from_metadata(metadata | {"tokenizer.ggml.bos_token_id": 999})
 
 
@@ -253,14 +253,14 @@ def _with(**keys):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "tokenizer.ggml.model is missing: the kinds of tokenizer known here are gpt2, llama"),
-        (_with(model="t5"), "tokenizer.ggml.model = 't5': the kinds of tokenizer known here are gpt2, llama"),
+        ({}, "tokenizer.ggml.model is missing: supported kinds of tokenizer are gpt2, llama"),
+        (_with(model="t5"), "tokenizer.ggml.model = 't5': supported kinds of tokenizer are gpt2, llama"),
         (_with(model=3), "tokenizer.ggml.model is a int: it must be a string"),
         (_with(tokens=None), "tokenizer.ggml.tokens is missing"),
         (_with(tokens="abc"), "tokenizer.ggml.tokens is a str: it must be an array"),
         (_with(tokens=[]), "tokenizer.ggml.tokens is empty"),
         (_with(tokens=["a", 7]), r"tokens\[1\] = 7: every element must be a string"),
-        (_with(tokens=["a", "b", "a"]), r"tokens\[0\] = 'a' stands again at 2: tokens must be distinct"),
+        (_with(tokens=["a", "b", "a"]), r"tokens\[0\] = 'a' occurs again at 2: tokens must be distinct"),
         (_with(tokens=["a", ""]), r"tokens\[1\] = '': a token must not be empty"),
         (_with(token_type=np.ones(255, np.int32)), "token_type has 255 elements and tokenizer.ggml.tokens has 256"),
         (_with(token_type=np.ones(256, np.float32)), "holds float32 in 1 dimensions: it must be a flat array of whole"),
@@ -278,7 +278,7 @@ def _with(**keys):
         (_with(add_bos_token=1), "add_bos_token = 1: it must be a boolean"),
         (
             _with(add_eos_token=True),
-            "eos_token_id is missing, or is no id of the vocabulary: a tokenizer that adds EOS",
+            "eos_token_id is missing, or is not in the vocabulary: a tokenizer that adds EOS",
         ),
         (_with(pre=["smollm"]), "tokenizer.ggml.pre is a list: it must be a string"),
         (_with() | {"tokenizer.chat_template": 5}, "tokenizer.chat_template is a int: it must be a string"),
