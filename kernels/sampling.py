@@ -1,4 +1,4 @@
-"""Drawing the next token on the device: greedy, or temperature with top-k, top-p and min-p; repetition penalty first.
+"""Drawing the next token on the device: greedy, or temperature with top-k, top-p and min-p.
 
     token = argmax over the tokens kept of (logit - largest) / temperature - log(e),  e = -log(1 - u)   (Gumbel, 1954)
 
@@ -7,9 +7,9 @@ definition, which states the filters, draws the same numbers.
 Layout: logits [num_seqs, vocab], last dimension contiguous; every parameter a tensor [num_seqs] on the device, so that
 a captured graph can be replayed with other values.
 One program owns a chunk of CHUNK tokens of one row; a last program for each row compares the chunks' winners.
-Top-k and top-p become one number a row, the smallest value that is kept: ``sampling_filters`` finds it without a sort.
+Top-k and top-p become one number per row, the smallest value kept: ``sampling_filters`` finds it without a sort.
 Numerics: float32 throughout; sums in a fixed order, so the same call gives the same token.
-Moves: the logits once when greedy, twice when drawing, and from L2 8 times more for each of top-k and top-p that is on.
+Moves: the logits once when greedy, twice when drawing, and 8 times more from L2 for each of top-k and top-p that is on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_array, as_tensor, runs_numpy
 from .checks import (
     FLOATS,
     check,
@@ -31,31 +30,28 @@ from .checks import (
     check_sequences,
     check_shape,
 )
-from .operators import operator
-from .sampling_filters import _image, _load_chunk, _relative, _row_max, raise_floor
+from .kernel import Launch, kernel, launch, scratch
+from .sampling_filters import image_of, load_chunk, raise_floor, relative, row_max, search_memory
 
-CHUNK = 1024  # tokens a program owns
+CHUNK = 1024  # tokens per program
 
 
 @triton.jit
 def _max_kernel(
     logits_ptr,  # [num_seqs, vocab]
-    seen_ptr,  # [num_seqs, vocab], read if PENALISED
-    penalty_ptr,  # [num_seqs], read if PENALISED
     maxima_ptr,  # [num_seqs, num_chunks]
+    floor_ptr,  # [num_seqs], or None; every row's becomes 0, which keeps every token
     logits_stride,
-    seen_stride,
     vocab_size,
-    PENALISED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
-    logits = _load_chunk(
-        logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
-    )
+    logits = load_chunk(logits_ptr, logits_stride, row, offs, vocab_size)
     largest = tl.max(tl.where(logits != logits, float("-inf"), logits))
     tl.store(maxima_ptr + row * tl.num_programs(0) + chunk, largest)
+    if floor_ptr is not None and chunk == 0:
+        tl.store(floor_ptr + row, 0)
 
 
 @triton.jit
@@ -73,46 +69,36 @@ def _exponential(seed, step, tokens):
 @triton.jit
 def _choose_kernel(
     logits_ptr,  # [num_seqs, vocab]
-    seen_ptr,  # [num_seqs, vocab], read if PENALISED
-    penalty_ptr,  # [num_seqs], read if PENALISED
-    maxima_ptr,  # [num_seqs, num_chunks], read if DRAWS, as all up to steps
-    temperature_ptr,  # [num_seqs]
-    min_p_ptr,  # [num_seqs], read if MIN_P
-    floor_ptr,  # [num_seqs], read if FLOOR
+    maxima_ptr,  # [num_seqs, num_chunks], read if there is a temperature, as all up to steps
+    temperature_ptr,  # [num_seqs], or None: every row is greedy
+    min_p_ptr,  # [num_seqs], or None
+    floor_ptr,  # [num_seqs], or None
     seeds_ptr,  # [num_seqs]
     steps_ptr,  # [num_seqs]
     scores_ptr,  # [num_seqs, num_chunks], the winner's
     winners_ptr,  # [num_seqs, num_chunks], tokens; -1 if the chunk holds a NaN
     logits_stride,
-    seen_stride,
     vocab_size,
-    PENALISED: tl.constexpr,
-    DRAWS: tl.constexpr,  # False: every row is greedy
-    FLOOR: tl.constexpr,
-    MIN_P: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,  # power of two >= num_chunks
 ):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_chunks = tl.num_programs(0)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
-    logits = _load_chunk(
-        logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
-    )
+    logits = load_chunk(logits_ptr, logits_stride, row, offs, vocab_size)
     has_nan = tl.max((logits != logits).to(tl.int32)) != 0
     score = tl.where(logits != logits, float("-inf"), logits)
-    if DRAWS:
+    if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + row)
         if temperature > 0.0:
-            largest = _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS)
-            relative = _relative(score, largest, temperature)
+            z = relative(score, row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS), temperature)
             kept = offs < vocab_size
-            if FLOOR:
-                kept = kept & (_image(score) >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
-            if MIN_P:
-                kept = kept & (relative >= tl.log(tl.load(min_p_ptr + row)))
+            if floor_ptr is not None:
+                kept = kept & (image_of(score) >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
+            if min_p_ptr is not None:
+                kept = kept & (z >= tl.log(tl.load(min_p_ptr + row)))
             noise = -tl.log(_exponential(tl.load(seeds_ptr + row), tl.load(steps_ptr + row), offs))
-            score = tl.where(kept, relative + noise, float("-inf"))
+            score = tl.where(kept, z + noise, float("-inf"))
     winner = chunk * CHUNK + tl.argmax(score, axis=0)
     tl.store(scores_ptr + row * num_chunks + chunk, tl.max(score))
     tl.store(winners_ptr + row * num_chunks + chunk, tl.where(has_nan, -1, winner))
@@ -124,7 +110,7 @@ def _last_kernel(
     winners_ptr,  # [num_seqs, num_chunks]
     out_ptr,  # [num_seqs]
     num_chunks,
-    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,  # power of two >= num_chunks
 ):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_CHUNKS)
@@ -135,111 +121,6 @@ def _last_kernel(
     tl.store(out_ptr + row, tl.where(tl.min(winners) < 0, -1, best))
 
 
-def _sample_fake(
-    logits: Tensor,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    seeds: Tensor | None = None,
-    steps: Tensor | None = None,
-    penalty: Tensor | None = None,
-    seen: Tensor | None = None,
-    *,
-    vocab_size: int | None = None,
-) -> Tensor:
-    return torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-
-
-@operator(_sample_fake)
-def sample(
-    logits: Tensor,
-    temperature: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    seeds: Tensor | None = None,
-    steps: Tensor | None = None,
-    penalty: Tensor | None = None,
-    seen: Tensor | None = None,
-    *,
-    vocab_size: int | None = None,
-) -> Tensor:
-    """Draw one token for each sequence. A parameter that is None is off for every sequence, and costs nothing.
-
-    Args:
-        logits: [num_seqs, vocab], float32, float16 or bfloat16.
-        temperature: float32 [num_seqs], finite; 0 is greedy: the largest logit, the lowest token among equals.
-        top_k: int32 [num_seqs], 0 for off; keeps every token that equals the k-th.
-        top_p: float32 [num_seqs], 0 to 1; 1 for off.
-        min_p: float32 [num_seqs], 0 to 1; 0 for off.
-        seeds: int64 [num_seqs], needed with ``temperature``.
-        steps: int64 [num_seqs], needed with ``temperature``: how many tokens the sequence has drawn before.
-        penalty: float32 [num_seqs], positive and finite; 1 for off.
-        seen: bool or uint8 [num_seqs, vocab], given with ``penalty`` and only then: the tokens it applies to.
-        vocab_size: tokens from here on are padding and never drawn; the width of ``logits`` by default.
-
-    Returns:
-        int32 [num_seqs]; -1 for a row with a NaN among its logits. On a GPU, where looking at the parameters would
-        stall the stream, one outside its range does this: a temperature below 0 or NaN is greedy, top_k below 0 and
-        top_p above 1 or NaN are off, top_p below 0 is 0, a min_p that keeps no token gives token 0, a penalty that
-        makes a NaN gives -1, and an infinite temperature gives any number at all.
-
-    Raises:
-        KernelInputError: shapes, dtypes or devices do not fit, a parameter lacks the one it needs, or (seen on the CPU
-            only) a parameter is outside its range.
-    """
-    check_shape("logits", logits, (None, None))
-    vocab_size = logits.shape[1] if vocab_size is None else vocab_size
-    _check(logits, temperature, top_k, top_p, min_p, seeds, steps, penalty, seen, vocab_size)
-    if runs_numpy(logits):
-        parameters = (temperature, top_k, top_p, min_p, seeds, steps, penalty, seen)
-        arrays = [None if t is None else as_array(t) for t in parameters]
-        return as_tensor(
-            reference.sample(as_array(logits), *arrays, vocab_size=vocab_size), like=logits, dtype=torch.int32
-        )
-    num_seqs, device = logits.shape[0], logits.device
-    out = torch.empty(num_seqs, dtype=torch.int32, device=device)
-    if num_seqs == 0:
-        return out
-    num_chunks = triton.cdiv(vocab_size, CHUNK)
-    grid = (num_chunks, num_seqs)
-    penalised = penalty is not None
-    sizes = {"CHUNK": CHUNK, "BLOCK_CHUNKS": triton.next_power_of_2(num_chunks)}
-    rows = (logits, seen, penalty)
-    strides = (logits.stride(0), seen.stride(0) if seen is not None else 0, vocab_size)
-    maxima = floor = None
-    if temperature is not None:
-        maxima = torch.empty(grid[::-1], dtype=torch.float32, device=device)
-        _max_kernel[grid](*rows, maxima, *strides, PENALISED=penalised, CHUNK=CHUNK)
-        filters = [(limit, weighted) for limit, weighted in ((top_k, False), (top_p, True)) if limit is not None]
-        if filters:
-            floor = torch.zeros(num_seqs, dtype=torch.int32, device=device)
-            for limit, weighted in filters:
-                raise_floor(limit, weighted, rows, maxima, temperature, floor, strides, penalised, sizes)
-    scores = torch.empty(grid[::-1], dtype=torch.float32, device=device)
-    winners = torch.empty(grid[::-1], dtype=torch.int32, device=device)
-    _choose_kernel[grid](
-        *rows,
-        maxima,
-        temperature,
-        min_p,
-        floor,
-        seeds,
-        steps,
-        scores,
-        winners,
-        *strides,
-        PENALISED=penalised,
-        DRAWS=temperature is not None,
-        FLOOR=floor is not None,
-        MIN_P=min_p is not None,
-        **sizes,
-    )
-    _last_kernel[(num_seqs,)](scores, winners, out, num_chunks, BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"])
-    return out
-
-
 def _check(
     logits: Tensor,
     temperature: Tensor | None,
@@ -248,11 +129,11 @@ def _check(
     min_p: Tensor | None,
     seeds: Tensor | None,
     steps: Tensor | None,
-    penalty: Tensor | None,
-    seen: Tensor | None,
-    vocab_size: int,
+    vocab_size: int | None,
 ) -> None:
+    check_shape("logits", logits, (None, None))
     num_seqs, vocab = logits.shape
+    vocab_size = vocab if vocab_size is None else vocab_size
     check_sequences(num_seqs)
     check_count("vocab_size", vocab_size, "tokens")
     check_dtype("logits", logits, FLOATS)
@@ -270,49 +151,108 @@ def _check(
         "min_p": (min_p, torch.float32),
         "seeds": (seeds, torch.int64),
         "steps": (steps, torch.int64),
-        "penalty": (penalty, torch.float32),
     }
     for name, (tensor, dtype) in parameters.items():
         if tensor is not None:
             check_shape(name, tensor, (num_seqs,))
             check_dtype(name, tensor, (dtype,))
             check_last_dim_contiguous(**{name: tensor})
-    if seen is not None:
-        check_shape("seen", seen, (num_seqs, vocab))
-        check_dtype("seen", seen, (torch.bool, torch.uint8))
-        check_last_dim_contiguous(seen=seen)
-    check_same_device(logits=logits, seen=seen, **{name: tensor for name, (tensor, _) in parameters.items()})
-    for name, tensor, needed_name, needed in (
-        ("temperature", temperature, "seeds", seeds),
-        ("temperature", temperature, "steps", steps),
-        ("penalty", penalty, "seen", seen),
-        ("seen", seen, "penalty", penalty),
-    ):
+    check_same_device(logits=logits, **{name: tensor for name, (tensor, _) in parameters.items()})
+    for name, needed in (("seeds", seeds), ("steps", steps)):
         check(
-            tensor is None or needed is not None,
-            f"{name} without {needed_name}",
-            f"{name} needs {needed_name}",
-            f"Pass {needed_name} too",
+            temperature is None or needed is not None,
+            f"temperature without {name}",
+            f"temperature needs {name}",
+            f"Pass {name} too",
         )
     if logits.device.type == "cpu":
-        _check_ranges(temperature, top_k, top_p, min_p, penalty)
+        _check_ranges(temperature, top_k, top_p, min_p)
 
 
-def _check_ranges(
-    temperature: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    penalty: Tensor | None,
-) -> None:
-    """That every value lies where its filter is defined. Reads the tensors: for those on the CPU."""
-    infinity = float("inf")
+def _check_ranges(temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> None:
+    """Check that every value lies where its filter is defined. Reads the tensors: only for those on the CPU."""
     for name, tensor, fits, rule in (
-        ("temperature", temperature, lambda t: (t >= 0) & (t < infinity), "finite and at least 0"),
+        ("temperature", temperature, lambda t: (t >= 0) & (t < float("inf")), "finite and at least 0"),
         ("top_k", top_k, lambda t: t >= 0, "at least 0; 0 is off"),
         ("top_p", top_p, lambda t: (t >= 0) & (t <= 1), "between 0 and 1; 1 is off"),
         ("min_p", min_p, lambda t: (t >= 0) & (t <= 1), "between 0 and 1; 0 is off"),
-        ("penalty", penalty, lambda t: (t > 0) & (t < infinity), "positive and finite; 1 is off"),
     ):
         if tensor is not None and not (good := fits(tensor)).all():
             check(False, f"{name} {tensor[~good][0].item()}", f"{name} must be {rule}", f"Change {name}")
+
+
+def _tokens(logits: Tensor, **parameters: Tensor | int | None) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
+
+
+@kernel(checks=_check, output=_tokens, definition=reference.sample)
+def sample(
+    out: Tensor,
+    logits: Tensor,
+    temperature: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    seeds: Tensor | None = None,
+    steps: Tensor | None = None,
+    *,
+    vocab_size: int | None = None,
+) -> list[Launch]:
+    """Draw one token for each sequence. A parameter that is None is off for every sequence, and costs nothing.
+
+    Args:
+        logits: [num_seqs, vocab], float32, float16 or bfloat16.
+        temperature: float32 [num_seqs], finite; 0 is greedy: the largest logit, the lowest token among equals.
+        top_k: int32 [num_seqs], 0 for off; keeps every token that equals the k-th.
+        top_p: float32 [num_seqs], 0 to 1; 1 for off.
+        min_p: float32 [num_seqs], 0 to 1; 0 for off.
+        seeds: int64 [num_seqs], needed with ``temperature``.
+        steps: int64 [num_seqs], needed with ``temperature``: how many tokens the sequence has drawn before.
+        vocab_size: tokens from here on are padding and never drawn; the width of ``logits`` by default.
+
+    Returns:
+        int32 [num_seqs]; -1 for a row with a NaN among its logits. On a GPU the parameters' values are not checked,
+        which would stall the stream. Outside their ranges they do this: a temperature below 0 or NaN is greedy, an
+        infinite one gives any number at all, top_k below 0 and top_p above 1 or NaN are off, top_p below 0 is 0, and a
+        min_p that keeps no token gives token 0.
+
+    Raises:
+        KernelInputError: shapes, dtypes or devices do not fit, a parameter lacks the one it needs, or (on the CPU
+            only) a parameter is outside its range.
+    """
+    num_seqs, device = logits.shape[0], logits.device
+    vocab_size = logits.shape[1] if vocab_size is None else vocab_size
+    num_chunks = triton.cdiv(vocab_size, CHUNK)
+    block_chunks = triton.next_power_of_2(num_chunks)
+    grid = (num_chunks, num_seqs)
+    launches, maxima, floor = [], None, None
+    if temperature is not None:
+        maxima = scratch(num_seqs, num_chunks, dtype=torch.float32, device=device)
+        filters = [(limit, weighted) for limit, weighted in ((top_k, False), (top_p, True)) if limit is not None]
+        if filters:
+            floor = scratch(num_seqs, dtype=torch.int32, device=device)
+            search = search_memory(num_seqs, num_chunks, device)
+        launches = [launch(_max_kernel, grid, logits, maxima, floor, logits.stride(0), vocab_size, CHUNK=CHUNK)]
+        for limit, weighted in filters:
+            launches += raise_floor(limit, weighted, logits, vocab_size, maxima, temperature, floor, search, CHUNK)
+    scores = scratch(num_seqs, num_chunks, dtype=torch.float32, device=device)
+    winners = scratch(num_seqs, num_chunks, dtype=torch.int32, device=device)
+    choose = launch(
+        _choose_kernel,
+        grid,
+        logits,
+        maxima,
+        temperature,
+        min_p,
+        floor,
+        seeds,
+        steps,
+        scores,
+        winners,
+        logits.stride(0),
+        vocab_size,
+        CHUNK=CHUNK,
+        BLOCK_CHUNKS=block_chunks,
+    )
+    last = launch(_last_kernel, (num_seqs,), scores, winners, out, num_chunks, BLOCK_CHUNKS=block_chunks)
+    return [*launches, choose, last]

@@ -4,20 +4,24 @@
             top-k: every value weighs 1, bound k
             top-p: a value weighs its probability among those that top-k keeps, bound top_p
 
-The search runs on the float's order-preserving integer image, BITS bits a launch: each program adds up its chunk's
+The search runs on the float's order-preserving integer image, BITS bits per launch: each program adds up its chunk's
 weights by the next digit, and the next launch sums the chunks in a fixed order and chooses the digit.
-Layout: logits [num_seqs, vocab], penalised as they are read (``_load_chunk``); every limit a tensor [num_seqs].
+Layout: logits [num_seqs, vocab]; every limit a tensor [num_seqs].
 One program owns a chunk of CHUNK tokens of one row.
 Numerics: exact, but for the rounding of the weights' sums, which are float32 in a fixed order.
-Moves: the logits LEVELS times a filter that is on, from L2.
+Moves: the logits LEVELS times per filter that is on, from L2.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .kernel import Launch, launch, scratch
 
 BITS = tl.constexpr(4)
 LEVELS = 32 // BITS.value
@@ -25,44 +29,47 @@ _DIGITS = tl.constexpr(2**BITS.value)
 _TINY = tl.constexpr(2.0**-126)
 
 
-@triton.jit
-def _load_chunk(
-    logits_ptr,  # [num_seqs, vocab]
-    seen_ptr,  # [num_seqs, vocab], read if PENALISED
-    penalty_ptr,  # [num_seqs], read if PENALISED
-    logits_stride,
-    seen_stride,
-    row,
-    offs,
-    vocab_size,
-    PENALISED: tl.constexpr,
-):
-    """A row's logits in float32, penalised; -inf past the vocabulary."""
-    mask = offs < vocab_size
-    logits = tl.load(logits_ptr + row * logits_stride + offs, mask=mask, other=float("-inf")).to(tl.float32)
-    if PENALISED:
-        penalty = tl.broadcast_to(tl.load(penalty_ptr + row), logits.shape)
-        seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=0) != 0
-        penalised = tl.where(logits < 0.0, logits * penalty, tl.div_rn(logits, penalty))
-        logits = tl.where(seen, penalised, logits)
-    return logits
+class Search(NamedTuple):
+    """What each level of a search leaves for the next one; two searches may use the same memory in turn."""
+
+    sums: Tensor  # float32 [LEVELS, num_seqs, num_chunks, _DIGITS], weights by digit
+    prefix: Tensor  # int32 [LEVELS, num_seqs], the digits found before a level
+    above: Tensor  # float32 [LEVELS, num_seqs], weight of the values larger than every one with those digits
+    bound: Tensor  # float32 [LEVELS, num_seqs]
+
+
+def search_memory(num_seqs: int, num_chunks: int, device: torch.device) -> Search:
+    rows = (LEVELS, num_seqs)
+    return Search(
+        sums=scratch(*rows, num_chunks, _DIGITS.value, dtype=torch.float32, device=device),
+        prefix=scratch(*rows, dtype=torch.int32, device=device),
+        above=scratch(*rows, dtype=torch.float32, device=device),
+        bound=scratch(*rows, dtype=torch.float32, device=device),
+    )
 
 
 @triton.jit
-def _image(x):
+def load_chunk(logits_ptr, logits_stride, row, offs, vocab_size):
+    """A row's logits in float32; -inf past the vocabulary."""
+    ptrs = logits_ptr + row * logits_stride + offs
+    return tl.load(ptrs, mask=offs < vocab_size, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def image_of(x):
     """uint32 in the order of the floats; both zeros alike."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
     return tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
-def _relative(logits, largest, temperature):
+def relative(logits, largest, temperature):
     """(logits - largest) / temperature; 0 at the largest even if that is infinite."""
     return tl.where(logits == largest, 0.0, (logits - largest) / temperature)
 
 
 @triton.jit
-def _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr):
+def row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS: tl.constexpr):
     offs = tl.arange(0, BLOCK_CHUNKS)
     return tl.max(tl.load(maxima_ptr + row * num_chunks + offs, mask=offs < num_chunks, other=float("-inf")))
 
@@ -77,10 +84,7 @@ def _is_on(limit_ptr, temperature_ptr, row, WEIGHTED: tl.constexpr):
 
 @triton.jit
 def _resume_search(
-    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS]
-    prefix_ptr,  # [LEVELS, num_seqs]
-    above_ptr,  # [LEVELS, num_seqs]
-    bound_ptr,  # [LEVELS, num_seqs]
+    search,
     limit_ptr,  # [num_seqs]
     row,
     num_seqs,
@@ -96,11 +100,11 @@ def _resume_search(
         digits = tl.arange(0, _DIGITS)
         chunks = tl.arange(0, BLOCK_CHUNKS)
         offs = (before * num_chunks + chunks[:, None]) * _DIGITS + digits[None, :]
-        weights = tl.sum(tl.load(sums_ptr + offs, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
+        weights = tl.sum(tl.load(search.sums + offs, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
         if LEVEL > 1:
-            prefix = tl.load(prefix_ptr + before).to(tl.uint32, bitcast=True)
-            above = tl.load(above_ptr + before)
-            bound = tl.load(bound_ptr + before)
+            prefix = tl.load(search.prefix + before).to(tl.uint32, bitcast=True)
+            above = tl.load(search.above + before)
+            bound = tl.load(search.bound + before)
         else:
             bound = tl.load(limit_ptr + row).to(tl.float32)
             if WEIGHTED:
@@ -116,21 +120,14 @@ def _resume_search(
 @triton.jit(do_not_specialize=["num_seqs"])  # one code for every batch
 def _narrow_kernel(
     logits_ptr,  # [num_seqs, vocab]
-    seen_ptr,  # [num_seqs, vocab], read if PENALISED
-    penalty_ptr,  # [num_seqs], read if PENALISED
     maxima_ptr,  # [num_seqs, num_chunks], read if WEIGHTED
     temperature_ptr,  # [num_seqs]
     limit_ptr,  # [num_seqs], top_p if WEIGHTED, else top_k
     floor_ptr,  # [num_seqs], image of the smallest value that an earlier search kept
-    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS], weights by digit; row LEVEL is written
-    prefix_ptr,  # [LEVELS, num_seqs], the digits found before a level
-    above_ptr,  # [LEVELS, num_seqs], weight of the values larger than every one with those digits
-    bound_ptr,  # [LEVELS, num_seqs]
+    search,  # row LEVEL is written
     logits_stride,
-    seen_stride,
     vocab_size,
     num_seqs,
-    PENALISED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     LEVEL: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -140,41 +137,29 @@ def _narrow_kernel(
     num_chunks = tl.num_programs(0)
     if _is_on(limit_ptr, temperature_ptr, row, WEIGHTED):
         prefix, above, bound = _resume_search(
-            sums_ptr,
-            prefix_ptr,
-            above_ptr,
-            bound_ptr,
-            limit_ptr,
-            row,
-            num_seqs,
-            num_chunks,
-            LEVEL,
-            WEIGHTED,
-            BLOCK_CHUNKS,
+            search, limit_ptr, row, num_seqs, num_chunks, LEVEL, WEIGHTED, BLOCK_CHUNKS
         )
         if chunk == 0:
             here = LEVEL * num_seqs + row
-            tl.store(prefix_ptr + here, prefix.to(tl.int32, bitcast=True))
-            tl.store(above_ptr + here, above)
-            tl.store(bound_ptr + here, bound)
+            tl.store(search.prefix + here, prefix.to(tl.int32, bitcast=True))
+            tl.store(search.above + here, above)
+            tl.store(search.bound + here, bound)
 
         offs = chunk * CHUNK + tl.arange(0, CHUNK)
-        logits = _load_chunk(
-            logits_ptr, seen_ptr, penalty_ptr, logits_stride, seen_stride, row, offs, vocab_size, PENALISED
-        )
-        image = _image(logits)
+        logits = load_chunk(logits_ptr, logits_stride, row, offs, vocab_size)
+        image = image_of(logits)
         candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
         if LEVEL > 0:
             candidate = candidate & (image >> (32 - LEVEL * BITS) == prefix)
         weight = tl.full([CHUNK], 1.0, tl.float32)
         if WEIGHTED:
-            largest = _row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS)
-            weight = tl.exp(_relative(logits, largest, tl.load(temperature_ptr + row)))
+            largest = row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS)
+            weight = tl.exp(relative(logits, largest, tl.load(temperature_ptr + row)))
         digits = tl.arange(0, _DIGITS)
         digit = ((image >> (32 - (LEVEL + 1) * BITS)) & (_DIGITS - 1)).to(tl.int32)
         chosen = candidate[:, None] & (digit[:, None] == digits[None, :])
         sums = tl.sum(tl.where(chosen, weight[:, None], 0.0), axis=0)
-        tl.store(sums_ptr + ((LEVEL * num_seqs + row) * num_chunks + chunk) * _DIGITS + digits, sums)
+        tl.store(search.sums + ((LEVEL * num_seqs + row) * num_chunks + chunk) * _DIGITS + digits, sums)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -182,10 +167,7 @@ def _raise_floor_kernel(
     temperature_ptr,  # [num_seqs]
     limit_ptr,  # [num_seqs]
     floor_ptr,  # [num_seqs]
-    sums_ptr,  # [LEVELS, num_seqs, num_chunks, _DIGITS]
-    prefix_ptr,  # [LEVELS, num_seqs]
-    above_ptr,  # [LEVELS, num_seqs]
-    bound_ptr,  # [LEVELS, num_seqs]
+    search,
     num_seqs,
     num_chunks,
     WEIGHTED: tl.constexpr,
@@ -194,19 +176,7 @@ def _raise_floor_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     if _is_on(limit_ptr, temperature_ptr, row, WEIGHTED):
-        found, _, _ = _resume_search(
-            sums_ptr,
-            prefix_ptr,
-            above_ptr,
-            bound_ptr,
-            limit_ptr,
-            row,
-            num_seqs,
-            num_chunks,
-            LEVELS,
-            WEIGHTED,
-            BLOCK_CHUNKS,
-        )
+        found, _, _ = _resume_search(search, limit_ptr, row, num_seqs, num_chunks, LEVELS, WEIGHTED, BLOCK_CHUNKS)
         floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
         tl.store(floor_ptr + row, tl.maximum(floor, found).to(tl.int32, bitcast=True))
 
@@ -214,55 +184,60 @@ def _raise_floor_kernel(
 def raise_floor(
     limit: Tensor,
     weighted: bool,
-    rows: tuple[Tensor | None, ...],
+    logits: Tensor,
+    vocab_size: int,
     maxima: Tensor,
     temperature: Tensor,
     floor: Tensor,
-    strides: tuple[int, ...],
-    penalised: bool,
-    sizes: dict[str, int],
-) -> None:
+    search: Search,
+    chunk: int,
+) -> list[Launch]:
     """Raise ``floor`` to the image of the smallest value that the limit keeps, of those that the floor keeps now.
 
     Args:
         limit: int32 [num_seqs], top_k; or float32, top_p, if ``weighted``.
-        rows: logits, seen and penalty, as ``sample`` takes them.
+        logits, vocab_size, temperature: as ``sample`` takes them; a greedy row's floor stays as it is.
         maxima: float32 [num_seqs, num_chunks], each chunk's largest logit.
-        temperature: float32 [num_seqs]; a greedy row is left as it is.
         floor: int32 [num_seqs], the bits of an image. Written.
-        strides: those of the rows of logits and of seen, and the size of the vocabulary.
-        penalised: whether there are penalties.
-        sizes: CHUNK and BLOCK_CHUNKS.
+        search: the memory that the search takes. Written.
+        chunk: tokens per program.
     """
     num_seqs, num_chunks = maxima.shape
-    sums = torch.empty((LEVELS, num_seqs, num_chunks, _DIGITS.value), dtype=torch.float32, device=maxima.device)
-    prefix = torch.empty((LEVELS, num_seqs), dtype=torch.int32, device=maxima.device)
-    above, bound = torch.empty((2, LEVELS, num_seqs), dtype=torch.float32, device=maxima.device)
-    state = (sums, prefix, above, bound)
-    for level in range(LEVELS):
-        _narrow_kernel[(num_chunks, num_seqs)](
-            *rows,
+    block_chunks = triton.next_power_of_2(num_chunks)
+    levels = [
+        launch(
+            _narrow_kernel,
+            (num_chunks, num_seqs),
+            logits,
             maxima,
             temperature,
             limit,
             floor,
-            *state,
-            *strides,
+            search,
+            logits.stride(0),
+            vocab_size,
             num_seqs,
-            PENALISED=penalised,
             WEIGHTED=weighted,
             LEVEL=level,
+            CHUNK=chunk,
+            BLOCK_CHUNKS=block_chunks,
             num_warps=8,
-            **sizes,
         )
-    _raise_floor_kernel[(num_seqs,)](
-        temperature,
-        limit,
-        floor,
-        *state,
-        num_seqs,
-        num_chunks,
-        WEIGHTED=weighted,
-        LEVELS=LEVELS,
-        BLOCK_CHUNKS=sizes["BLOCK_CHUNKS"],
-    )
+        for level in range(LEVELS)
+    ]
+    return [
+        *levels,
+        launch(
+            _raise_floor_kernel,
+            (num_seqs,),
+            temperature,
+            limit,
+            floor,
+            search,
+            num_seqs,
+            num_chunks,
+            WEIGHTED=weighted,
+            LEVELS=LEVELS,
+            BLOCK_CHUNKS=block_chunks,
+        ),
+    ]

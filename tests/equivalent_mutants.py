@@ -283,16 +283,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "winners = tl.load(winners_ptr + row * num_chunks + offs, mask=mask, other=1)",
     ): "Only the winner of the best chunk is taken, and only a sign looked at.",
     (
-        "_load_chunk",
-        "penalised = tl.where(logits < 0.0, logits * penalty, tl.div_rn(logits, penalty))",
-        "penalised = tl.where(logits <= 0.0, logits * penalty, tl.div_rn(logits, penalty))",
-    ): "0 times or over the penalty is 0.",
-    (
-        "_load_chunk",
-        "seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=0) != 0",
-        "seen = tl.load(seen_ptr + row * seen_stride + offs, mask=mask, other=1) != 0",
-    ): "-inf times a penalty is -inf.",
-    (
         "_resume_search",
         "digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS - 1))",
         "digit = tl.min(tl.where(weight_above < bound, digits, _DIGITS + 1))",

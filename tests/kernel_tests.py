@@ -31,14 +31,13 @@ _OTHERWISE: dict[str, tuple[str, ...]] = {
     "paged_cache": ("paged_cache", "paged_cache_refused", "strides", "beyond_int32_outputs"),
     "paged_checks": ("paged_cache_refused", "attention_edges", "rope", "attention_decode", "attention_prefill"),
     "paged_common": ("paged_cache", "paged_cache_refused", "strides", "rope"),
-    "penalties": ("penalties", "sampling"),
     "quantized_gemv": ("quantized_matmul",),
     "quantized_matmul": ("quantized_matmul_inputs", "quantized_fixed_point", "quantized_matmul"),
     "weight": ("embedding", "quantized_matmul_inputs", "dequantize"),
     "quantized_tiles": ("embedding", "dequantize", "quantized_fixed_point", "quantized_matmul"),
     "rope_cache_write": ("rope", "strides"),
-    "sampling": ("sampling", "sampling_filters", "strides"),
-    "sampling_filters": ("sampling_filters", "sampling", "strides"),
+    "sampling": ("sampling", "sampling_filters"),
+    "sampling_filters": ("sampling_filters", "sampling"),
 }
 
 KERNEL_TESTS = {

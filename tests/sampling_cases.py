@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 
+from rooflama.kernels import sample, sampling
 from strategies import DEVICE
 
-# A search takes some twenty launches of each chunk, at milliseconds each under the interpreter.
+# A search takes about twenty launches per chunk, at milliseconds each under the interpreter.
 few_if_interpreted = settings(max_examples=3) if DEVICE.type == "cpu" else lambda test: test
+
+
+def chunks_of(tokens: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Body of a fixture: programs own so many tokens. On a GPU, no launch bound with another number is replayed."""
+    monkeypatch.setattr(sampling, "CHUNK", tokens)
+    sample.forget()
+    yield
+    sample.forget()
 
 
 def column(values, dtype):
@@ -36,8 +48,6 @@ def random_parameters(rng, num_seqs, vocab):
         "top_k": column(mixed(rng.integers(1, vocab + 3, num_seqs), 0), torch.int32),
         "top_p": column(mixed(rng.uniform(0.05, 1.0, num_seqs), 1.0), torch.float32),
         "min_p": column(mixed(rng.uniform(0.0, 0.5, num_seqs), 0.0), torch.float32),
-        "penalty": column(mixed(rng.uniform(0.7, 1.5, num_seqs), 1.0), torch.float32),
-        "seen": torch.from_numpy(rng.random((num_seqs, vocab)) < 0.3).to(DEVICE),
         **randomness(rng, num_seqs),
     }
 

@@ -39,9 +39,8 @@ def calls(model: Model, everything: bool) -> Iterator[Call]:
         logits = empty(num_seqs, model.vocab_size, dtype=F32)
         drawn = {"temperature": empty(num_seqs, dtype=F32)}
         drawn |= {name: empty(num_seqs, dtype=INT64) for name in ("seeds", "steps")}
-        narrowed = {name: empty(num_seqs, dtype=F32) for name in ("top_p", "min_p", "penalty")}
+        narrowed = {name: empty(num_seqs, dtype=F32) for name in ("top_p", "min_p")}
         narrowed |= {"top_k": empty(num_seqs, dtype=INT32)}
-        narrowed |= {"seen": empty(num_seqs, model.vocab_size, dtype=torch.bool)}
         yield Call(kernels.sample, f"greedy {num_seqs} sequences", (logits,))
         yield Call(kernels.sample, f"drawn {num_seqs} sequences", (logits,), drawn)
         if everything:

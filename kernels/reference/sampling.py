@@ -1,6 +1,5 @@
 """Drawing the next token from logits [num_seqs, vocab]. In this order, as transformers does:
 
-    penalty      a token seen before: logit / penalty if positive, else logit * penalty
     temperature  0: the largest logit, the lowest token among equals. Else p = softmax(logit / temperature), and:
     top_k        keeps the tokens whose logit is at least the k-th largest; all of those that equal it; 0 keeps all
     top_p        of these, keeps a token if the tokens of larger logit hold less than top_p of the probability: the
@@ -10,10 +9,10 @@
 
 u is a function of (seed, step, token) alone: the first word of Philox4x32-10 (Salmon et al., 2011) with the seed as
 key and (token, step's low word, step's high word, 0) as counter; as float32, word / 2^32 + 2^-33, at most 1 - 2^-24.
-So what a sequence draws does not depend on its neighbours, and neither on tokens that the filters drop.
+So what a sequence draws depends neither on its neighbours nor on tokens that the filters drop.
 A NaN logit makes the row's token -1.
-Out of range, which ``kernels.sample`` refuses where it can see it: a penalty that makes a NaN makes the token -1; a NaN
-temperature is 0; a min_p that keeps nothing, as one above 1 or NaN does, makes the token 0.
+Out of range, which ``kernels.sample`` refuses on the CPU: a NaN temperature is 0; a min_p that keeps nothing, as one
+above 1 or NaN does, makes the token 0.
 """
 
 import numpy as np
@@ -42,7 +41,7 @@ def uniforms(seed: int, step: int, tokens: np.ndarray) -> np.ndarray:
 
 
 def allowed_tokens(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """logits [vocab], penalised -> bool [vocab], the tokens that the three filters keep."""
+    """logits [vocab] -> bool [vocab], the tokens that the three filters keep."""
     keep = np.ones(logits.shape, bool)
     if 0 < top_k < logits.size:
         keep &= logits >= np.partition(logits, -top_k)[-top_k]
@@ -73,8 +72,6 @@ def sample(
     min_p: np.ndarray | None = None,
     seeds: np.ndarray | None = None,
     steps: np.ndarray | None = None,
-    penalty: np.ndarray | None = None,
-    seen: np.ndarray | None = None,
     *,
     vocab_size: int | None = None,
 ) -> np.ndarray:
@@ -82,10 +79,6 @@ def sample(
     logits = logits[:, :vocab_size].astype(np.result_type(logits.dtype, np.float32))
     tokens = np.empty(logits.shape[0], np.int32)
     for row, z in enumerate(logits):
-        if penalty is not None and seen is not None:
-            factor = z.dtype.type(penalty[row])
-            with np.errstate(all="ignore"):
-                z = np.where(seen[row, :vocab_size] != 0, np.where(z < 0, z * factor, z / factor), z)
         if np.isnan(z).any():
             tokens[row] = -1
             continue

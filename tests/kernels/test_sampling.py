@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from assertions import assert_bit_equal
 from rooflama.kernels import KernelInputError, reference, sample, sampling, use_backend
 from rooflama.kernels.reference.sampling import philox_4x32, uniforms
-from sampling_cases import column, few_if_interpreted, random_parameters, randomness
+from sampling_cases import chunks_of, column, few_if_interpreted, random_parameters, randomness
 from strategies import DEVICE, beyond_int32, dtypes, exact, normal, seeds
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Sixteen tokens a program, so that a small vocabulary has several chunks."""
-    monkeypatch.setattr(sampling, "CHUNK", 16)
+    """Sixteen tokens per program, so that a small vocabulary has several chunks."""
+    yield from chunks_of(16, monkeypatch)
 
 
 # ---- random numbers
@@ -84,18 +84,16 @@ def test_kernel_draws_what_the_definition_draws(num_seqs, vocab, dtype, seed):
         assert sample(logits, **parameters).tolist() == want.tolist()
 
 
-@pytest.mark.parametrize("names", [(), ("top_k",), ("top_p",), ("min_p",), ("penalty", "seen"), ("top_k", "min_p")])
+@pytest.mark.parametrize("names", [(), ("top_k",), ("top_p",), ("min_p",), ("top_k", "min_p")])
 def test_each_parameter_may_be_left_out(names):
     """As when it is off for every sequence."""
     rng = np.random.default_rng(0)
     logits = normal(rng, 2, 20, scale=2.0)
     parameters = random_parameters(rng, 2, 20)
     given_ones = {name: parameters[name] for name in ("temperature", "seeds", "steps", *names)}
-    off = {"top_k": 0, "top_p": 1, "min_p": 0, "penalty": 1}
+    off = {"top_k": 0, "top_p": 1, "min_p": 0}
     others = {name: torch.full_like(parameters[name], value) for name, value in off.items()}
-    assert_bit_equal(
-        sample(logits, **given_ones), sample(logits, **({"seen": parameters["seen"]} | others | given_ones))
-    )
+    assert_bit_equal(sample(logits, **given_ones), sample(logits, **others | given_ones))
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -175,15 +173,12 @@ def test_a_row_of_minus_infinities_draws_a_token_of_the_vocabulary(vocab, backen
 def test_offsets_beyond_int32():
     rng = np.random.default_rng(0)
     logits = normal(rng, 3, 16, dtype=torch.float16)
-    seen = torch.from_numpy(rng.integers(0, 2, (3, 16), dtype=np.uint8)).to(DEVICE)
-    near = {
+    parameters = {
         "temperature": torch.ones(3, device=DEVICE),
         "top_p": column([0.5, 0.6, 0.7], torch.float32),
-        "penalty": column([1.5] * 3, torch.float32),
-        "seen": seen,
         **randomness(rng, 3),
     }
-    assert_bit_equal(sample(beyond_int32(logits), **near | {"seen": beyond_int32(seen)}), sample(logits, **near))
+    assert_bit_equal(sample(beyond_int32(logits), **parameters), sample(logits, **parameters))
 
 
 def test_opcheck():
@@ -209,9 +204,6 @@ OUT_OF_RANGE = [
     ("min_p", -0.5, "between 0 and 1; 0 is off"),
     ("min_p", 1.5, "between 0 and 1; 0 is off"),
     ("min_p", np.nan, "between 0 and 1; 0 is off"),
-    ("penalty", 0.0, "positive and finite; 1 is off"),
-    ("penalty", -1.0, "positive and finite; 1 is off"),
-    ("penalty", np.nan, "positive and finite; 1 is off"),
 ]
 
 
@@ -219,9 +211,7 @@ def out_of_range(name, value):
     """Parameters for three rows; the one named is out of range in the second."""
     rng = np.random.default_rng(0)
     parameters = {"temperature": torch.ones(3, device=DEVICE), **randomness(rng, 3)}
-    if name == "penalty":
-        parameters["seen"] = torch.from_numpy(rng.random((3, 20)) < 0.5).to(DEVICE)
-    harmless = {"temperature": 1, "top_k": 5, "top_p": 0.7, "min_p": 0.1, "penalty": 1.5}[name]
+    harmless = {"temperature": 1, "top_k": 5, "top_p": 0.7, "min_p": 0.1}[name]
     parameters[name] = column([harmless, value, harmless], torch.int32 if name == "top_k" else torch.float32)
     return parameters
 
@@ -232,7 +222,6 @@ def test_out_of_range_where_it_is_not_seen(name, value, rule, monkeypatch):
     """As on a GPU, where nobody looks at the parameters: the kernel does what the definition does."""
     monkeypatch.setattr(sampling, "_check_ranges", lambda *_: None)
     logits = normal(np.random.default_rng(1), 3, 20, scale=2.0)
-    logits[1, 3] = 0.0  # over a penalty of 0: NaN, if it was seen
     parameters = out_of_range(name, value)
     arrays = {name: tensor.cpu().numpy() for name, tensor in parameters.items()}
     assert sample(logits, **parameters).tolist() == reference.sample(exact(logits), **arrays).tolist()
@@ -241,7 +230,7 @@ def test_out_of_range_where_it_is_not_seen(name, value, rule, monkeypatch):
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="on a GPU the parameters are not looked at")
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
-    [*OUT_OF_RANGE, ("temperature", np.inf, "finite and at least 0"), ("penalty", np.inf, "positive and finite")],
+    [*OUT_OF_RANGE, ("temperature", np.inf, "finite and at least 0")],
 )
 def test_out_of_range_is_refused_on_a_cpu(name, value, rule):
     with pytest.raises(KernelInputError, match=f"{name} {value}: {name} must be {rule}"):
@@ -268,12 +257,7 @@ FLOAT, INT32, INT64 = torch.ones(2), torch.ones(2, dtype=torch.int32), torch.one
         (LOGITS, {"top_k": INT64}, "top_k is torch.int64"),
         (LOGITS, {"top_p": FLOAT[:1]}, r"top_p must have shape \[2\]"),
         (LOGITS, {"min_p": FLOAT.half()}, "min_p is torch.float16"),
-        (LOGITS, {"penalty": FLOAT}, "penalty without seen"),
-        (LOGITS, {"penalty": FLOAT, "seen": LOGITS}, "seen is torch.float32"),
-        (LOGITS, {"penalty": FLOAT, "seen": LOGITS[:, :7].bool()}, r"seen must have shape \[2, 8\]"),
-        (LOGITS, {"penalty": FLOAT, "seen": torch.tensor(True)}, r"seen must have shape \[2, 8\]"),
-        (LOGITS, {"penalty": FLOAT, "seen": LOGITS.bool().T.contiguous().T}, "last dimension of seen must be"),
-        (LOGITS, {"seen": LOGITS.bool()}, "seen without penalty"),
+        (LOGITS, {"top_p": torch.ones(4)[::2]}, "last dimension of top_p must be contiguous"),
     ],
 )
 def test_bad_input_is_refused_before_a_launch(logits, parameters, message):

@@ -1,4 +1,4 @@
-"""What top-k, top-p, min-p and the penalty keep: against transformers, the definition and exact distributions."""
+"""What top-k, top-p and min-p keep: against transformers, the definition and exact distributions."""
 
 import numpy as np
 import pytest
@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from assertions import assert_bit_equal, assert_guards_intact
 from rooflama.kernels import reference, sample, sampling, use_backend
 from rooflama.kernels.reference.sampling import allowed_tokens, relative
-from rooflama.kernels.sampling_filters import raise_floor
-from sampling_cases import column, few_if_interpreted, random_parameters, randomness, warped_by_transformers
+from rooflama.kernels.sampling_filters import raise_floor, search_memory
+from sampling_cases import chunks_of, column, few_if_interpreted, random_parameters, randomness, warped_by_transformers
 from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Sixteen tokens a program, so that a small vocabulary has several chunks."""
-    monkeypatch.setattr(sampling, "CHUNK", 16)
+    """Sixteen tokens per program, so that a small vocabulary has several chunks."""
+    yield from chunks_of(16, monkeypatch)
 
 
 @given(
@@ -54,9 +54,11 @@ def kernel_floor(logits, top_k, top_p, temperature):
     padded = torch.nn.functional.pad(logits.float(), (0, num_chunks * sampling.CHUNK - vocab), value=-torch.inf)
     maxima = padded.unflatten(1, (num_chunks, -1)).amax(-1).contiguous()
     floor = torch.zeros(num_seqs, dtype=torch.int32, device=DEVICE)
-    sizes = {"CHUNK": sampling.CHUNK, "BLOCK_CHUNKS": triton.next_power_of_2(num_chunks)}
+    search = search_memory(num_seqs, num_chunks, DEVICE)
     for limit, weighted in ((top_k, False), (top_p, True)):
-        raise_floor(limit, weighted, (logits, None, None), maxima, temperature, floor, (vocab, 0, vocab), False, sizes)
+        rest = (maxima, temperature, floor, search, sampling.CHUNK)
+        for one in raise_floor(limit, weighted, logits, vocab, *rest):
+            one.kernel[one.grid](*one.args, **one.options)
     return floor.cpu().numpy().view(np.uint32)
 
 
@@ -124,12 +126,10 @@ def mixed_rows():
         "top_k": on(0.7, rng.integers(1, MIXED_VOCAB + 3, MIXED_ROWS), 0),
         "top_p": on(0.7, rng.uniform(0.05, 0.95, MIXED_ROWS), 1.0),
         "min_p": on(0.4, rng.uniform(0.1, 0.9, MIXED_ROWS), 0.0),
-        "penalty": on(0.5, rng.choice([0.6, 1.7], MIXED_ROWS), 1.0),
     }
     parameters = {
         name: column(values, torch.int32 if name == "top_k" else torch.float32) for name, values in columns.items()
     }
-    parameters["seen"] = torch.from_numpy(rng.integers(0, 2, logits.shape, dtype=np.uint8)).to(DEVICE)
     parameters |= randomness(rng, MIXED_ROWS)
     pairs = {name: guarded(tensor) for name, tensor in {"logits": logits, **parameters}.items()}
     return {name: view for name, (view, _) in pairs.items()}, [buffer for _, buffer in pairs.values()]
@@ -139,9 +139,9 @@ def test_a_mixture_of_rows_keeps_and_draws_what_the_definition_does(monkeypatch)
     """Floors and tokens, each row with filters of its own; in float64, from which float32 sums are not told apart."""
     floors = []
 
-    def record(limit, weighted, rows, maxima, temperature, floor, *rest):
-        raise_floor(limit, weighted, rows, maxima, temperature, floor, *rest)
-        floors.append(floor.cpu().numpy().view(np.uint32).copy())
+    def record(limit, weighted, logits, vocab_size, maxima, temperature, floor, *rest):
+        floors.append(floor)
+        return raise_floor(limit, weighted, logits, vocab_size, maxima, temperature, floor, *rest)
 
     monkeypatch.setattr(sampling, "raise_floor", record)
     monkeypatch.setattr(sampling, "CHUNK", 32)
@@ -149,16 +149,14 @@ def test_a_mixture_of_rows_keeps_and_draws_what_the_definition_does(monkeypatch)
     got = sample(**tensors, vocab_size=MIXED_VOCAB)
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     want = reference.sample(**arrays | {"logits": exact(tensors["logits"])}, vocab_size=MIXED_VOCAB)
+    floor = floors[-1].cpu().numpy().view(np.uint32)
     for row, temperature in enumerate(arrays["temperature"]):
-        z, p = arrays["logits"][row, :MIXED_VOCAB], arrays["penalty"][row]
-        z = np.where(arrays["seen"][row, :MIXED_VOCAB] != 0, np.where(z < 0, z * p, z / p), z)
+        z = arrays["logits"][row, :MIXED_VOCAB]
         top_k, top_p = int(arrays["top_k"][row]), float(arrays["top_p"][row])
         kept = np.ones(MIXED_VOCAB, bool)
         if temperature > 0:
             kept = allowed_tokens(z.astype(np.float64), float(temperature), top_k, top_p, 0.0)
-        np.testing.assert_array_equal(
-            image(z) >= floors[-1][row], kept, err_msg=f"{row=} {temperature=} {top_k=} {top_p=}"
-        )
+        np.testing.assert_array_equal(image(z) >= floor[row], kept, err_msg=f"{row=} {temperature=} {top_k=} {top_p=}")
     assert got.tolist() == want.tolist()
     for buffer in buffers:
         assert_guards_intact(buffer)
@@ -231,16 +229,3 @@ def test_min_p_on_either_side(backend):
         assert max(drawn) < 16
         assert len(set(drawn)) > 5
         assert max(sample(logits, **hot).tolist()) >= 16
-
-
-def test_penalty_is_that_of_transformers():
-    rng = np.random.default_rng(0)
-    logits = normal(rng, 8, 30)
-    seen_tokens = np.stack([rng.choice(30, 12, replace=False) for _ in range(8)])
-    seen = torch.zeros(8, 30, dtype=torch.uint8)
-    seen.scatter_(1, torch.from_numpy(seen_tokens), 1)
-    penalty = rng.uniform(0.5, 3.0, 8).astype(np.float32)
-    got = sample(logits, penalty=torch.from_numpy(penalty).to(DEVICE), seen=seen.to(DEVICE))
-    rows = zip(logits.cpu().numpy(), penalty, seen_tokens, strict=True)
-    assert got.tolist() == [warped_by_transformers(z, 1.0, 0, 1.0, 0.0, float(p), t).argmax() for z, p, t in rows]
-    assert got.tolist() != sample(logits).tolist()

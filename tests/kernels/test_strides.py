@@ -1,4 +1,4 @@
-"""Tensors laid out as serving code lays them out: K/V of all heads in one pool, v and seen of strides of their own."""
+"""Tensors laid out as serving code lays them out: K/V of all heads in one pool, v of strides of its own."""
 
 from dataclasses import replace
 
@@ -15,11 +15,9 @@ from rooflama.kernels import (
     gather_kv,
     rope,
     rope_and_cache_write,
-    sample,
     write_kv,
 )
 from rope_cases import Step
-from sampling_cases import random_parameters
 from strategies import DEVICE, normal
 
 GQA = Drawn(query_lens=(1, 1, 1), seq_lens=(37, 0, 90), num_kv_heads=3, group=2, head_dim=48)
@@ -133,15 +131,6 @@ def test_a_table_no_wider_than_its_keys(decode):
     table = fields["block_table"][:, :3].contiguous()
     for one, other in zip(attention(**fields | {"block_table": table}), attention(**fields), strict=True):
         assert_bit_equal(one, other)
-
-
-def test_seen_of_another_stride_than_logits():
-    parameters = random_parameters(np.random.default_rng(0), 4, 30)
-    logits = normal(np.random.default_rng(1), 4, 30)
-    wide = torch.ones(4, 50, dtype=torch.bool, device=DEVICE)
-    wide[:, :30] = parameters["seen"]
-    want = sample(logits, **parameters)
-    assert_bit_equal(sample(logits, **parameters | {"seen": wide[:, :30]}), want)
 
 
 def test_pages_longer_than_a_block_are_copied_whole():
