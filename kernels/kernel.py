@@ -91,13 +91,13 @@ class Kernel(Generic[P, Out]):
     def _values(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
         """Every argument in the signature's order, defaults filled in. Raises TypeError as a function would."""
         if len(args) <= self._positional:
-            defaults = self._defaults
+            defaults, unused = self._defaults, dict(kwargs)
             try:
-                rest = [kwargs.pop(name) if name in kwargs else defaults[name] for name in self._names[len(args) :]]
+                rest = [unused.pop(name) if name in unused else defaults[name] for name in self._names[len(args) :]]
             except KeyError:
                 pass
             else:
-                if not kwargs:
+                if not unused:
                     return (*args, *rest)
         self.__signature__.bind(*args, **kwargs)
         raise AssertionError("the signature must have refused these arguments")

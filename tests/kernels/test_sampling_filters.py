@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from assertions import assert_bit_equal, assert_guards_intact
 from rooflama.kernels import reference, sample, sampling, use_backend
-from rooflama.kernels.bound import run
+from rooflama.kernels.kernel import run
 from rooflama.kernels.reference.sampling import allowed_tokens, relative
 from rooflama.kernels.sampling_filters import raise_floor, search_memory
 from sampling_cases import chunks_of, column, few_if_interpreted, random_parameters, randomness, warped_by_transformers
