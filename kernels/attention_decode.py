@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
 from . import reference
 from .attention_common import (
@@ -44,6 +45,7 @@ from .attention_common import (
 from .checks import check, check_sequences
 from .kernel import Launch, kernel, launch, scratch
 from .launch import configuration
+from .operators import overlapped
 from .paged_common import heads_of, read_by_definition
 
 MERGE_SPLITS = 16  # partial results that the merge holds at once
@@ -62,7 +64,7 @@ def _split_sequence(seq_len, window, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.conste
     return first_key, start, split_tokens, tl.maximum(tl.cdiv(seq_len - start, split_tokens), 1)
 
 
-@triton.jit(do_not_specialize=["grid_splits", "block_table_stride"])  # one code for every width of the table
+@triton.jit(do_not_specialize=["block_table_stride"])  # one code for every width of the table
 def _attention_decode_kernel(
     q,  # Heads, one token per sequence
     kv,  # PagedKV
@@ -70,9 +72,8 @@ def _attention_decode_kernel(
     block_table_stride,
     seq_lens_ptr,  # [num_seqs]
     result,  # Attended, written for sequences of one split
-    partial,  # Attended with room for grid_splits splits, written for the other sequences
+    partial,  # Attended with room for one split per program of axis 1, written for the other sequences
     group,  # query heads per K/V head
-    grid_splits,
     rule,  # ScoreRule
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,7 +81,11 @@ def _attention_decode_kernel(
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     ONE_PAGE: tl.constexpr,
+    OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     kv_head = (tl.program_id(0) % kv.num_kv_heads).to(tl.int64)
     split = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
@@ -112,7 +117,7 @@ def _attention_decode_kernel(
         store_columns(result.out, out_rows * HEAD_DIM, mask_rows, values, HEAD_DIM)
         tl.store(result.lse + out_rows, natural(lse), mask=mask_rows)
     else:
-        partial_rows = out_rows * grid_splits + split
+        partial_rows = out_rows * tl.num_programs(1) + split
         store_columns(partial.out, partial_rows * HEAD_DIM, mask_rows, values, HEAD_DIM)
         tl.store(partial.lse + partial_rows, lse, mask=mask_rows)
 
@@ -130,7 +135,11 @@ def _merge_splits_kernel(
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,  # splits added at once: fixed, so that the order of addition is
+    OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     sequence = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + sequence)
     _, _, _, num_splits = _split_sequence(seq_len, window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
@@ -243,13 +252,13 @@ def attention_decode(
         result,
         partial,
         group,
-        grid_splits,
         rule,
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
         ONE_PAGE=page_size >= tile["BLOCK_N"],
         **tile,
         **splits,
+        **overlapped(q.device),
     )
     if grid_splits == 1:
         return [attended]
@@ -267,5 +276,6 @@ def attention_decode(
         BLOCK_S=min(MERGE_SPLITS, splits["MAX_SPLITS"]),
         num_warps=4,
         **splits,
+        **overlapped(q.device),
     )
     return [attended, merged]

@@ -77,6 +77,11 @@ def overlaps(device: torch.device) -> bool:
     return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """The options of a launch whose kernel waits if OVERLAP: it may start early where ``overlaps`` allows that."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+
+
 def is_traced() -> bool:
     return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
 
