@@ -56,7 +56,7 @@ def random_weight(ggml_type: str, rows: int, columns: int) -> Weight:
         else:
             limits = torch.iinfo(dtype)
             planes.append(torch.randint(limits.min, limits.max + 1, shape, device=CUDA, dtype=torch.int64).to(dtype))
-    return Weight(ggml_type, tuple(planes), (rows, columns))
+    return Weight.make(ggml_type, planes, (rows, columns))
 
 
 def paged(num_seqs: int, context: int, kv_heads: int, head_dim: int, page_size: int) -> tuple[list, Tensor, Tensor]:

@@ -95,7 +95,7 @@ def weight(ggml_type: str, rows: int, columns: int) -> Weight:
         torch.empty((rows, columns // plane.elements), dtype=getattr(torch, plane.dtype))
         for plane in LAYOUTS[ggml_type].planes
     )
-    return Weight(ggml_type, planes, (rows, columns))
+    return Weight.make(ggml_type, planes, (rows, columns))
 
 
 def pages(

@@ -7,6 +7,7 @@ each tensor, which argument, result or scratch its address comes from. Later cal
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -45,6 +46,17 @@ class _Scratch(threading.local):
 
 
 scratch = _Scratch()
+
+
+_constants: set[int] = set()  # ids
+
+
+@functools.cache
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A float32 tensor that is never freed nor written, for launches to read."""
+    tensor = torch.tensor(values, dtype=torch.float32, device=device)
+    _constants.add(id(tensor))
+    return tensor
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -125,6 +137,8 @@ def _templated(value: Any, sources: list[Tensor]) -> Any:
         return tuple(_templated(one, sources) for one in value)
     if not isinstance(value, Tensor):
         return value
+    if id(value) in _constants:
+        return value.data_ptr()
     same = [i for i, source in enumerate(sources) if source.data_ptr() == value.data_ptr()]
     if not same:
         storage = value.untyped_storage().data_ptr()

@@ -2,7 +2,7 @@
 
 Layouts: token_ids [num_tokens]; table [vocab, hidden] in planes (``reference/quant_layouts.py``).
 One program owns BLOCK_K columns of one token's row. Numerics: bit-equal to the dequantised row, rounded once.
-Moves: one quantised row in and hidden x itemsize bytes out for each token.
+Moves: one quantised row in and hidden x itemsize bytes out per token.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_array, as_tensor, runs_numpy
 from .checks import FLOATS, INTEGERS, check, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
-from .operators import operator
-from .quantized_tiles import load_tile, planes_of
-from .weight import Weight, check_quantized, check_weight
+from .kernel import Launch, kernel, launch
+from .quantized_tiles import load_tile, planes_of, tile_for
+from .weight import Weight, check_weight
 
 
 @triton.jit
@@ -42,52 +41,29 @@ def _embedding_kernel(
     tl.store(out_ptr + offs, tile.to(out_ptr.dtype.element_ty), mask=(offs_k < columns)[None, :])
 
 
-def _embedding_fake(
-    token_ids: Tensor, planes: list[Tensor], ggml_type: str, rows: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    return torch.empty((token_ids.shape[0], columns), dtype=dtype, device=token_ids.device)
-
-
-@operator(_embedding_fake)
-def embedding_planes(
-    token_ids: Tensor, planes: list[Tensor], ggml_type: str, rows: int, columns: int, dtype: torch.dtype
-) -> Tensor:
-    """``embedding`` with the table taken apart: torch operators take lists of tensors, not named tuples."""
-    table = Weight(ggml_type, tuple(planes), (rows, columns))
+def _check(token_ids: Tensor, table: Weight, dtype: torch.dtype) -> None:
     check_weight("table", table)
     check_shape("token_ids", token_ids, (None,))
     check_dtype("token_ids", token_ids, INTEGERS)
     check(dtype in FLOATS, f"dtype is {dtype}", "rows become float32, float16 or bfloat16", "Choose one of them")
-    check_same_device(token_ids=token_ids, table=planes[0])
+    check_same_device(token_ids=token_ids, table=table.planes[0])
     check_last_dim_contiguous(token_ids=token_ids)
-    num_tokens = len(token_ids)
-    if token_ids.device.type == "cpu" and num_tokens:
+    if token_ids.device.type == "cpu" and len(token_ids):
         low, high = (int(n) for n in token_ids.aminmax())
         check(
-            low >= 0 and high < rows,
+            low >= 0 and high < table.shape[0],
             f"token ids from {low} to {high}",
-            f"a token id is at least 0 and below the {rows} rows of the table",
+            f"a token id is at least 0 and below the {table.shape[0]} rows of the table",
             "Tokenise with this model's own tokenizer",
         )
-    out = torch.empty((num_tokens, columns), dtype=dtype, device=token_ids.device)
-    if runs_numpy(out):
-        return as_tensor(reference.embedding(as_array(token_ids), table.numpy()), like=out)
-    if out.numel():
-        block_k = min(1024, max(32, triton.next_power_of_2(columns)))
-        _embedding_kernel[(num_tokens, triton.cdiv(columns, block_k))](
-            token_ids,
-            planes_of(table),
-            out,
-            rows,
-            columns,
-            columns // table.layout.quant_block,
-            LAYOUT=table.layout,
-            BLOCK_K=block_k,
-        )
-    return out
 
 
-def embedding(token_ids: Tensor, table: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
+def _output(token_ids: Tensor, table: Weight, dtype: torch.dtype) -> Tensor:
+    return torch.empty((len(token_ids), table.shape[1]), dtype=dtype, device=token_ids.device)
+
+
+@kernel(checks=_check, output=_output, definition=reference.embedding)
+def embedding(out: Tensor, token_ids: Tensor, table: Weight, dtype: torch.dtype = torch.float32) -> Launch:
     """The rows of ``table`` that the tokens name.
 
     Args:
@@ -102,5 +78,17 @@ def embedding(token_ids: Tensor, table: Weight, dtype: torch.dtype = torch.float
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit, or (on the CPU) a token id is outside the table.
     """
-    check_quantized("table", table)
-    return embedding_planes(token_ids, list(table.planes), table.ggml_type, *table.shape, dtype)
+    rows, columns = table.shape
+    tile = tile_for("embedding", out.device, columns, 32)
+    return launch(
+        _embedding_kernel,
+        (len(token_ids), triton.cdiv(columns, tile["BLOCK_K"])),
+        token_ids,
+        planes_of(table),
+        out,
+        rows,
+        columns,
+        columns // table.layout.quant_block,
+        LAYOUT=table.layout,
+        **tile,
+    )

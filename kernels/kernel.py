@@ -130,7 +130,8 @@ class Kernel(Generic[P, Out]):
         if signature not in self._bound:
             self.checks(**arguments)
         out = self.output(**arguments)
-        if runs_numpy(*tensors_in((*values, out)), computes=not self.moves_bits):
+        computed = [value for value in values if not _is_record(type(value))]  # a weight's planes are read as bits
+        if runs_numpy(*tensors_in((*computed, out)), computes=not self.moves_bits):
             return self._by_definition(self, arguments)
         scratch.taken = []
         launches = self.body(out, **arguments)
@@ -269,6 +270,8 @@ def is_traced() -> bool:
 def _arrays(value: Any) -> Any:
     if isinstance(value, Tensor):
         return as_array(value)
+    if isinstance(value, torch.dtype):
+        return None  # a definition computes in the precision of its inputs; results are rounded afterwards
     return value.numpy() if _is_record(type(value)) else value
 
 
@@ -291,6 +294,9 @@ def _register(made: Kernel) -> Callable[..., Any]:
             ]
         else:
             flat.append(parameter)
+    for i, parameter in enumerate(flat):  # torch takes no tensor by keyword alone
+        if Tensor in (parameter.annotation, *typing.get_args(parameter.annotation)):
+            flat[i] = parameter.replace(kind=parameter.POSITIONAL_OR_KEYWORD)
 
     flat_signature = made.__signature__.replace(parameters=flat)
 

@@ -134,6 +134,8 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     "dot": {
         "any": [row({"itemsize": 2}, BLOCK_N=32, BLOCK_K=128, num_warps=4), row(BLOCK_N=32, BLOCK_K=64, num_warps=4)],
     },
+    "dequantize": {"any": [row(BLOCK_N=8, BLOCK_K=512, num_warps=4)]},
+    "embedding": {"any": [row(BLOCK_K=1024, num_warps=4)]},
     "gated": {"any": [row(BLOCK=1024, num_warps=4)]},
     # Facts: hidden. One program holds a row.
     "norm": {

@@ -28,6 +28,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from .backend import INTERPRETED
+from .bound import Launch, launch
 from .operators import overlaps
 from .quantized_tiles import (
     Input,
@@ -37,6 +38,7 @@ from .quantized_tiles import (
     load_words,
     planes_of,
     store_tile,
+    tile_for,
     tile_rows,
 )
 from .reference import fixed_point
@@ -280,32 +282,15 @@ def _fixed_point_kernel(
         store_tile(total[None, :], output, rows, offs_m, offs_m >= 0, offs_n, mask_n, SWIGLU)
 
 
-def tile(rows: int, columns: int, num_tokens: int, bits: int, normed: bool) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_K, num_warps) for a weight of ``bits`` bits a code: what was fastest on an H100 without spills.
-
-    Whole rows in one tile ask for every byte of the weight at once. Where rows are long, or are so few or so many
-    that a whole number of programs would leave the chip half empty at the end, shorter tiles do better.
-    """
-    if columns > 4096:
-        if num_tokens == 1:
-            return 16, 2048, 8
-        return (8, 2048, 8) if normed or bits >= 6 else (16, 2048, 4)
-    whole = max(256, triton.next_power_of_2(columns))
-    if rows > 16384 and num_tokens == 1:
-        return 16, whole, 8
-    if rows > 4096:
-        if num_tokens == 1:
-            return (16, 1024, 4) if bits == 5 else (8, 1024, 4 if bits < 5 else 2)
-        return 16 if bits < 8 else 8, 1024, 4
-    return 16, whole, 4 if bits < 6 and num_tokens == 1 else 8
-
-
-def launch_fixed_point(activations: Input, weight: Weight, output: Output, swiglu: bool, resident: bool) -> None:
+def launch_fixed_point(activations: Input, weight: Weight, output: Output, swiglu: bool, resident: bool) -> Launch:
     (rows, columns), num_tokens = weight.shape, activations.x.shape[0]
+    facts = {"rows": rows, "tokens": num_tokens, "normed": activations.norm is not None}
     bits = weight.layout.low_bits + weight.layout.high_bits
-    block_n, block_k, num_warps = tile(rows, columns, num_tokens, bits, activations.norm is not None)
+    tile = tile_for("fixed_point", weight.device, columns, 256, bits=bits, **facts)
     early = resident and overlaps(weight.device)
-    _fixed_point_kernel[(triton.cdiv(rows, block_n),)](
+    return launch(
+        _fixed_point_kernel,
+        (triton.cdiv(rows, tile["BLOCK_N"]),),
         activations,
         planes_of(weight),
         output,
@@ -314,10 +299,8 @@ def launch_fixed_point(activations: Input, weight: Weight, output: Output, swigl
         columns,
         SWIGLU=swiglu,
         LAYOUT=weight.layout,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
         NVIDIA=not INTERPRETED,
         RESIDENT=early,
-        num_warps=num_warps,
         **({"launch_pdl": True} if early else {}),
+        **tile,
     )

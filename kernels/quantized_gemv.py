@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .bound import Launch, launch
 from .operators import overlaps
 from .quantized_tiles import (
     Input,
@@ -21,6 +22,7 @@ from .quantized_tiles import (
     load_values,
     planes_of,
     store_tile,
+    tile_for,
     tile_rows,
 )
 from .weight import Weight
@@ -84,25 +86,15 @@ def _gemv_kernel(
     store_tile(total, output, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
 
 
-def tile(rows: int, columns: int, num_tokens: int, bits: int, itemsize: int) -> tuple[int, int, int]:
-    """(BLOCK_N, BLOCK_K, num_warps) for a weight of ``bits`` bits a code or number, and x of ``itemsize`` bytes.
-
-    BLOCK_N makes enough programs to fill the chip. BLOCK_K gives each lane 16 bytes of codes, and never fewer than
-    eight columns: a sum across lanes would round differently in each, since every lane contracts its own product into a
-    fused multiply-add.
-    """
-    if bits == 16 and itemsize == 2 and num_tokens <= 2 and columns >= 1024:  # measured: several loads in flight
-        return 8 if rows > 65536 else 4, 1024, 4
-    block_n = 8 if rows > 2048 and num_tokens <= 2 and itemsize == 2 else 4
-    return block_n, min(max(256, triton.next_power_of_2(columns)), max(256, 4096 // bits), 1024), 4
-
-
-def launch_gemv(activations: Input, weight: Weight, output: Output, swiglu: bool, resident: bool) -> None:
+def launch_gemv(activations: Input, weight: Weight, output: Output, swiglu: bool, resident: bool) -> Launch:
     (rows, columns), num_tokens = weight.shape, activations.x.shape[0]
     bits = weight.layout.low_bits or 8 * weight.planes[0].element_size()
-    block_n, block_k, num_warps = tile(rows, columns, num_tokens, bits, activations.x.element_size())
+    itemsize = output.out.element_size()
+    tile = tile_for("gemv", weight.device, columns, 256, rows=rows, tokens=num_tokens, bits=bits, itemsize=itemsize)
     early = resident and overlaps(weight.device)
-    _gemv_kernel[(triton.cdiv(rows, block_n),)](
+    return launch(
+        _gemv_kernel,
+        (triton.cdiv(rows, tile["BLOCK_N"]),),
         activations,
         planes_of(weight),
         output,
@@ -113,9 +105,7 @@ def launch_gemv(activations: Input, weight: Weight, output: Output, swiglu: bool
         SWIGLU=swiglu,
         LAYOUT=weight.layout,
         BLOCK_M=triton.next_power_of_2(num_tokens),
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
         RESIDENT=early,
-        num_warps=num_warps,
         **({"launch_pdl": True} if early else {}),
+        **tile,
     )

@@ -6,7 +6,7 @@ and up, become silu(gate) * up (``swiglu``).
 Layouts: x [num_tokens, columns], weight [rows, columns] in planes (``reference/quant_layouts.py``),
 out [num_tokens, rows], or [num_tokens, rows / 2] with swiglu.
 
-Four regimes, chosen by the number of tokens (``REGIMES``):
+Four regimes, chosen by the number of tokens (``launch.py``):
 
     fixed_point  few tokens in 16 bits, quantised weights, not on AMD: integer dot products with x in 16-bit fixed
                  point (``quantized_fixed_point.py``).
@@ -29,13 +29,14 @@ Moves, at few tokens: the planes once, for 2 x num_tokens x rows x columns flops
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backend import as_array, as_tensor, runs_numpy
 from .checks import (
     FLOATS,
     check,
@@ -45,19 +46,17 @@ from .checks import (
     check_same_device,
     check_shape,
 )
-from .dequantize import dequantize_rows
-from .mlp import swiglu
+from .dequantize import dequantize
+from .kernel import Launch, kernel, launch, run, scratch
+from .launch import configuration
+from .mlp import swiglu as gated
 from .norm import rms_norm
-from .operators import operator
 from .quantized_fixed_point import launch_fixed_point
 from .quantized_gemv import launch_gemv
 from .quantized_tiles import Input, Output, load_tile, planes_of, store_tile, tile_rows
-from .weight import Weight, check_quantized, check_weight
+from .weight import QuantLayout, Weight, check_weight
 
 WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
-
-# The most tokens each regime serves; beyond both, matmul. docs/LOG.md, 2026-11-26, has the crossovers of one shape.
-REGIMES = {"quantised": {"fixed_point": 2, "gemv": 8, "dot": 64}, "float": {"fixed_point": 0, "gemv": 8, "dot": 8}}
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
@@ -88,15 +87,18 @@ def _dot_kernel(
             mask=mask_m[:, None] & (offs_k < columns)[None, :],
             other=0.0,
         )
+        x = x.to(output.out.dtype.element_ty)
         tile = load_tile(planes, offs_n, mask_n, step, columns, num_blocks, LAYOUT, BLOCK_K)
         acc = tl.dot(x, tl.trans(tile.to(x.dtype)), acc, input_precision="ieee")
     store_tile(acc, output, rows, offs_m, mask_m, offs_n, mask_n, SWIGLU)
 
 
-def _launch_dot(x: Tensor, weight: Weight, output: Output, swiglu: bool, block_m: int) -> None:
+def _launch_dot(x: Tensor, weight: Weight, output: Output, swiglu: bool, block_m: int) -> Launch:
     (rows, columns), num_tokens = weight.shape, x.shape[0]
-    block_n = 32
-    _dot_kernel[(triton.cdiv(num_tokens, block_m) * triton.cdiv(rows, block_n),)](
+    tile = configuration("dot", weight.device, itemsize=output.out.element_size())
+    return launch(
+        _dot_kernel,
+        (triton.cdiv(num_tokens, block_m) * triton.cdiv(rows, tile["BLOCK_N"]),),
         x,
         x.stride(0),
         planes_of(weight),
@@ -108,28 +110,33 @@ def _launch_dot(x: Tensor, weight: Weight, output: Output, swiglu: bool, block_m
         SWIGLU=swiglu,
         LAYOUT=weight.layout,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=128 if x.element_size() == 2 else 64,
-        num_warps=4,
+        **tile,
     )
 
 
-def _matmul(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None, swiglu_out: bool) -> Tensor:
+def most_tokens(layout: QuantLayout, device: torch.device) -> dict[str, int]:
+    """Regime -> the most tokens that it serves, in the order of preference; beyond all, matmul."""
+    return configuration("quantized_matmul", device, is_float=layout.is_float)
+
+
+def rows_per_pass(columns: int, itemsize: int) -> int:
+    """Rows that the matmul regime dequantises at a time, a multiple of 16."""
+    return max(16, WORKSPACE_BYTES // (itemsize * max(1, columns)) // 16 * 16)
+
+
+def _matmul(out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> None:
+    """out = x @ dequantize(weight).T (+ bias) (+ residual), by torch; x has the dtype of ``out``."""
     rows, columns = weight.shape
-    out = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     addend = residual if bias is None else bias.expand(out.shape) if residual is None else residual.float() + bias
     if weight.layout.is_float and weight.planes[0].dtype == x.dtype:
         _add_product(x, weight.planes[0], addend, out)
-    else:
-        step = max(16, WORKSPACE_BYTES // (x.element_size() * max(1, columns)) // 16 * 16)
-        workspace = torch.empty((min(step, rows), columns), dtype=x.dtype, device=x.device)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            dequantize_rows(weight, start, stop, workspace)
-            part = None if addend is None else addend[:, start:stop]
-            _add_product(x, workspace[: stop - start], part, out[:, start:stop])
-        del workspace
-    return swiglu(*out.chunk(2, dim=1)) if swiglu_out else out
+        return
+    step = rows_per_pass(columns, x.element_size())
+    for start in range(0, rows, step):
+        rows_now = slice(start, start + step)
+        part = dequantize.run((weight.slice_rows(start, start + step), x.dtype))
+        _add_product(x, part, None if addend is None else addend[:, rows_now], out[:, rows_now])
+        del part  # so that the next one takes its memory
 
 
 def _add_product(x: Tensor, rows: Tensor, addend: Tensor | None, out: Tensor) -> None:
@@ -140,12 +147,9 @@ def _add_product(x: Tensor, rows: Tensor, addend: Tensor | None, out: Tensor) ->
         torch.addmm(addend.to(x.dtype), x, rows.T, out=out)
 
 
-def _quantized_matmul_fake(
+def _check(
     x: Tensor,
-    planes: list[Tensor],
-    ggml_type: str,
-    rows: int,
-    columns: int,
+    weight: Weight,
     bias: Tensor | None,
     residual: Tensor | None,
     norm_weight: Tensor | None,
@@ -153,30 +157,10 @@ def _quantized_matmul_fake(
     swiglu: bool,
     batch_invariant: bool,
     resident: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty((x.shape[0], rows // 2 if swiglu else rows), dtype=out_dtype, device=x.device)
-
-
-@operator(_quantized_matmul_fake)
-def quantized_matmul_planes(
-    x: Tensor,
-    planes: list[Tensor],
-    ggml_type: str,
-    rows: int,
-    columns: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    swiglu: bool,
-    batch_invariant: bool,
-    resident: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """``quantized_matmul`` with the weight taken apart: torch operators take lists of tensors, not named tuples."""
-    weight = Weight(ggml_type, tuple(planes), (rows, columns))
-    layout = check_weight("weight", weight)
+    out_dtype: torch.dtype | None,
+) -> None:
+    check_weight("weight", weight)
+    rows, columns = weight.shape
     check_shape("x", x, (None, columns))
     check_dtype("x", x, FLOATS)
     for name, vector, size in (("bias", bias, rows), ("norm_weight", norm_weight, columns)):
@@ -187,53 +171,24 @@ def quantized_matmul_planes(
         check_shape("residual", residual, (x.shape[0], rows))
         check_dtype("residual", residual, FLOATS)
     check_number("eps", eps)
-    check(out_dtype in FLOATS, f"out_dtype {out_dtype}", f"out_dtype is one of {FLOATS}", "Name one of them")
+    check(out_dtype in (None, *FLOATS), f"out_dtype {out_dtype}", f"out_dtype is one of {FLOATS}", "Name one of them")
     if norm_weight is not None and columns == 0:
         check(False, f"norm_weight of x {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
     if swiglu:
         check(rows % 2 == 0, f"weight has {rows} rows", "with swiglu, half are gate and half are up", "Stack both")
         check(residual is None, "swiglu with a residual", "the residual joins a later product", "Leave one out")
-    check_same_device(x=x, weight=planes[0], bias=bias, residual=residual, norm_weight=norm_weight)
+    check_same_device(x=x, weight=weight.planes[0], bias=bias, residual=residual, norm_weight=norm_weight)
     check_last_dim_contiguous(x=x, bias=bias, residual=residual, norm_weight=norm_weight)
-    if runs_numpy(x, bias, residual, norm_weight):
-        arrays = (None if t is None else as_array(t) for t in (bias, residual, norm_weight))
-        bias_array, residual_array, norm_array = arrays
-        product = reference.quantized_matmul(
-            as_array(x),
-            weight.numpy(),
-            bias_array,
-            residual=residual_array,
-            norm_weight=norm_array,
-            eps=eps,
-            swiglu=swiglu,
-        )
-        return as_tensor(product, like=x, dtype=out_dtype)
-    num_tokens = x.shape[0]
-    limits = REGIMES["float" if layout.is_float else "quantised"]
-    fixed_point = num_tokens <= limits["fixed_point"] and x.element_size() == 2 and not batch_invariant
-    fixed_point &= torch.version.hip is None  # AMD has other dot products of bytes
-    gemv = num_tokens <= limits["gemv"] and not batch_invariant
-    if not fixed_point and x.dtype != out_dtype:
-        x = x.to(out_dtype)
-    if norm_weight is not None and not gemv:
-        x, norm_weight = rms_norm(x, norm_weight, eps), None
-    if not (batch_invariant or num_tokens <= limits["dot"]):
-        return _matmul(x, weight, bias, residual, swiglu)
-    out = torch.empty((num_tokens, rows // 2 if swiglu else rows), dtype=out_dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    output = Output(bias, residual, 0 if residual is None else residual.stride(0), out)
-    if fixed_point and columns > 0:
-        launch_fixed_point(Input(x, x.stride(0), norm_weight, eps), weight, output, swiglu, resident)
-    elif gemv:
-        launch_gemv(Input(x, x.stride(0), norm_weight, eps), weight, output, swiglu, resident)
-    else:
-        block_m = 16 if batch_invariant else max(16, triton.next_power_of_2(num_tokens))
-        _launch_dot(x, weight, output, swiglu, block_m)
-    return out
 
 
+def _output(x: Tensor, weight: Weight, swiglu: bool, out_dtype: torch.dtype | None, **_: Any) -> Tensor:
+    width = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    return torch.empty((x.shape[0], width), dtype=out_dtype or x.dtype, device=x.device)
+
+
+@kernel(checks=_check, output=_output, definition=reference.quantized_matmul)
 def quantized_matmul(
+    out: Tensor,
     x: Tensor,
     weight: Weight,
     bias: Tensor | None = None,
@@ -245,7 +200,7 @@ def quantized_matmul(
     batch_invariant: bool = False,
     resident: bool = False,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Launch | list[Launch] | None:
     """out = x @ dequantize(weight).T (+ bias) (+ residual), of rms_norm(x) if there is a norm_weight.
 
     Args:
@@ -260,8 +215,7 @@ def quantized_matmul(
             slower both for one token and for thousands.
         resident: no kernel that is still running, or waits to, writes the weight: its first tile may be read before
             those kernels end. Changes no result.
-        out_dtype: of the result; None for that of ``x``. Where the two differ, ``x`` is converted first, except in the
-            fixed-point regime, which needs no conversion.
+        out_dtype: of the result; None for that of ``x``. The regimes ``dot`` and ``matmul`` compute in it.
 
     Returns:
         [num_tokens, rows], with swiglu [num_tokens, rows / 2]. What is fused is not rounded in between.
@@ -270,18 +224,32 @@ def quantized_matmul(
         KernelInputError: an unknown type, planes that do not fit it, shapes, dtypes, devices or numbers that do not
             fit, or swiglu with an odd number of rows or a residual.
     """
-    check_quantized("weight", weight)
-    return quantized_matmul_planes(
-        x,
-        list(weight.planes),
-        weight.ggml_type,
-        *weight.shape,
-        bias,
-        residual,
-        norm_weight,
-        eps,
-        swiglu,
-        batch_invariant,
-        resident,
-        out_dtype or x.dtype,
-    )
+    if out.numel() == 0:
+        return []
+    num_tokens, (rows, columns) = x.shape[0], weight.shape
+    most = most_tokens(weight.layout, x.device)
+    output = Output(bias, residual, 0 if residual is None else residual.stride(0), out)
+    if not batch_invariant:
+        activations = Input(x, x.stride(0), norm_weight, eps)
+        if num_tokens <= most["fixed_point"] and x.element_size() == 2 and columns > 0:
+            return launch_fixed_point(activations, weight, output, swiglu, resident)
+        if num_tokens <= most["gemv"]:
+            return launch_gemv(activations, weight, output, swiglu, resident)
+    if batch_invariant or num_tokens <= most["dot"]:
+        launches = []
+        if norm_weight is not None:
+            normed = scratch(num_tokens, columns, dtype=out.dtype, device=x.device)
+            launches.append(rms_norm.body(normed, x, norm_weight, eps))
+            x = normed
+        block_m = 16 if batch_invariant else max(16, triton.next_power_of_2(num_tokens))
+        return [*launches, _launch_dot(x, weight, output, swiglu, block_m)]
+    x = x.to(out.dtype)
+    if norm_weight is not None:
+        x = rms_norm.run((x, norm_weight, eps))
+    if not swiglu:
+        _matmul(out, x, weight, bias, residual)
+        return None
+    gate_up = torch.empty((num_tokens, rows), dtype=out.dtype, device=x.device)
+    _matmul(gate_up, x, weight, bias, None)
+    run(gated.body(out, *gate_up.chunk(2, dim=1)))
+    return None

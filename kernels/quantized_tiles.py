@@ -9,7 +9,6 @@ A code becomes a float without a conversion instruction: 0x4B000000 is 2^23 in f
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bound import constant
+from .launch import configuration
 from .weight import Weight
 
 
@@ -316,10 +317,11 @@ def planes_of(weight: Weight) -> Planes:
         scales=planes.get("scales", packed),
         m=planes.get("m", planes.get("dmin")),
         mins=planes.get("mins", packed),
-        table=None if weight.layout.table is None else _table(weight.layout.table, weight.device),
+        table=None if weight.layout.table is None else constant(weight.layout.table, weight.device),
     )
 
 
-@functools.cache
-def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def tile_for(kernel: str, device: torch.device, columns: int, least: int, **facts: int) -> dict[str, int]:
+    """The configuration of ``kernel``, its BLOCK_K cut to the power of two that holds a row, though not below least."""
+    chosen = configuration(kernel, device, columns=columns, **facts)
+    return {**chosen, "BLOCK_K": min(chosen["BLOCK_K"], max(least, triton.next_power_of_2(columns)))}

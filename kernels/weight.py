@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat
 
 
 class Weight(NamedTuple):
-    """A matrix [rows, columns] as planes.
+    """A matrix [rows, columns] as planes. Make one with ``Weight.make``, which checks them.
 
     ggml_type: "Q4_1", "F16", ...: a key of ``LAYOUTS``.
     planes: in the order of ``LAYOUTS[ggml_type].planes``; plane p is [rows, columns / p.elements], contiguous.
@@ -30,6 +30,18 @@ class Weight(NamedTuple):
     ggml_type: str
     planes: tuple[Tensor, ...]
     shape: tuple[int, int]
+
+    @staticmethod
+    def make(ggml_type: str, planes: Iterable[Tensor], shape: Sequence[int]) -> Weight:
+        """A weight whose planes are known to fit its type.
+
+        Raises:
+            KernelInputError: unknown type, columns not whole blocks, or a plane of the wrong shape, dtype or strides.
+        """
+        rows, columns = shape
+        weight = Weight(ggml_type, tuple(planes), (rows, columns))
+        check_weight("a weight", weight)
+        return weight
 
     @property
     def layout(self) -> QuantLayout:
@@ -50,6 +62,11 @@ class Weight(NamedTuple):
         """The planes as NumPy arrays, which is what ``kernels.reference`` takes."""
         planes: Any = tuple(as_array(plane) for plane in self.planes)
         return self._replace(planes=planes)
+
+    def slice_rows(self, start: int, stop: int) -> Weight:
+        """Rows ``start`` to ``stop``, or to the last, as views."""
+        planes = tuple(plane[start:stop] for plane in self.planes)
+        return self._replace(planes=planes, shape=(len(planes[0]), self.shape[1]))
 
     def take_rows(self, index: Tensor) -> Weight:
         """Rows gathered, repeated or permuted: index [n] int64 -> [n, columns]."""
@@ -74,12 +91,14 @@ class Weight(NamedTuple):
         return Weight(weights[0].ggml_type, planes, (sum(w.shape[0] for w in weights), weights[0].shape[1]))
 
 
-def check_weight(name: str, weight: Weight) -> QuantLayout:
-    """The layout of ``weight``, once its planes are known to fit it.
-
-    Raises:
-        KernelInputError: unknown type, columns not whole blocks, or a plane of the wrong shape, dtype or strides.
-    """
+def check_weight(name: str, weight: Weight) -> None:
+    """Raise KernelInputError unless ``weight`` is a Weight of a known type whose planes fit it."""
+    if not isinstance(weight, Weight):
+        raise KernelInputError(
+            f"{name} is a {type(weight).__name__}",
+            rule=f"{name} must be a Weight; plain numbers are of type F32, F16 or BF16",
+            remedy="Wrap it: Weight.make('F32', (tensor,), tensor.shape)",
+        )
     ggml_type, planes, (rows, columns) = weight
     layout = LAYOUTS.get(ggml_type)
     if layout is None:
@@ -89,11 +108,10 @@ def check_weight(name: str, weight: Weight) -> QuantLayout:
             remedy="Dequantise it first",
         )
     if columns % layout.quant_block:
-        check(
-            False,
+        raise KernelInputError(
             f"{name} has {columns} columns",
-            f"{ggml_type} comes in whole blocks of {layout.quant_block} columns",
-            "Choose a type with smaller blocks",
+            rule=f"{ggml_type} comes in whole blocks of {layout.quant_block} columns",
+            remedy="Choose a type with smaller blocks",
         )
     expected = [(rows, columns // plane.elements) for plane in layout.planes]
     dtypes = [_DTYPES[plane.dtype] for plane in layout.planes]
@@ -103,24 +121,12 @@ def check_weight(name: str, weight: Weight) -> QuantLayout:
         or not all(plane.is_contiguous() for plane in planes)
         or any(plane.device != planes[0].device for plane in planes)
     ):
-        check(
-            False,
+        raise KernelInputError(
             f"{name} has planes "
             + ", ".join(f"{list(p.shape)} {p.dtype} strides {p.stride()} on {p.device}" for p in planes),
-            f"{ggml_type} [{rows}, {columns}] has contiguous planes on one device, "
+            rule=f"{ggml_type} [{rows}, {columns}] has contiguous planes on one device, "
             + ", ".join(f"{p.name} {list(s)} {p.dtype}" for p, s in zip(layout.planes, expected, strict=True)),
-            "Make it with rooflama.loaders.gguf.repack.repack",
-        )
-    return layout
-
-
-def check_quantized(name: str, weight: object) -> None:
-    if not isinstance(weight, Weight):
-        check(
-            False,
-            f"{name} is a {type(weight).__name__}",
-            f"{name} must be a Weight; plain numbers are of type F32, F16 or BF16",
-            "Wrap it: Weight('F32', (tensor,), tensor.shape)",
+            remedy="Make it with rooflama.loaders.gguf.repack",
         )
 
 
@@ -133,4 +139,4 @@ def resident_form(weight: Weight, device: torch.device | str) -> Weight:
     if backend_for(torch.device(device)) == "triton" or weight.ggml_type == "F32":
         return weight
     rows = torch.from_numpy(reference.dequantize(weight.numpy()))
-    return Weight("F32", (rows,), weight.shape)
+    return Weight.make("F32", (rows,), weight.shape)

@@ -159,7 +159,7 @@ class TensorSource(CheckpointReader):
     def _upload(self, weight: Weight, label: str) -> Weight:
         resident = resident_form(weight, self.device.torch_device)
         planes = tuple(self._place(plane, label) for plane in resident.planes)
-        return Weight(resident.ggml_type, planes, resident.shape)
+        return Weight.make(resident.ggml_type, planes, resident.shape)
 
     def _place(self, tensor: Tensor, label: str) -> Tensor:
         """Upload a tensor. On the CPU the tensor itself is used: the source holds its only reference."""

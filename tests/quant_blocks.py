@@ -89,4 +89,4 @@ def virtual_rows(rows: int, columns: int, ggml_type: str = "F16") -> Weight:
             planes.append(torch.zeros(shape, dtype=getattr(torch, plane.dtype), device=DEVICE))
         else:
             planes.append(torch.from_numpy(np.memmap("/dev/zero", dtype=plane.dtype, mode="c", shape=shape)))
-    return Weight(ggml_type, tuple(planes), (rows, columns))
+    return Weight.make(ggml_type, planes, (rows, columns))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from cases import BF16, Case, random_weight
 from model_calls import BATCHES, CHUNK, F32, Call, Model, empty, weight, weight_types
 from rooflama import kernels
 from rooflama.kernels import LAYOUTS
-from rooflama.kernels.quantized_matmul import REGIMES
+from rooflama.kernels.launch import override
 
 
 def measured() -> Iterator[Case]:
@@ -43,7 +42,7 @@ def products() -> Iterator[Case]:
 
 
 def regimes() -> Iterator[Case]:
-    """Each regime of the quantised product wherever it can run: what ``REGIMES`` should say."""
+    """Each regime of the quantised product wherever it can run: what the launch table should say."""
     unbounded = 1 << 30
     limits = {
         "fixed_point": (8, unbounded, unbounded, unbounded),
@@ -59,8 +58,7 @@ def regimes() -> Iterator[Case]:
             x = torch.randn(tokens, columns, device=cases.CUDA, dtype=BF16)
 
             def forced(weight, fixed_point, gemv, dot, x=x):
-                own = {"fixed_point": fixed_point, "gemv": gemv, "dot": dot}
-                with mock.patch.dict(REGIMES, {"quantised": own, "float": own}):
+                with override("quantized_matmul", fixed_point=fixed_point, gemv=gemv, dot=dot):
                     return kernels.quantized_matmul(x, weight)
 
             yield Case(

@@ -18,8 +18,9 @@ def unpack(words: np.ndarray, bits: int, offsets: np.ndarray) -> np.ndarray:
     return codes.reshape(len(words), -1)
 
 
-def dequantize(weight, dtype=np.float32) -> np.ndarray:
-    """The weights as plain numbers: [rows, columns], computed in float32, then converted to ``dtype``."""
+def dequantize(weight, dtype=None) -> np.ndarray:
+    """The weights as plain numbers: [rows, columns], made in float32, then converted to ``dtype`` if there is one."""
+    dtype = dtype or np.float32
     rows, columns = weight.shape
     layout = LAYOUTS[weight.ggml_type]
     if layout.is_float:

@@ -49,7 +49,7 @@ def repack(raw: np.ndarray, ggml_type: str, columns: int) -> Weight:
         )
     shape = (len(raw), columns)
     if layout.is_float:
-        return Weight(ggml_type, (_float_rows(raw, ggml_type),), shape)
+        return Weight.make(ggml_type, (_float_rows(raw, ggml_type),), shape)
 
     planes = {p.name: np.empty((len(raw), columns // p.elements), p.dtype) for p in layout.planes}
     step = max(1, RUN_WEIGHTS // max(1, columns))
@@ -62,7 +62,7 @@ def repack(raw: np.ndarray, ggml_type: str, columns: int) -> Weight:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, range(0, len(raw) if columns else 0, step)))
-    return Weight(ggml_type, tuple(torch.from_numpy(planes[p.name]) for p in layout.planes), shape)
+    return Weight.make(ggml_type, (torch.from_numpy(planes[p.name]) for p in layout.planes), shape)
 
 
 def _float_rows(raw: np.ndarray, ggml_type: str) -> torch.Tensor:

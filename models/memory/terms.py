@@ -13,7 +13,7 @@ import torch
 
 from rooflama.kernels import LAYOUTS
 from rooflama.kernels.attention_decode import most_splits
-from rooflama.kernels.quantized_matmul import REGIMES, WORKSPACE_BYTES
+from rooflama.kernels.quantized_matmul import WORKSPACE_BYTES, most_tokens, rows_per_pass
 from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK
 from rooflama.kernels.sampling_filters import LEVELS
@@ -28,7 +28,7 @@ DIGIT_BITS = 32 // LEVELS
 Moment = Mapping[str, int]  # name of a term -> bytes alive at one moment
 
 FORMULAS = {
-    "prefill activations": "n b (3 E + 2 (Hq + Hkv) D + 2 F)",
+    "prefill activations": "n b (3 E + 2 (Hq + Hkv) D + 3 F)",
     "dequantised rows": f"b rows columns, {WORKSPACE_BYTES >> 20} MiB at most",
     "gathered keys and values": "2 x 4 T Hkv D",
     "attention scores": f"3 x 4 Hq min(n, {ROWS}) T",
@@ -122,11 +122,11 @@ def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtyp
     worst = 0
     for matrix in matrices:
         layout = LAYOUTS[matrix.ggml_type]
-        few = tokens <= REGIMES["float" if layout.is_float else "quantised"]["dot"]
+        few = tokens <= most_tokens(layout, torch.device("cpu"))["dot"]  # as on every GPU
         if few or (layout.is_float and getattr(torch, layout.planes[0].dtype) == dtype):
             continue
-        step = max(16, WORKSPACE_BYTES // (dtype.itemsize * matrix.columns) // 16 * 16)
-        worst = max(worst, min(matrix.rows, step) * matrix.columns * dtype.itemsize)
+        rows = min(matrix.rows, rows_per_pass(matrix.columns, dtype.itemsize))
+        worst = max(worst, rows * matrix.columns * dtype.itemsize)
     return worst
 
 
@@ -135,8 +135,7 @@ def prefill_moments(
 ) -> list[Moment]:
     """The terms of the widest moments of a prefill pass of n tokens, on Triton kernels:
 
-    gate and up  carried + n b (E + 2 F) + dequantised rows
-    SwiGLU       carried + n b (E + 3 F)
+    gate and up  carried + n b (E + 3 F) + dequantised rows: gate, up and the result of SwiGLU
     down         carried + n b (E + F) + dequantised rows
     """
     layer = [matrix for matrix in matrices if matrix.rows != config.vocab_size]
@@ -146,10 +145,9 @@ def prefill_moments(
     hidden, width = config.hidden_size, config.intermediate_size
     return [
         {
-            "prefill activations": carried + unit * (hidden + 2 * width),
+            "prefill activations": carried + unit * (hidden + 3 * width),
             "dequantised rows": dequantised_bytes(narrow, tokens, dtype),
         },
-        {"prefill activations": carried + unit * (hidden + 3 * width)},
         {
             "prefill activations": carried + unit * (hidden + width),
             "dequantised rows": dequantised_bytes(wide, tokens, dtype),

@@ -101,13 +101,13 @@ class DryRunSource(TensorSource):
         rows, columns = info.rows, shape[-1]
         repack(np.empty((0, row_nbytes(info.ggml_type, columns)), np.uint8), info.ggml_type, columns)  # its checks
         planes = (torch.empty(s, dtype=d, device="meta") for s, d in plane_shapes(info.ggml_type, rows, columns))
-        return Weight(info.ggml_type, tuple(planes), (rows, columns))
+        return Weight.make(info.ggml_type, planes, (rows, columns))
 
     def _upload(self, weight: Weight, label: str) -> Weight:
         stored_type = weight.ggml_type
         if self._backend == "numpy" and stored_type != "F32":
             rows = torch.empty(weight.shape, dtype=torch.float32, device="meta")
-            weight = Weight("F32", (rows,), weight.shape)
+            weight = Weight.make("F32", (rows,), weight.shape)
         self.matrices.append(Matrix(weight.ggml_type, *weight.shape))
         self.resident[stored_type] += weight.nbytes
         self.allocations += [plane.nbytes for plane in weight.planes]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from assertions import assert_bit_equal, assert_guards_intact
 from quant_blocks import TYPES, guarded_weight, random_blocks, random_bytes, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, dequantize, reference, resident_form
-from rooflama.kernels.dequantize import _dequantize_kernel, dequantize_rows
+from rooflama.kernels.dequantize import _dequantize_kernel
 from rooflama.kernels.quantized_tiles import planes_of
 from rooflama.loaders.gguf.repack import repack
 from strategies import DEVICE, dtypes, seeds
@@ -38,27 +38,15 @@ def test_dequantize_equals_definition(ggml_type, make, rows, data, dtype, seed):
 @pytest.mark.parametrize("ggml_type", TYPES)
 def test_some_rows_only(ggml_type):
     weight = random_weight(np.random.default_rng(0), ggml_type, 40, 256)
-    out = torch.full((20, 256), float("nan"), device=DEVICE)
-    dequantize_rows(weight, 16, 33, out)
-    assert_bit_equal(out[:17], rounded_definition(weight, torch.float32)[16:33], signed_zeros=False)
-    assert bool(out[17:].isnan().all()), "wrote rows it was not asked for"
+    some = weight.slice_rows(16, 33)
+    assert some.shape == (17, 256)
+    assert_bit_equal(dequantize(some), rounded_definition(weight, torch.float32)[16:33], signed_zeros=False)
+    assert weight.slice_rows(32, 48).shape == (8, 256)
 
 
 def test_the_same_call_gives_the_same_bits():
     weight = random_weight(np.random.default_rng(0), "Q4_K", 9, 768)
     assert_bit_equal(dequantize(weight), dequantize(weight))
-
-
-@pytest.mark.parametrize(("ggml_type", "row"), [("F16", 2**25 + 1), ("Q8_0", 2**27 + 1)])
-def test_rows_beyond_int32(ggml_type, row):
-    """Row of 64 weights, or 16 words of codes, past 2^31; the storage is virtual, one row of it is touched."""
-    weight = virtual_rows(row + 1, 64, ggml_type)
-    one = random_weight(np.random.default_rng(0), ggml_type, 1, 64)
-    for plane, values in zip(weight.planes, one.planes, strict=True):
-        plane[row] = values[0]
-    out = torch.empty(1, 64, device=DEVICE)
-    dequantize_rows(weight, row, row + 1, out)
-    assert_bit_equal(out, dequantize(one))
 
 
 def test_output_beyond_int32():
@@ -67,7 +55,7 @@ def test_output_beyond_int32():
     weight, out = virtual_rows(3, columns), virtual_rows(3, columns).planes[0]
     weight.planes[0][:, :32] = torch.arange(96, device=DEVICE).view(3, 32)
     tile = {"LAYOUT": weight.layout, "BLOCK_N": 8, "BLOCK_K": 32}
-    _dequantize_kernel[(1, 1)](planes_of(weight), out, 0, 3, columns, columns, **tile)
+    _dequantize_kernel[(1, 1)](planes_of(weight), out, 3, columns, columns, **tile)
     assert_bit_equal(out[:, :32], weight.planes[0][:, :32])
 
 
@@ -91,8 +79,8 @@ def test_resident_form_for_triton_is_the_planes_themselves():
 def test_opcheck():
     for ggml_type in ("Q4_K", "IQ4_NL", "F16"):
         weight = random_weight(np.random.default_rng(0), ggml_type, 5, 256)
-        arguments = (list(weight.planes), weight.ggml_type, *weight.shape, torch.float16)
-        torch.library.opcheck(torch.ops.rooflama.dequantize_planes, arguments)
+        arguments = (ggml_type, list(weight.planes), list(weight.shape), torch.float16)
+        torch.library.opcheck(torch.ops.rooflama.dequantize, arguments)
 
 
 def test_compiles_into_one_graph():

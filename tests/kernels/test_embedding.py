@@ -83,8 +83,8 @@ def test_a_token_outside_the_table_gives_nan_in_the_kernel(token_id):
 
 def test_opcheck():
     table = random_weight(np.random.default_rng(0), "Q6_K", 7, 256)
-    arguments = (torch.tensor([3, 0], device=DEVICE), list(table.planes), "Q6_K", 7, 256, torch.float16)
-    torch.library.opcheck(torch.ops.rooflama.embedding_planes, arguments)
+    arguments = (torch.tensor([3, 0], device=DEVICE), "Q6_K", list(table.planes), [7, 256], torch.float16)
+    torch.library.opcheck(torch.ops.rooflama.embedding, arguments)
 
 
 def test_compiles_into_one_graph():

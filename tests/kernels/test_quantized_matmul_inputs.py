@@ -13,16 +13,11 @@ from strategies import DEVICE, normal
 def test_opcheck():
     rng = np.random.default_rng(0)
     for ggml_type, num_tokens in (("Q4_K", 2), ("IQ4_XS", 20), ("F16", 70)):
-        weight, x = random_weight(rng, ggml_type, 5, 256), normal(rng, num_tokens, 256)
-        arguments = [x, list(weight.planes), ggml_type, 5, 256, normal(rng, 5), normal(rng, num_tokens, 5)]
-        torch.library.opcheck(
-            torch.ops.rooflama.quantized_matmul_planes, (*arguments, None, 0.0, False, False, False, x.dtype)
-        )
-        weight = random_weight(rng, ggml_type, 6, 256)
-        arguments = [x, list(weight.planes), ggml_type, 6, 256, normal(rng, 6), None, normal(rng, 256)]
-        torch.library.opcheck(
-            torch.ops.rooflama.quantized_matmul_planes, (*arguments, 1e-5, True, False, True, torch.float16)
-        )
+        weight, x = random_weight(rng, ggml_type, 6, 256), normal(rng, num_tokens, 256)
+        arguments = (x, ggml_type, list(weight.planes), [6, 256], normal(rng, 6))
+        options = {"eps": 1e-5, "swiglu": True, "resident": True, "out_dtype": torch.float16}
+        for added, named in (((normal(rng, num_tokens, 6), None), {}), ((None, normal(rng, 256)), options)):
+            torch.library.opcheck(torch.ops.rooflama.quantized_matmul, (*arguments, *added), named)
 
 
 def test_torch_compile_traces_through():
@@ -71,7 +66,7 @@ def test_swiglu_with_a_residual_is_refused():
 
 
 def test_a_norm_of_no_columns_is_refused():
-    weight = Weight("F32", (torch.zeros(3, 0, device=DEVICE),), (3, 0))
+    weight = Weight.make("F32", (torch.zeros(3, 0, device=DEVICE),), (3, 0))
     x, norm_weight = torch.zeros(2, 0, device=DEVICE), torch.zeros(0, device=DEVICE)
     with pytest.raises(KernelInputError, match=r"x \[2, 0\]: a mean needs at least one column"):
         quantized_matmul(x, weight, norm_weight=norm_weight)

@@ -1,13 +1,12 @@
 """The demo checkpoint end to end against transformers' Llama in float32 on the same dequantised weights."""
 
-import importlib
-
 import pytest
 import torch
 
 import rooflama
 from demo_oracle import PROMPTS, checkpoint_path, greedy, transformers_llama
 from rooflama.kernels import use_backend
+from rooflama.kernels.launch import override
 
 pytestmark = pytest.mark.demo_checkpoint
 NUM_TOKENS = 32
@@ -47,16 +46,15 @@ def test_batch_equals_one_by_one(model, numpy_backend):
         assert generation.token_ids == model.generate(prompt, max_new_tokens=12).token_ids
 
 
-def test_interpreted_kernels_agree_with_the_definitions(model, monkeypatch):
+def test_interpreted_kernels_agree_with_the_definitions(model):
     """Every kernel of a full forward pass over quantised weights, under Triton's interpreter."""
     # The interpreter takes a millisecond a program: a few wide blocks of rows instead of thousands of narrow ones.
-    gemv = importlib.import_module("rooflama.kernels.quantized_gemv")
-    monkeypatch.setattr(gemv, "tile", lambda *shape: (512, 1024, 4))
     ids = model.tokenizer.encode(PROMPTS[0])[:2]
     with use_backend("numpy"):
         expected = model.logits(ids)
     with (
         use_backend("triton"),
+        override("gemv", BLOCK_N=512, BLOCK_K=1024, num_warps=4),
         rooflama.load(checkpoint_path(), device="cpu", max_context=64, progress=False) as interpreted,
     ):
         got = interpreted.logits(ids)
