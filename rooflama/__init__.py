@@ -5,7 +5,7 @@ import rooflama
 with rooflama.load("model.gguf") as model:
     print(model.chat([{"role": "user", "content": "Why is the sky blue?"}]).text)
 
-Names are imported when they are first used: torch takes seconds, which ``rooflama --help`` need not wait for.
+Names are imported when they are first used, because torch takes seconds to import and ``rooflama --help`` needs none.
 """
 
 from importlib import import_module

@@ -1,6 +1,7 @@
-"""What callers pass, checked by type: a value of the wrong kind is a ArgumentError that names it.
+"""Checks of the types of arguments. A wrong one raises ArgumentError, which names the argument and its value.
 
-numpy's and torch's numbers are as good as Python's; a bool is no number, and a float no count, whatever its value.
+Numbers of numpy and torch are accepted as Python's are. A bool is no number, and a float is no count, whatever its
+value.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from rooflama.models import ArgumentError, SamplingParams
 Prompt = str | Sequence[int] | np.ndarray | torch.Tensor
 
 MOST_RESULTS = 2**16  # of one prompt in one call
-TOP_K_MAX = 2**31 - 1  # no vocabulary has so many tokens, so larger ones keep as much
+TOP_K_MAX = 2**31 - 1  # more than any vocabulary has; larger values have the same effect
 SHOWN = 80  # characters of a value in an error
 
 
 def whole(name: str, value: Any, rule: str) -> int:
-    """``value`` as an int; its range is for others to check."""
+    """``value`` as an int of any size."""
     if not _is_bool(value) and not isinstance(value, str | bytes):
         try:
             return operator.index(value)
@@ -38,7 +39,7 @@ def whole_or_none(name: str, value: Any, rule: str) -> int | None:
 
 
 def number(name: str, value: Any, rule: str) -> float:
-    """``value`` as a float; its range is for others to check."""
+    """``value`` as a float of any size."""
     is_scalar = isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0
     if not _is_bool(value) and (isinstance(value, numbers.Real) or is_scalar):
         try:
@@ -55,7 +56,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def stops(stop: Any) -> list[str]:
-    """The strings that end a text; None for none."""
+    """The strings that end a text; None means none."""
     if stop is None:
         return []
     found = [stop] if isinstance(stop, str) else stop
@@ -70,7 +71,7 @@ def stops(stop: Any) -> list[str]:
 
 
 def biases(name: str, value: Any, rule: str) -> dict[int, float]:
-    """Token id -> what is added to its logit; None for none."""
+    """Token id -> number added to its logit; None means none."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -98,12 +99,12 @@ SAMPLING: dict[str, tuple[Callable[[str, Any, str], Any], str]] = {
     "logit_bias": (biases, "logit_bias maps token ids to numbers"),
     "logprobs": (whole_or_none, "logprobs is a whole number, or None"),
 }
-"""Parameter of ``SamplingParams`` -> the check of its type, and the rule that an error states."""
+"""Parameter of ``SamplingParams`` -> the check of its type, and the rule for the error."""
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """The options of ``Model.generate`` and ``Model.stream``, each of the right type and in its range.
+    """The options of ``Model.generate`` and ``Model.stream``, checked.
 
     Attributes:
         params: how tokens are drawn, without the seed.
@@ -134,7 +135,7 @@ class RequestOptions:
 
 
 def token_ids(value: Any) -> list[int]:
-    """One prompt's ids: a sequence of whole numbers, or a one-dimensional array of integers."""
+    """The ids of one prompt, from a sequence of whole numbers or a one-dimensional array of integers."""
     if isinstance(value, np.ndarray | torch.Tensor):
         is_integer = (
             value.dtype.kind in "iu"
@@ -154,7 +155,7 @@ def token_ids(value: Any) -> list[int]:
 
 
 def prompts(value: Any) -> tuple[list[str | list[int]], bool]:
-    """(prompts as text or ids, whether ``value`` is a single one)."""
+    """(the prompts, each as text or ids, and whether ``value`` is a single one)."""
     if isinstance(value, str | np.ndarray | torch.Tensor) or not isinstance(value, Sequence):
         return [value if isinstance(value, str) else token_ids(value)], True
     if any(_is_prompt(item) for item in value):
@@ -163,7 +164,7 @@ def prompts(value: Any) -> tuple[list[str | list[int]], bool]:
 
 
 def _is_prompt(item: Any) -> bool:
-    """Whether an item of a list is a prompt, and not a token id."""
+    """Whether an item of a list is a prompt rather than a token id."""
     if isinstance(item, np.ndarray | torch.Tensor):
         return item.ndim > 0
     return isinstance(item, Sequence)

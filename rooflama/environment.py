@@ -59,7 +59,7 @@ def _backend() -> str:
 
 
 def environment() -> Table:
-    """The facts as a table."""
+    """``facts`` as a table."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in facts():
         table.add_row(Text(label, style="bold"), Text(value))

@@ -1,4 +1,4 @@
-"""JSON of what was read from files or computed with their weights, whatever numbers came out."""
+"""JSON of values that may hold NaN and infinity, as damaged files and weights produce them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def json_text(value: Any, indent: int) -> str:
-    """``value`` as JSON: floats that JSON has no number for as "nan", "inf" and "-inf", unknown types as their str."""
+    """``value`` as JSON, with "nan", "inf" and "-inf" for floats that JSON lacks, and str() of unknown types."""
     return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
 
 

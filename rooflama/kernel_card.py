@@ -1,7 +1,7 @@
-"""A kernel on one page: formula, signature, definition, laws tested, what it compiles to, and its measured speed.
+"""A kernel on one page: formula, signature, definition, tested laws, compiled resources and measured speed.
 
-Everything is gathered from where it already stands: docstrings, the definition's source, the tests, and the two
-committed tables. A wheel has no tests and no tables: it carries ``docs/kernels/tables.json``, which holds their part.
+The sources are docstrings, the definition's code, the tests, and the two committed tables. A wheel has neither tests
+nor tables; it contains ``docs/kernels/tables.json``, which holds their part.
 """
 
 from __future__ import annotations

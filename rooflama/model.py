@@ -35,20 +35,20 @@ MOST_SEEDS = 2**63
 
 
 class Model:
-    """A checkpoint on a device. Made by ``rooflama.load``; close it, or use it as a context manager.
+    """A checkpoint on a device, from ``rooflama.load``. Close it, or use it as a context manager.
 
-    Several threads may use one model. Their requests advance in turns, token by token, as long as the page pool holds
-    them side by side; one that does not fit waits for the others. A stream that nobody reads from makes way for it, and
-    reads its text again when it is asked to go on; its logits then agree up to rounding.
+    Several threads may use one model. Their requests advance in turns, token by token, while the page pool holds all of
+    them; one that does not fit waits for the others. A stream that nobody reads gives its pages to a waiting request,
+    and reads its text again when it is continued; its logits then agree up to rounding.
     """
 
     def __init__(
         self,
-        *,
         name: str,
         runner: ModelRunner,
         tokenizer: Tokenizer,
         device: Device,
+        *,
         weight_bytes: int,
         plan: MemoryPlan,
     ):
@@ -65,7 +65,7 @@ class Model:
 
     @property
     def max_context(self) -> int:
-        """Tokens a sequence may reach, prompt included."""
+        """The most tokens of a sequence, prompt included."""
         return self.plan.context
 
     def logits(self, token_ids: Sequence[int] | Tensor, *, observe: Observer | None = None) -> Tensor:
@@ -80,7 +80,7 @@ class Model:
             float32 [num_tokens, vocab_size] on the CPU.
 
         Raises:
-            ArgumentError: no tokens, an unknown token, or more tokens than the context.
+            ArgumentError: there are no tokens, an unknown token, or more tokens than the context holds.
         """
         with self.prefill(arguments.token_ids(token_ids), observe) as passes:
             rows = (part for hidden in passes for part in hidden.split(LOGITS_ROWS))
@@ -141,31 +141,32 @@ class Model:
 
         Args:
             prompt: text, or token ids (a sequence or a one-dimensional array of integers), or a list of either. Text is
-                encoded with the model's special beginning tokens, and its own special tokens are read as such.
-            max_new_tokens: at most so many tokens follow. None: until the model ends its text or the context is full;
-                prompts of a batch then take pages as their texts grow, and one that finds none free waits and reads its
-                text again.
-            temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
-            top_k, top_p, min_p: narrow the choice; 0, 1 and 0 are off.
-            repetition_penalty: divides positive logits of tokens that the prompt or the text holds, and multiplies
-                negative ones; 1 is off.
-            frequency_penalty, presence_penalty: subtracted from a token's logit for each time, and once, if it was
-                generated; 0 is off.
-            logit_bias: token id -> what is added to its logit, before the penalties.
-            seed: reproduces a draw. The i-th result of a call draws with ``seed + i``, alone or beside others. None
-                picks seeds; each result names its own.
-            stop: text that ends the generation when it appears; not part of the result. Tokens that are not shown, such
-                as ``<|im_end|>``, count with their text.
-            n: results for each prompt, each with its own random stream, one after the other in a flat list.
-            logprobs: report each token's log probability and so many of the likeliest tokens', by the model's own
-                distribution: before biases, penalties and temperature. None reports nothing.
+                encoded with the model's beginning tokens, and special tokens in it are read as such.
+            max_new_tokens: the most new tokens. None: until the model ends its text or the context is full; prompts of
+                a batch then take pages as their texts grow, and one that finds none free waits and reads its text
+                again.
+            temperature: logits are divided by it before a token is drawn; 0 takes the likeliest token.
+            top_k, top_p, min_p: keep the k likeliest tokens, the likeliest that reach probability p together, and those
+                of at least this share of the likeliest's probability; 0, 1 and 0 are off.
+            repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the prompt or the
+                text; 1 is off.
+            frequency_penalty: subtracted from a token's logit once for each time it was generated; 0 is off.
+            presence_penalty: subtracted once from the logit of each token that was generated; 0 is off.
+            logit_bias: token id -> number added to its logit, before the penalties.
+            seed: reproduces a draw. The i-th result of a call draws with ``seed + i``, in a batch as alone. None picks
+                seeds; each result states its own.
+            stop: text that ends the generation when it appears; it is not part of the result. Tokens that are not
+                shown, such as ``<|im_end|>``, count with their text.
+            n: results per prompt, each with its own random stream, one after the other in a flat list.
+            logprobs: how many of the likeliest tokens to report with each token, besides the token itself: log
+                probabilities from the logits before biases, penalties and temperature. None for no report.
 
         Returns:
-            A Generation; a list of them for a list of prompts or ``n`` above 1.
+            A Generation; a list of them for a list of prompts, or for ``n`` above 1.
 
         Raises:
-            ArgumentError: an empty prompt, a parameter of a wrong type or out of range, or more tokens than the context
-                holds.
+            ArgumentError: the prompt is empty, an option has a wrong type or is out of range, or the context is too
+                short.
         """
         options = RequestOptions.of(locals())
         prompts, single = arguments.prompts(prompt)
@@ -206,12 +207,14 @@ class Model:
         stop: str | Iterable[str] | None = (),
         logprobs: int | None = None,
     ) -> Stream:
-        """Like ``generate`` for a single prompt, yielding text as it is produced: iterate over what this returns."""
+        """Like ``generate`` for a single prompt; iterating over the result yields text as it is produced."""
         options = RequestOptions.of(locals())
         prompts, single = arguments.prompts(prompt)
         if not single:
             raise ArgumentError(
-                f"a list of {len(prompts)} prompts", rule="a stream continues one", remedy="Open a stream for each"
+                f"a list of {len(prompts)} prompts",
+                rule="a stream continues one prompt",
+                remedy="Open a stream for each",
             )
         run, (text_stream,) = self._start(prompts, options)
         return Stream(run, text_stream)
@@ -227,17 +230,17 @@ class Model:
         """Answer a conversation: a list of {"role": ..., "content": ...}, through the model's own chat template.
 
         Args:
-            messages: as ``Tokenizer.apply_chat_template`` takes them.
+            messages: as for ``Tokenizer.apply_chat_template``.
             tools: JSON schemas of functions that the model may ask to be called.
-            add_generation_prompt: open the assistant's turn; False continues what the last message leaves open.
-            options: ``generate``'s go to ``generate``; every other one is a variable of the template, such as
-                ``enable_thinking=False``. A warning names those that neither uses.
+            add_generation_prompt: begin the assistant's turn; False to continue the last message.
+            options: those of ``generate``, and variables of the template, such as ``enable_thinking=False``. A warning
+                names options that are neither.
 
         Returns:
             A Generation, or a list of them where ``n`` asks for several.
 
         Raises:
-            ChatTemplateError: there is no template, or it does not take the messages.
+            ChatTemplateError: there is no template, or it refuses the messages.
         """
         known = inspect.signature(self.generate).parameters.keys() - {"prompt"}
         variables = {name: value for name, value in options.items() if name not in known}
@@ -264,7 +267,7 @@ class Model:
         return run, [TextStream(self.tokenizer, options.stop, after=request.prompt[-1]) for request in requests]
 
     def describe(self) -> str:
-        """Where it runs and in what, for people: device, activations, weights' bytes, context."""
+        """Device, dtype of activations, bytes of weights and context, in words."""
         dtype = str(self.plan.dtype).removeprefix("torch.")
         return (
             f"{self.device.name}, {dtype} activations, {self.weight_bytes / 2**20:.0f} MiB of weights, "
@@ -277,14 +280,14 @@ class Model:
     def close(self) -> None:
         """End every request and free everything on the device.
 
-        A request of another thread ends with ModelClosed after the step that it computes. May be called again, also
-        to complete a close that was interrupted.
+        A request of another thread raises ModelClosed after its current step. ``close`` may be called again, also to
+        complete one that was interrupted.
         """
         self._closed = True
         with self._turns.turn():
             for run in list(self._runs):
                 run.close()
-            self.__dict__.pop("runner", None)  # its views of the weights would keep their memory
+            self.__dict__.pop("runner", None)  # views of the weights would keep their memory
             self.device.close()
 
     def _check_open(self) -> None:

@@ -1,4 +1,4 @@
-"""Memory plans of checkpoints and configs, for a device that need not be here."""
+"""Memory plans of checkpoints and configs, for a device that is here or not."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from rooflama.models import (
     config_weights,
 )
 from rooflama.models.memory.amounts import parse_bytes
+from rooflama.models.memory.weights import WeightBytes
 from rooflama.models.rope.override import override_rope
 
-PAGE_SIZE = 64  # tokens; the waste is at most one page a sequence
+PAGE_SIZE = 64  # tokens; the waste is at most one page per sequence
 PREFILL_CHUNK = 2048  # tokens; larger passes gain nothing on an H100 and take more workspace
 
 ACTIVATION_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,22 +48,21 @@ def plan_memory(
     rope: Mapping[str, Any] | str | None = None,
     weight_types: str | Callable[[str, tuple[int, ...]], str] = "F16",
 ) -> MemoryPlan:
-    """What a model would take, without loading it.
+    """The memory that a model would take, without loading it.
 
     Args:
         path_or_config: a checkpoint as for ``load``, of which the header is read; or a config.
-        context: tokens each sequence may reach; None for the model's own context. More than that is planned with a
-            warning.
-        sequences: sequences held at once.
+        context: the most tokens of each sequence; None for the model's own context. A longer one is a warning.
+        sequences: how many sequences hold pages at once.
         kv_dtype, dtype, batch_invariant, rope: as for ``load``.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. A GPU that is not here can be planned for too.
-        limit: bytes, or text such as ``24GiB``, that the whole process may take on the device (on a CPU, the model
-            alone, without Python and torch); None for no limit but what the device has free, if it is here.
-        weight_types: for a config, the ggml type of its matrices, or a function of name and shape that gives it.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. The GPU need not be here.
+        limit: bytes, or text such as ``24GiB``, that the process may take on the device; on a CPU, without Python and
+            torch. None for the device's free memory, or for no limit if the device is not here.
+        weight_types: for a config, the ggml type of its matrices, or a function of name and shape that returns it.
 
     Raises:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: the checkpoint cannot be found or read.
-        ConfigError: it is of a model that rooflama cannot run.
+        ConfigError: it describes a model that rooflama does not support.
         ArgumentError: an argument is out of range.
         RopeError: ``rope`` describes no rotation.
         DeviceUnavailable: ``device`` is no device's name.
@@ -77,17 +77,14 @@ def plan_memory(
             adapter, reader = adapter_of(checkpoint), CheckpointReader(checkpoint)
             config = with_rope(adapter.read_config(reader), rope)
             weights = checkpoint_weights(reader, config, adapter, target.backend)
-    activations, pages = choose_dtypes(dtype, kv_dtype, target.kind)
-    plan = MemoryPlan(
-        config=config,
-        weights=weights,
+    plan = _plan(
+        config,
+        weights,
+        target,
         context=config.context_length if context is None else context,
         sequences=sequences,
-        page_size=PAGE_SIZE,
-        prefill_chunk=PREFILL_CHUNK,
-        dtype=activations,
-        kv_dtype=pages,
-        target=target,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
         batch_invariant=batch_invariant,
         limit=parse_bytes(limit) if isinstance(limit, str) else limit,
         free_bytes=free_bytes,
@@ -108,37 +105,49 @@ def plan_for_device(
 ) -> MemoryPlan:
     """The plan of one sequence of ``context`` tokens on an open device, within its limit and its free memory."""
     target = _device_target(device)
-    activations, pages = choose_dtypes(dtype, kv_dtype, device.kind)
-    return MemoryPlan(
-        config=config,
-        weights=checkpoint_weights(reader, config, adapter_of(reader.checkpoint), target.backend),
+    return _plan(
+        config,
+        checkpoint_weights(reader, config, adapter_of(reader.checkpoint), target.backend),
+        target,
         context=context,
-        sequences=1,
-        page_size=PAGE_SIZE,
-        prefill_chunk=PREFILL_CHUNK,
-        dtype=activations,
-        kv_dtype=pages,
-        target=target,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
         batch_invariant=batch_invariant,
         limit=device.memory_limit,
         free_bytes=device.free_bytes,
     )
 
 
+def _plan(
+    config: ModelConfig, weights: WeightBytes, target: Target, *, dtype: str, kv_dtype: str, **options: Any
+) -> MemoryPlan:
+    activations, pages = choose_dtypes(dtype, kv_dtype, target.kind)
+    return MemoryPlan(
+        config,
+        weights,
+        target=target,
+        page_size=PAGE_SIZE,
+        prefill_chunk=PREFILL_CHUNK,
+        dtype=activations,
+        kv_dtype=pages,
+        **{"sequences": 1, **options},
+    )
+
+
 def with_rope(config: ModelConfig, rope: Mapping[str, Any] | str | None) -> ModelConfig:
-    """The config as the file says, or with another rotation. Raises RopeError."""
+    """``config`` with its rotation changed by ``rope``, if that is not None. Raises RopeError."""
     return config if rope is None else override_rope(config, rope)
 
 
 def warn_beyond_training(plan: MemoryPlan) -> None:
-    """Warn of a context that neither the model's training nor its RoPE scaling reaches."""
+    """Warn of a context beyond the model's training and its RoPE scaling."""
     config = plan.config
     if plan.context > config.context_length and config.rope.kind != "dynamic":
         warnings.warn(
             f"a context of {plan.context:,} tokens is more than the {config.context_length:,} that {config.name} was "
             f"trained for or that its RoPE ({config.rope.kind}) stretches to: text degrades there. A scaling such as "
             "rope={'kind': 'yarn', 'factor': 4} reaches further",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -148,7 +157,7 @@ def adapter_of(checkpoint: Checkpoint):
 
 
 def choose_dtypes(dtype: str, kv_dtype: str, kind: str) -> tuple[torch.dtype, torch.dtype]:
-    """(of activations, of keys and values) on a device of this kind. Raises ArgumentError for an unknown name."""
+    """The dtypes (of activations, of keys and values) on such a device. Raises ArgumentError for an unknown name."""
     activations = _choose("dtype", dtype, ACTIVATION_DTYPES, torch.float32 if kind == "cpu" else torch.bfloat16)
     return activations, _choose("kv_dtype", kv_dtype, KV_DTYPES, activations)
 
@@ -162,7 +171,7 @@ def _choose(name: str, value: str, known: dict[str, torch.dtype], default: torch
 
 
 def _target(spec: str) -> tuple[Target, int | None]:
-    """The device that ``spec`` names and what it has free; a GPU that is not here has free what nobody knows."""
+    """The device that ``spec`` names, and its free bytes; None for a GPU that is not here."""
     try:
         with open_device(spec) as device:
             return _device_target(device), device.free_bytes

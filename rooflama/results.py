@@ -1,4 +1,4 @@
-"""What a generation gives back: all at once, or piece by piece."""
+"""The result of a generation, whole or as a stream of pieces; and the way from tokens to text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rooflama.models import ModelClosed, Timings, TokenLogprob, TokenRun
 
 @dataclass(frozen=True)
 class Generation:
-    """What came back for one prompt.
+    """The result for one prompt.
 
     Attributes:
         text: the new text, without the prompt and without the tokens that ended it.
-        token_ids: every token drawn, the ending one included.
+        token_ids: every token drawn, the one that ended the text included.
         finish_reason: ``stop`` (an end token or a stop string) or ``length`` (max_new_tokens, or a full context).
-        timings: prompt tokens, seconds, steps.
-        seed: what reproduces this sampled text, given alone.
-        logprobs: one entry for each of ``token_ids``; None if not asked for.
+        timings: prompt tokens, seconds and steps.
+        seed: reproduces this text in a call of its own.
+        logprobs: one entry per token id; None if the request asks for none.
     """
 
     text: str
@@ -90,18 +90,18 @@ class Stream:
 
 
 class TextStream:
-    """Feeds tokens through the detokeniser and holds back text that may be the beginning of a stop string.
+    """Turns tokens into text, and holds back text that may be the beginning of a stop string.
 
-    The text of tokens that are not shown, such as ``<|im_end|>``, counts where stop strings are looked for.
+    Stop strings are also found in the text of tokens that are not shown, such as ``<|im_end|>``.
 
     Args:
         tokenizer: the model's.
-        stops: strings that end the text, none of them empty.
-        after: the prompt's last token, which decides whether a first space is text.
+        stops: strings that end the text; none is empty.
+        after: the prompt's last token, which decides whether a space at the beginning is shown.
 
     Attributes:
-        finished: an end token or a stop string was seen.
-        finish_reason: ``stop`` once finished, ``length`` until then.
+        finished: whether an end token or a stop string was found.
+        finish_reason: ``stop`` if finished, else ``length``.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: list[str], *, after: int | None = None):
@@ -117,7 +117,7 @@ class TextStream:
         return "stop" if self.finished else "length"
 
     def feed(self, token: int) -> str:
-        """The text that is certain after this token; empty once finished."""
+        """The text that this token completes; empty once finished."""
         if self.finished:
             return ""
         piece = self._tokenizer.piece(token)
@@ -128,7 +128,7 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """What was held back, once no token follows."""
+        """The text held back. Call it after the last token."""
         text = ""
         if not self.finished:
             self._hold(self._decode.flush(), is_shown=True)
@@ -150,12 +150,12 @@ class TextStream:
         return self._take(len(self._held) - keep)
 
     def _take(self, count: int) -> str:
-        """The shown ones of the first ``count`` characters held, which are held no more."""
+        """Remove the first ``count`` characters held, and return those that are shown."""
         text = "".join(character for character, shown in zip(self._held[:count], self._is_shown, strict=False) if shown)
         self._held, self._is_shown = self._held[count:], self._is_shown[count:]
         return text
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop``."""
+    """The length of the longest proper beginning of ``stop`` that ends ``text``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its header alone."""
+"""A checkpoint's summary, read from its header."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .planning import adapter_of, with_rope
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint's configuration and the bytes of its tensors, by type; shows itself in a terminal and in Jupyter."""
+    """A checkpoint's configuration, and its tensors by type. Shows itself in a terminal and in Jupyter."""
 
     name: str
     config: ModelConfig
@@ -57,7 +57,7 @@ class Summary:
             ("sliding window", window),
             ("biases", ", ".join(biases) or "none"),
             ("context", f"{c.context_length:,} tokens"),
-            ("K/V cache", f"{c.kv_bytes_per_token(2):,.0f} bytes a token in 16 bits, "
+            ("K/V cache", f"{c.kv_bytes_per_token(2):,.0f} bytes per token in 16 bits, "
                           f"{c.kv_bytes_per_token(2) * c.context_length / 2**30:.2f} GiB at full context"),
             ("vocabulary", f"{c.vocab_size:,} tokens, {self.tokenizer_model}"),
             ("output", "tied to the token embedding" if c.tied_embeddings else "its own matrix"),
@@ -66,7 +66,7 @@ class Summary:
         ]  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain values, for JSON."""
+        """The summary as plain values, for JSON."""
         return {
             "name": self.name,
             "parameters": self.num_parameters,
@@ -92,7 +92,7 @@ class Summary:
 
 
 def _rope(config: ModelConfig) -> str:
-    """The rotation, and which layers have another or none."""
+    """The rotation, and the layers that have another one or none."""
     local = [] if config.local_rope is None else [f"with a sliding window {config.local_rope.describe()}"]
     none = [f"none on {len(config.unrotated_layers)} of {config.num_layers} layers"] if config.unrotated_layers else []
     pairs = ["pairs (2j, 2j+1)"] if config.rope_interleaved else []
@@ -100,7 +100,7 @@ def _rope(config: ModelConfig) -> str:
 
 
 def _beyond_llama(config: ModelConfig) -> list[tuple[str, str]]:
-    """The facts of families that do more than Llama, where they do."""
+    """Facts of families with more parts than Llama; none for Llama."""
     factors = {
         "embedding": config.embedding_scale,
         "residual": config.residual_scale,

@@ -177,7 +177,7 @@ def test_contexts_of_a_few_tokens(context, forward, generation, tmp_path, numpy_
     """Too few to have a figure for English, or to continue a prompt, is said and is no error."""
     report = check(write_small(tmp_path / "small.gguf", {"llama.context_length": context}), device="cpu")
     said = report.of("forward").reason
-    assert ("too short" in said, "nats a token" in said) == (context < 3, context >= 3), said
+    assert ("too short" in said, "nats per token" in said) == (context < 3, context >= 3), said
     assert (report.of("forward").status, report.of("generation").status) == (forward, generation), report.to_markdown()
 
 

@@ -100,7 +100,7 @@ def test_run_streams_to_standard_output():
 def test_inspect_reads_the_header():
     result = rooflama("inspect", str(checkpoint_path()))
     assert result.status == 0, result.stderr
-    for fact in ("GQA: 9 query heads on 3 key/value heads (group 3)", "Q4_1 210", "tied", "23,040 bytes a token"):
+    for fact in ("GQA: 9 query heads on 3 key/value heads (group 3)", "Q4_1 210", "tied", "23,040 bytes per token"):
         assert fact in result.stdout
 
 

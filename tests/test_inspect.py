@@ -58,7 +58,7 @@ def test_rotary_parameters_are_all_there(name, parts, tmp_path):
 def test_bytes_and_types_are_counted(tmp_path):
     said = dict(rooflama.inspect(write_case("llama3", tmp_path, "gguf")).rows())
     assert said["tensors"].startswith("F32 21 (")
-    assert said["K/V cache"].startswith(f"{2 * 2 * 2 * 8 * 2:,} bytes a token in 16 bits")
+    assert said["K/V cache"].startswith(f"{2 * 2 * 2 * 8 * 2:,} bytes per token in 16 bits")
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""The integration checklist: what `rooflama.check` runs on a checkpoint."""
+"""The integration checklist that ``rooflama.check`` runs on a checkpoint."""

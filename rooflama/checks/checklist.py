@@ -1,7 +1,7 @@
 """The integration checklist as a program: everything that must hold before a checkpoint's output can be trusted.
 
-Checks run in order, each on what the earlier ones established. A check says PASS, WARN or FAIL and why; one that needs
-something that failed before it says SKIP. docs/LLAMA_INTEGRATION_CHECKLIST.md walks a person through the same list.
+Checks run in order. The result of each is PASS, WARN or FAIL with a reason, or SKIP if a check that it needs has
+failed. docs/LLAMA_INTEGRATION_CHECKLIST.md describes the same list for people.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red", "SKIP": "dim"}
 
 
 class Check(NamedTuple):
-    """One line of the list: its name, what it needs to have passed or warned, and what finds out."""
+    """One line of the list: its name, the checks that must not have failed, and the function that runs it."""
 
     name: str
     needs: tuple[str, ...]
@@ -94,7 +94,7 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """Everything a bug report needs, to be pasted into an issue. Holds no path and no weights."""
+        """The report for an issue: everything that a bug report needs, and no path and no weights."""
         shown = self.to_dict()
         lines = [
             f"# rooflama check: {shown['file']['name']}",
@@ -146,7 +146,7 @@ class Report:
 
 
 def as_line(result: Result) -> Table:
-    """A result as one row, its reason folded beside it."""
+    """A result as one row."""
     row = Table.grid(padding=(0, 2, 0, 0))
     row.add_column(width=4)
     row.add_column(width=max(len(check.name) for check in CHECKS))
@@ -156,7 +156,7 @@ def as_line(result: Result) -> Table:
 
 
 def file_facts(name: str, paths: tuple[Path, ...]) -> dict[str, Any]:
-    """Name, size, and the hash of the first mebibyte of each file, which holds the metadata."""
+    """Name, size, and a hash of the first mebibyte of each file, which holds the metadata."""
     if not paths:
         return {"name": name, "error": "not opened"}
     digest = hashlib.sha256()
@@ -182,15 +182,15 @@ def check(
     Args:
         path: a checkpoint as for ``load``.
         device: where to run it, as for ``load``.
-        limit: bytes it must fit into; None for what the device has free.
+        limit: bytes that the model must fit into; None for the device's free memory.
         on_progress: called before the first line and after each, with the report so far.
 
-    What is wrong with the file is in the report; nothing is raised for it.
+    Nothing is raised for faults of the checkpoint; the report names them.
     """
     tell = on_progress or (lambda report: None)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # lines "structure", "config" and "tokenizer" say what was warned of
+        warnings.simplefilter("ignore")  # the checks "structure", "config" and "tokenizer" report warnings
         subject = file_checks.Subject(os.fspath(path), device, limit, stack)
         tell(report := Report(subject.name, (), ()))
         for item in CHECKS:
@@ -212,7 +212,7 @@ def _run(item: Check, subject: file_checks.Subject, before: dict[str, Status]) -
         status, details = "FAIL", {"error": type(error).__name__}
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a checklist that dies names nothing; the tokenizers library's panics are these
+    except BaseException as error:  # the list must go on; panics of the tokenizers library are BaseExceptions
         said = subject.without_path(str(error)).replace(str(Path.home()), "~")
         status, reason = "FAIL", f"unexpected {type(error).__name__}: {said}; please report it"
         frames = traceback.extract_tb(error.__traceback__)

@@ -1,9 +1,8 @@
-"""A checkpoint's forward pass in float64, straight from the bytes of its file: what ``rooflama check`` compares with.
+"""A checkpoint's forward pass in float64 from the bytes of its file, for comparison with the running model.
 
-Weights are dequantised by the gguf package, not by our repacking, and stay in the file's order of rows: what is stored
-as interleaved rotary pairs is rotated as interleaved pairs. So neither repacking, nor joining, nor the reordering of
-rows, nor the upload, nor a kernel is shared with the model under test. Shared are the configuration, the rotary tables
-and the formulas of ``kernels.reference``.
+The gguf package dequantises the weights, and their rows keep the file's order: interleaved rotary pairs are rotated as
+interleaved pairs. So the model under test shares no repacking, joining, row order, upload or kernel with it. Both share
+the configuration, the rotary tables and the formulas of ``kernels.reference``.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Definition:
         return np.concatenate(rows) * self.config.embedding_scale
 
     def layer(self, index: int, hidden: np.ndarray) -> np.ndarray:
-        """Layer ``index`` of hidden [num_tokens, hidden_size]."""
+        """Layer ``index``, applied to hidden [num_tokens, hidden_size]."""
         prefix = f"blk.{index}."
         attended = self.attention(index, self.norm(hidden, prefix + "attn_norm.weight"))
         hidden = self.added(hidden, attended, prefix + "post_attention_norm.weight")
@@ -71,7 +70,7 @@ class Definition:
         return self.added(hidden, self.product(gated, prefix + "ffn_down"), prefix + "post_ffw_norm.weight")
 
     def added(self, hidden: np.ndarray, values: np.ndarray, norm: str) -> np.ndarray:
-        """The residual stream and what joins it, normed and scaled where the config says so."""
+        """The residual stream plus ``values``, which are normed and scaled if the config says so."""
         return hidden + self.config.residual_scale * (self.norm(values, norm) if self.config.post_norms else values)
 
     def attention(self, index: int, normed: np.ndarray) -> np.ndarray:
@@ -101,7 +100,7 @@ class Definition:
         return self.product(out.reshape(num_tokens, -1), prefix + "attn_output")
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
-        """[num_tokens, vocab_size] of the last layer's hidden."""
+        """[num_tokens, vocab_size], from hidden after the last layer."""
         stem = "token_embd" if self.config.tied_embeddings else "output"
         logits = self.product(self.norm(hidden, "output_norm.weight"), stem) * self.config.logit_scale
         cap = self.config.logit_softcap
@@ -109,7 +108,7 @@ class Definition:
 
 
 def _tables(spec: RopeSpec, num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin of a sequence of ``num_tokens`` tokens."""
+    """cos and sin for a sequence of ``num_tokens`` tokens."""
     return rope_tables(
         spec,
         num_tokens,

@@ -49,7 +49,7 @@ Status = Literal["PASS", "WARN", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found."""
+    """The result of a check."""
 
     status: Status
     reason: str
@@ -58,7 +58,7 @@ class Finding:
 
 @dataclass
 class Subject:
-    """The checkpoint under test. What a check establishes is made once, by whoever asks first."""
+    """The checkpoint under test. Each part is made once, by the first check that uses it."""
 
     source: str
     device: str
@@ -71,19 +71,19 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """What it is called, found or not."""
+        """Its name, whether it was found or not."""
         found: Location | None = vars(self).get("location")
         return found.name if found else Path(self.source).name
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Its files, as far as they were found."""
+        """The files that were found."""
         opened: Checkpoint | None = vars(self).get("file")
         found: Location | None = vars(self).get("location")
         return opened.paths if opened else (found.path,) if found and found.path.is_file() else ()
 
     def without_path(self, text: str) -> str:
-        """``text`` with the name in place of the path, and without the folder of files beside it."""
+        """``text`` with the name instead of the path, and without the folder."""
         found: Location | None = vars(self).get("location")
         path = found.path if found else Path(self.source)
         text = text.replace(self.source, self.name).replace(str(path), self.name)
@@ -111,7 +111,7 @@ class Subject:
 
     @cached_property
     def model(self) -> Model:
-        """The model on the device, with a context that takes little."""
+        """The model on the device, with a short context."""
         context = min(CONTEXT, self.config.context_length)
         path = self.location.path
         model = load(path, device=self.device, max_context=context, memory_limit=self.limit, progress=False)
@@ -119,7 +119,7 @@ class Subject:
 
 
 def structure(subject: Subject) -> Finding:
-    """Every count, length, offset and type in the headers of its files holds."""
+    """Every count, length, offset and type in the headers of its files is valid."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         file = subject.file
@@ -132,7 +132,7 @@ def structure(subject: Subject) -> Finding:
 
 
 def _short(value: Any, characters: int = 200, items: int = 8) -> Any:
-    """A value as a report shows it: long arrays and texts by their beginning."""
+    """A value for the report; long arrays and texts are cut."""
     if isinstance(value, str):
         return value if len(value) <= characters else f"{value[:characters]}... ({len(value)} characters)"
     if value is None or isinstance(value, int | float):
@@ -144,7 +144,7 @@ def _short(value: Any, characters: int = 200, items: int = 8) -> Any:
 
 
 def config(subject: Subject) -> Finding:
-    """The metadata describes a model that an adapter knows, in numbers that agree with each other."""
+    """The metadata describes a model that an adapter knows, and its numbers agree."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         c = subject.config
@@ -161,7 +161,7 @@ def config(subject: Subject) -> Finding:
 
 
 def tensors(subject: Subject) -> Finding:
-    """Every tensor that the model needs is there with its shape and a type that can be run, and no other is."""
+    """The file has every tensor that the model needs, with its shape and a supported type, and no other."""
     checkpoint_weights(subject.reader, subject.config, subject.adapter, "triton")
     counts, nbytes = Counter[str](), Counter[str]()
     for info in subject.file.tensors.values():
@@ -172,7 +172,7 @@ def tensors(subject: Subject) -> Finding:
 
 
 def layout(subject: Subject) -> Finding:
-    """Rows of every type, repacked and dequantised, equal the gguf package's dequantisation bit for bit."""
+    """Rows of every type, repacked and then dequantised, equal the gguf package's dequantisation in every bit."""
     checked: Counter[str] = Counter()
     for name, info in subject.file.tensors.items():
         if checked[info.ggml_type] >= LAYOUT_ROWS:
@@ -190,7 +190,7 @@ def layout(subject: Subject) -> Finding:
 
 
 def weights(subject: Subject) -> Finding:
-    """No scale and no plain weight is NaN or infinite; no matrix is zero throughout."""
+    """No scale and no unquantised weight is NaN or infinite, and no tensor is all zeros."""
     bad: dict[str, str] = {}
     empty: list[str] = []
     for name, info in subject.file.tensors.items():
@@ -214,7 +214,7 @@ def weights(subject: Subject) -> Finding:
 
 
 def _scan(raw: np.ndarray, ggml_type: str) -> tuple[np.ndarray, bool]:
-    """(which rows are finite, bool [rows]; whether everything is 0) of uint8 [rows, bytes of a row]."""
+    """(whether each row is finite, bool [rows]; whether all is 0), of uint8 [rows, bytes per row]."""
     finite, zero = np.ones(len(raw), bool), True
     for start in range(0, len(raw), 4096):
         rows = raw[start : start + 4096]
@@ -225,7 +225,7 @@ def _scan(raw: np.ndarray, ggml_type: str) -> tuple[np.ndarray, bool]:
 
 
 def _numbers(rows: np.ndarray, ggml_type: str) -> list[np.ndarray]:
-    """The floats that decide whether weights are finite: scales of blocks, or the weights themselves."""
+    """The floats that decide whether weights are finite: the scales of blocks, or the weights themselves."""
     if ggml_type in SCALE_OFFSETS:
         blocks = rows.reshape(len(rows), -1, TYPE_SIZES[ggml_type][1])
         return [blocks[..., at : at + 2].copy().view(np.float16)[..., 0] for at in SCALE_OFFSETS[ggml_type]]
@@ -235,7 +235,7 @@ def _numbers(rows: np.ndarray, ggml_type: str) -> list[np.ndarray]:
 
 
 def rope(subject: Subject) -> Finding:
-    """The rotary tables are finite, of one magnitude, and their numbers are of the size that models have."""
+    """The rotary tables are finite and of one magnitude, and the base and divisors are in the usual range."""
     config = subject.config
     spec = config.rope
     rows = min(config.context_length, 4096)
@@ -256,7 +256,7 @@ def rope(subject: Subject) -> Finding:
 
 
 def tokenizer(subject: Subject) -> Finding:
-    """The vocabulary is sound, has a row for each token, and spells texts back."""
+    """The vocabulary is valid, has a row for each token, and texts survive encoding and decoding."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         tokens = subject.tokenizer
@@ -292,7 +292,7 @@ def tokenizer(subject: Subject) -> Finding:
 
 
 def chat_template(subject: Subject) -> Finding:
-    """A conversation renders, holds what was said, opens the answer, and begins with one BOS at most."""
+    """A rendered conversation holds the user's text, begins the answer, and has at most one BOS."""
     tokens = subject.tokenizer
     if tokens.chat_template is None:
         return Finding(

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint that run it: memory, every layer against float64, decode against prefill."""
+"""Checks that run the checkpoint: memory, every layer against float64, decode against prefill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEW_TOKENS = 16
 
 
 def memory(subject: Subject) -> Finding:
-    """The plan at the model's own context stays within the limit, or within what the device has free."""
+    """The plan for the model's own context stays within the limit and the device's free memory."""
     plan = plan_memory(subject.location.path, device=subject.device, limit=subject.limit)
     details = {"plan": plan.to_dict()}
     if plan.fits:
@@ -43,19 +43,19 @@ def memory(subject: Subject) -> Finding:
 def _bound(plan: MemoryPlan) -> str:
     bounds = [f"limit {size(plan.limit)}"] if plan.limit is not None else []
     bounds += [f"{size(plan.free_bytes)} free"] if plan.free_bytes is not None else []
-    return ", ".join(bounds) or "with no device here to hold it against"
+    return ", ".join(bounds) or "with no device here to compare with"
 
 
 def tolerance(dtype: torch.dtype, widest: int) -> float:
-    """Relative error that a layer may add: 4 roundings of what it stores, and float32 sums of ``widest`` products."""
+    """The relative error allowed per layer: 4 roundings of its results, and float32 sums of ``widest`` products."""
     return 4 * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps * math.sqrt(widest)
 
 
 def forward(subject: Subject) -> Finding:
-    """Each layer, given what the model gave the layer before, equals its definition in float64 from the file's bytes.
+    """Each layer equals its float64 definition, which is computed from the file's bytes.
 
-    So a layer that errs is named, and does not hide behind those before it. Errors are relative to a token's norm, the
-    worst token's counts.
+    The definition's input is the model's own output of the layer before, so that the first wrong layer is named. The
+    error is relative to a token's norm, for the worst token.
     """
     model, config = subject.model, subject.config
     ids = model.tokenizer.encode(TEXT)[: min(TOKENS, model.max_context)]
@@ -88,8 +88,8 @@ def forward(subject: Subject) -> Finding:
     surprise = _surprise(model)
     if surprise is None:
         return Finding("PASS", f"{said}; a context of {model.max_context} tokens is too short to read English", details)
-    details["nats a token on plain English"] = surprise
-    said += f"; {surprise:.2f} nats a token on plain English"
+    details["nats per token on plain English"] = surprise
+    said += f"; {surprise:.2f} nats per token on plain English"
     if not math.isfinite(surprise):
         return Finding("FAIL", f"{said}: logits further on in the text are not finite", details)
     if surprise > 0.75 * math.log(config.vocab_size):
@@ -106,8 +106,8 @@ def _relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _surprise(model: Model) -> float | None:
-    """Mean negative log-likelihood of ``TEXT``, in nats a token; its first eight tokens are not counted, nor is the
-    first half of fewer than sixteen. None where that leaves none."""
+    """Mean negative log-likelihood of ``TEXT`` in nats per token, without its first eight tokens, or the first half of
+    fewer than sixteen. None for fewer than three tokens."""
     ids = model.tokenizer.encode(TEXT)[: model.max_context]
     if len(ids) < 3:
         return None
@@ -121,10 +121,10 @@ def _greedy(model: Model, prompt: list[int], max_new_tokens: int) -> Generation:
 
 
 def generation(subject: Subject) -> Finding:
-    """Greedy decoding repeats itself exactly, and token by token through the cache says what one pass says."""
+    """Greedy decoding is the same twice, and agrees with the logits of one pass over the same text."""
     model = subject.model
     if model.max_context < 2:
-        return Finding("WARN", "a context of 1 token holds no prompt with an answer")
+        return Finding("WARN", "a context of 1 token is too short for a prompt and an answer")
     prompt = model.tokenizer.encode(TEXT)[: model.max_context // 2]
     started = time.perf_counter()
     first = _greedy(model, prompt, min(NEW_TOKENS, model.max_context - len(prompt)))

@@ -1,4 +1,4 @@
-"""The command ``rooflama chat``: a conversation that forgets its oldest turns rather than outgrow the context."""
+"""The command ``rooflama chat``: a conversation whose oldest turns are dropped when the context is full."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def chat(
 
 
 def _ask() -> str:
-    """The next message; empty at the end of the conversation."""
+    """The next message; an empty one ends the conversation."""
     try:
         asked = input("> " if sys.stdin.isatty() else "")
     except EOFError:
@@ -64,10 +64,13 @@ def _ask() -> str:
 
 
 def _fit(model: Model, messages: Messages, variables: dict[str, Any], wanted: int | None) -> tuple[int, list[int]]:
-    """Drop turns from ``messages``, the oldest first, until an answer has room: how many, and the rest's tokens.
+    """Drop the oldest turns from ``messages`` until an answer has room.
 
     An answer has room if ``wanted`` tokens are left, or a quarter of the context. The system message and the last turn
     stay, however long they are.
+
+    Returns:
+        The number of turns dropped, and the tokens of the rest.
     """
     room = min(wanted or model.max_context, max(1, model.max_context // 4))
     dropped = 0

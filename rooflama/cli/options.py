@@ -1,4 +1,4 @@
-"""Options that several commands take, each written once, in a dataclass that the command gets as one argument."""
+"""Options of several commands. A group of options is a dataclass, which a command takes as one argument."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ Option = typer.Option
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn and where it ends: keyword arguments of ``Model.stream``."""
+    """How an answer is drawn and when it ends: keyword arguments of ``Model.stream``."""
 
-    max_new_tokens: Annotated[int | None, Option(help="at most so many; else until the end or a full context")] = None
+    max_new_tokens: Annotated[int | None, Option(help="the most new tokens; until the end by default")] = None
     temperature: Annotated[float, Option(help="0 takes the likeliest token")] = 0.0
     top_k: Annotated[int, Option(help="draw from the k likeliest; 0 is off")] = 0
     top_p: Annotated[float, Option(help="draw from the likeliest that reach this probability; 1 is off")] = 1.0
     min_p: Annotated[float, Option(help="drop tokens below this share of the likeliest's probability; 0 is off")] = 0.0
-    repetition_penalty: Annotated[float, Option(help="weaken tokens that were there before; 1 is off")] = 1.0
-    frequency_penalty: Annotated[float, Option(help="taken from a token's logit for each time drawn; 0 is off")] = 0.0
-    presence_penalty: Annotated[float, Option(help="taken from the logit of a token drawn before; 0 is off")] = 0.0
+    repetition_penalty: Annotated[float, Option(help="weaken tokens of the prompt and the text; 1 is off")] = 1.0
+    frequency_penalty: Annotated[float, Option(help="subtracted from a logit per time its token came; 0 is off")] = 0.0
+    presence_penalty: Annotated[float, Option(help="subtracted from the logit of a token drawn before; 0 is off")] = 0.0
     logit_bias: Annotated[list[str], Option(metavar="ID=VALUE", help="add to a token's logit; repeatable")] = field(
         default_factory=list
     )
@@ -47,7 +47,7 @@ class Sampling:
     )
 
     def keywords(self) -> dict[str, Any]:
-        """What differs from the default, checked; nothing is loaded for it.
+        """The options that differ from their defaults, checked without loading a model.
 
         Raises:
             ArgumentError: a value is out of range.
@@ -62,14 +62,14 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """Where a model runs and in what: keyword arguments of ``rooflama.load``."""
+    """Device, dtypes and limits of a model: keyword arguments of ``rooflama.load``."""
 
     device: DeviceName = "auto"
     dtype: Annotated[str, Option(help="of activations: auto, float32, float16, bfloat16")] = "auto"
     kv_dtype: Annotated[str, Option(help="of keys and values: auto, float32, float16, bfloat16, fp8, int8")] = "auto"
-    max_context: Annotated[int | None, Option(help="tokens a sequence may reach")] = None
+    max_context: Annotated[int | None, Option(help="the most tokens of a sequence")] = None
     rope: Rope = None
-    memory_limit: Annotated[str | None, Option(help="memory it must fit into, such as 24GiB")] = None
+    memory_limit: Annotated[str | None, Option(help="memory that the model must fit into, such as 24GiB")] = None
 
     def keywords(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -133,7 +133,7 @@ def _check_sampling(changed: dict[str, Any]) -> None:
 
 
 def require_unicode(text: str, name: str) -> str:
-    """``text``, unless it holds bytes of the terminal that were no text in its encoding."""
+    """``text``. Raises ArgumentError if it holds bytes that are invalid in the terminal's encoding."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -142,7 +142,7 @@ def require_unicode(text: str, name: str) -> str:
 
 
 def refuse(found: str, rule: str, remedy: str) -> NoReturn:
-    """Raise ArgumentError. Here because its import brings torch."""
+    """Raise ArgumentError, which is imported here because its import brings torch."""
     from rooflama.models import ArgumentError
 
     raise ArgumentError(found, rule=rule, remedy=remedy)

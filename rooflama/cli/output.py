@@ -1,4 +1,4 @@
-"""Where the commands write: no encoding stops them, and what is piped is not cut to a terminal's width."""
+"""Output of the commands. No encoding stops it, and piped output is not cut to a terminal's width."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _errors = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def use_any_encoding() -> None:
-    """Let characters that the terminal's encoding lacks come out as "?" instead of ending the command."""
+    """Replace characters that the terminal's encoding lacks by "?", instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def show_warnings_as_notes() -> None:
-    """Warnings become one line on standard error, without the place in the code."""
+    """Show a warning as one line on standard error, without the place in the code."""
     warnings.showwarning = lambda message, *_, **__: note(str(message))
 
 
 def console() -> Console:
-    """Standard output: as wide as the terminal, or COLUMNS; into a pipe or a file, lines are as long as they are."""
+    """Standard output, as wide as the terminal or COLUMNS; in a pipe or a file, lines are not wrapped."""
     bounded = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if bounded else UNBOUNDED)
 

@@ -11,13 +11,13 @@ from ..json_text import json_text
 from .options import DeviceName, Json, ModelSource, Rope
 from .output import console
 
-Limit = Annotated[str | None, typer.Option(help="memory it must fit into, such as 24GiB")]
+Limit = Annotated[str | None, typer.Option(help="memory that the model must fit into, such as 24GiB")]
 
 
 def plan(
     model: ModelSource,
-    context: Annotated[int | None, typer.Option(help="tokens a sequence may reach; the model's own by default")] = None,
-    sequences: Annotated[int, typer.Option(help="sequences held at once")] = 1,
+    context: Annotated[int | None, typer.Option(help="tokens per sequence; the model's own context by default")] = None,
+    sequences: Annotated[int, typer.Option(help="sequences that hold pages at once")] = 1,
     kv_dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16, fp8, int8")] = "auto",
     dtype: Annotated[str, typer.Option(help="of activations: auto, float32, float16, bfloat16")] = "auto",
     device: DeviceName = "auto",
@@ -25,7 +25,7 @@ def plan(
     rope: Rope = None,
     as_json: Json = False,
 ) -> None:
-    """Show what MODEL will take on a device, here or not, without loading it. Exit status 1 if it does not fit."""
+    """Show the memory that MODEL takes on a device, here or not, without loading it. Exit status 1: it does not fit."""
     from ..planning import plan_memory
 
     made = plan_memory(
@@ -50,9 +50,9 @@ def check(
     device: DeviceName = "auto",
     limit: Limit = None,
     as_json: Json = False,
-    report: Annotated[Path | None, typer.Option(help="write what a bug report needs to this file")] = None,
+    report: Annotated[Path | None, typer.Option(help="write a report for a bug report to this file")] = None,
 ) -> None:
-    """Go through the integration checklist for MODEL. Exit status 0: all passed, 1: warnings, 2: a failure."""
+    """Run the integration checklist on MODEL. Exit status 0: all passed, 1: warnings, 2: a failure."""
     from rooflama.models.memory.amounts import parse_bytes
 
     from ..checks.checklist import Report, as_line
@@ -65,7 +65,7 @@ def check(
     def show(so_far: Report) -> None:
         for line in () if as_json else so_far.results[-1:]:
             screen.print(as_line(line))
-        if report is not None:  # after each line: a run that is killed leaves what it knew
+        if report is not None:  # after each line, so that a killed run leaves a report
             report.write_text(so_far.to_markdown(), encoding="utf-8")
 
     result = run_checks(
@@ -82,7 +82,7 @@ def check(
 
 
 def _require_writable(report: Path, model: str) -> None:
-    """Raise ArgumentError if the report has nowhere to go, or would replace a file of the checkpoint."""
+    """Raise ArgumentError if the report cannot be written, or would replace a file of the checkpoint."""
     from rooflama.models import ArgumentError
 
     try:
@@ -103,7 +103,7 @@ def _require_writable(report: Path, model: str) -> None:
 
 
 def _try_writing(file: Path) -> None:
-    """Raise OSError if ``file`` cannot be written, and leave everything as it was."""
+    """Raise OSError if ``file`` cannot be written. Its content does not change."""
     is_new = not file.exists()
     file.open("a").close()
     if is_new:

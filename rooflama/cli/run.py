@@ -31,9 +31,9 @@ def run(
     system: SystemMessage = None,
     variables: TemplateVariables = [],  # noqa: B006  # typer makes a new list
     tools: ToolsFile = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="so many answers")] = 1,
+    n: Annotated[int, typer.Option("-n", "--n", help="the number of answers")] = 1,
     logprobs: Annotated[
-        int | None, typer.Option(help="with --json: each token's log probability, and so many likeliest ones'")
+        int | None, typer.Option(help="with --json: log probabilities of each token, and of so many of the likeliest")
     ] = None,
     as_json: Json = False,
     *,
@@ -75,7 +75,7 @@ def run(
 
 
 def answer(stream: Stream) -> tuple[str, bool]:
-    """Write an answer to standard output, until it ends or Ctrl-C: its text, and whether it was interrupted."""
+    """Write an answer to standard output until its end or Ctrl-C. Returns its text, and whether it was interrupted."""
     text = ""
     with _interrupts() as pressed:
         try:
@@ -92,9 +92,9 @@ def answer(stream: Stream) -> tuple[str, bool]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """A list that a first Ctrl-C joins; a second one raises KeyboardInterrupt, as the first does elsewhere.
+    """A list to which a first Ctrl-C adds its signal; a second one raises KeyboardInterrupt.
 
-    An exception raised wherever the program happens to be may be raised in a finaliser, where Python drops it.
+    The first must not raise, because an exception that happens to be raised in a finaliser is dropped by Python.
     """
     pressed: list[int] = []
 
@@ -115,12 +115,12 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def system_message(text: str | None) -> list[dict[str, Any]]:
-    """The beginning of a conversation."""
+    """A conversation with this system message, or an empty one for None."""
     return [] if text is None else [{"role": "system", "content": require_unicode(text, "--system")}]
 
 
 def _number_of_answers(n: int, logprobs: int | None, *, as_json: bool) -> dict[str, int]:
-    """The keywords of ``generate`` that are not at their defaults."""
+    """Keyword arguments of ``generate`` that differ from their defaults."""
     if n < 1:
         refuse(f"--n {n}", "at least one answer is made", "Ask for 1 or more")
     if logprobs is None:
@@ -135,7 +135,7 @@ def _number_of_answers(n: int, logprobs: int | None, *, as_json: bool) -> dict[s
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt: given, from a file, or from standard input. Raises ArgumentError for none, and for no text."""
     if prompt is not None and file is not None:
-        refuse("PROMPT and --file", "there is one prompt", "Give either")
+        refuse("PROMPT and --file", "there is one prompt", "Give one of them")
     if file is not None and str(file) != "-":
         try:
             return file.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n")

@@ -1,4 +1,4 @@
-"""Options of ``rooflama run --chat`` and ``rooflama chat`` that go to the model's chat template."""
+"""Options of ``rooflama run --chat`` and ``rooflama chat`` for the model's chat template."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ ToolsFile = Annotated[
     Path | None, typer.Option("--tools", metavar="FILE", help="JSON list of the tools' schemas, for the chat template")
 ]
 
-_PYTHON_WORDS = {"True": True, "False": False, "None": None}  # as text, "False" would count as true
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}  # as text, "False" would be true
 
 
 def template_variables(given: Sequence[str], tools: Path | None, *, chat: bool = True) -> dict[str, Any]:
     """Keyword arguments of ``Tokenizer.encode_chat``.
 
     Args:
-        given: "NAME=VALUE" each.
+        given: a list of "NAME=VALUE".
         tools: file with the JSON schemas of the tools.
-        chat: whether the prompt goes through the template at all.
+        chat: whether the prompt goes through the template.
 
     Raises:
-        ArgumentError: an option is malformed, the file cannot be read, or there is no template to use them.
+        ArgumentError: an option is malformed, the file cannot be read, or the prompt goes through no template.
     """
     variables: dict[str, Any] = {}
     for text in given:

@@ -95,7 +95,11 @@ def test_the_checklist_passes(name, folders):
 @pytest.mark.parametrize(
     ("damage", "line", "found"),
     [
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "structure", "llama2/model.safetensors: 0 bytes"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b""),
+            "structure",
+            "llama2/model.safetensors: a header of 0 bytes",
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer", "no tokenizer.json and no tokenizer.model"),
         (lambda f: (f / "chat_template.jinja").unlink(), "chat template", "chat_template is missing"),
     ],
