@@ -35,10 +35,10 @@ class DeviceOutOfMemory(DeviceError):
         found = f"{doing}: asked {_gib(asked)}, {_gib(free)} free of {_gib(total)}, {_gib(held)} held"
         if over_limit:
             rule = f"what is held stays within the memory limit of {_gib(limit)}"
-            remedy = "Raise memory_limit, close what is not needed, or take a smaller context or kv_dtype='int8'"
+            remedy = "Raise memory_limit, close unused buffers, or use a smaller context or kv_dtype='int8'"
         else:
             rule = "an allocation fits into the device's free memory"
-            remedy = "Close what is not needed, end other programs on the device, or take a smaller context"
+            remedy = "Close unused buffers, end other programs on the device, or use a smaller context"
         error = cls(found, rule=rule, remedy=remedy)
         error.asked, error.free, error.total, error.held, error.limit = asked, free, total, held, limit
         return error

@@ -216,7 +216,7 @@ def gguf_metadata(config: Mapping[str, Any], tensors: Collection[str], *, name: 
         if bool(config.get(key)) != (tensor in tensors):
             _refuse(
                 f"{key} {config.get(key, False)}, and {tensor} is {'there' if tensor in tensors else 'not there'}",
-                "a bias that the config names is in the files, and no other",
+                "the files hold exactly the biases that the config names",
                 "The config and the weights disagree; download both again",
             )
     windows = _windows(config, family)
@@ -281,7 +281,7 @@ def _result_keys(config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
         name = RESULT_KEYS[key]
         if found.setdefault(name, value) != value:
             both = [other for other in family.result_keys if RESULT_KEYS[other] == name]
-            _refuse(f"{' and '.join(both)} that differ", "they say the same", "Remove the one that is wrong")
+            _refuse(f"{' and '.join(both)} that differ", "they must agree", "Remove the wrong one")
     return found
 
 

@@ -242,7 +242,7 @@ def refuse_without_weights(hub: ModuleType, text: str, reference: Reference) -> 
 def _gguf_files(hub: ModuleType, reference: Reference) -> str:
     try:
         files = hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
-    except Exception:  # as above
+    except Exception:  # as in ``asked``
         return "unknown, because the Hub cannot be reached"
     return ", ".join(file for file in files if file.endswith(".gguf")) or "none"
 

@@ -27,7 +27,7 @@ def rope_arguments(config: Mapping[str, Any], *, partial_rotary: bool) -> dict[s
             raise HuggingFaceError(
                 "config.json: rope_scaling and rope_parameters that differ, and rope_theta only in rope_parameters",
                 rule="transformers takes rope_scaling alone, and with it the default rope_theta",
-                remedy="Move what is meant into rope_parameters and remove rope_scaling",
+                remedy="Move the intended values into rope_parameters and remove rope_scaling",
             )
         _warn("rope_scaling and rope_parameters differ: rope_scaling counts, as in transformers")
     parameters = old or new

@@ -123,7 +123,7 @@ def check_unread(config: Mapping[str, Any], read: Collection[str], *, windowed: 
     if refused:
         raise HuggingFaceError(
             f"config.json: {', '.join(f'{key} {value!r}' for key, value in refused.items())}",
-            rule=f"model_type {model_type!r} is computed without, and it "
+            rule=f"model_type {model_type!r} does not read it, and it "
             + ("changes the result" if CHANGES_RESULT.issuperset(refused) else "may change the result"),
             remedy="Use another model, or add the key to its family (docs/ADAPTER_PATTERN_GUIDE.md); if the key "
             "does not describe the model, remove it",

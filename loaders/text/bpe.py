@@ -184,7 +184,7 @@ def _read_merges(vocabulary: Vocabulary, metadata: Metadata) -> list[tuple[str, 
     for index, (left, right) in enumerate(merges):
         if left not in ids or right not in ids or left + right not in ids:
             unknown = next(token for token in (left, right, left + right) if token not in ids)
-            rule = f"a merge names two tokens and makes a third; {unknown!r} is no token"
+            rule = f"a merge joins two tokens into a third; {unknown!r} is not a token"
             refuse(metadata, key, f"{key}[{index}] = {lines[index]!r}", rule)
     return list(dict.fromkeys(merges))  # a repeated pair keeps its first rank, as in llama.cpp
 

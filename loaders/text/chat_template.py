@@ -74,13 +74,13 @@ class ChatTemplate:
         except SecurityError as error:
             raise ChatTemplateError(
                 f"tokenizer.chat_template was stopped: {error}",
-                rule="templates run in a sandbox that offers them text, lists and a fixed set of filters and methods",
+                rule="templates run in a sandbox with text, lists and a fixed set of filters and methods",
                 remedy="Do not use a file with such a template, or give a plain prompt",
             ) from None
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(
                 f"tokenizer.chat_template, line {error.lineno}: {error.message}",
-                rule="a chat template must be valid Jinja that uses the filters offered here",
+                rule="a chat template must be valid Jinja with filters that the sandbox has",
                 remedy="Fix tokenizer.chat_template with gguf_set_metadata.py, or give a plain prompt",
             ) from None
         except Refused as error:
@@ -168,6 +168,6 @@ class ChatTemplates:
         names = ", ".join(map(repr, sorted(self._templates)))
         raise ChatTemplateError(
             f"there is no chat template named {name!r}",
-            rule=f"the names here are {names}",
+            rule=f"its templates are {names}",
             remedy="Choose one of them with chat_template=..., or give tools where tool_use is one of them",
         )

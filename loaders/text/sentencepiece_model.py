@@ -29,7 +29,7 @@ def sentencepiece_metadata(path: Path, settings: TokenizerSettings) -> dict[str,
     model = _read(path)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if not model.pieces:
-        refuse(path, "no pieces", "a SentencePiece model has pieces (Llama 3's original file is none)", TAKE_JSON)
+        refuse(path, "no pieces", "a SentencePiece model has pieces (Llama 3's original file is not one)", TAKE_JSON)
     if (kind := trainer.model_type) != TrainerSpec.BPE:
         rule = f"the tokenizers of these families are BPE, which is {TrainerSpec.BPE}"
         refuse(path, f"model_type {kind}", rule, TAKE_JSON)
@@ -63,13 +63,13 @@ def _read(path: Path) -> ModelProto:
     try:
         model = ModelProto.FromString(path.read_bytes())
     except (DecodeError, UnicodeDecodeError) as error:
-        refuse(path, f"no SentencePiece model ({error})", rule, TAKE_JSON)
+        refuse(path, f"not a SentencePiece model ({error})", rule, TAKE_JSON)
     for message in (model, model.trainer_spec, model.normalizer_spec, *model.pieces):
         if found := _set_aside(message):
-            refuse(path, f"no SentencePiece model ({found})", rule, TAKE_JSON)
+            refuse(path, f"not a SentencePiece model ({found})", rule, TAKE_JSON)
     # Protocol Buffers returns text that is not UTF-8 as bytes.
     if bad := [p.piece for p in model.pieces if not isinstance(p.piece, str)]:
-        refuse(path, f"no SentencePiece model (piece {bad[0]!r:.60})", "pieces are UTF-8", TAKE_JSON)
+        refuse(path, f"not a SentencePiece model (piece {bad[0]!r:.60})", "pieces are UTF-8", TAKE_JSON)
     return model
 
 
@@ -101,7 +101,7 @@ def _extend(tokens: list[str], scores: list[float], types: list[int], settings: 
             refuse(
                 path,
                 f"added token {token.content!r} strips spaces or matches whole words only",
-                "beside a tokenizer.model, added tokens are matched as they stand",
+                "with a tokenizer.model, added tokens are matched exactly",
                 TAKE_JSON,
             )
     added = {token.content for token in settings.added.values()}

@@ -95,7 +95,7 @@ class TokenizerSettings:
         return min(roles)
 
     def eos_ids_within(self, size: int, path: Path) -> frozenset[int]:
-        """``eos_ids`` of a vocabulary of ``size`` tokens. Warns of ids beyond it: no token can end a text there."""
+        """``eos_ids`` within a vocabulary of ``size`` tokens. Warns about ids beyond it, which are not used."""
         if outside := sorted(index for index in self.eos_ids if index >= size):
             shown = ", ".join(map(str, outside))
             warnings.warn(f"{path}: {size} tokens, and eos_token_id {shown} in another file; not used", stacklevel=6)
@@ -175,7 +175,7 @@ def _added(own: Mapping[str, Any], special: set[str], folder: Path) -> dict[int,
         added = {}
         for text, token_id in read_json_if_there(path).items():
             if type(token_id) is not int or token_id < 0:
-                refuse(path, f"{text!r} has id {token_id!r}", "each token has a whole number")
+                refuse(path, f"{text!r} has id {token_id!r}", "each token has an id, a whole number")
             _text(text, path, "a token")
             added[token_id] = AddedToken(text, special=text in special, normalized=text not in special)
         return added
@@ -222,13 +222,13 @@ def _bos_id(model: Mapping[str, Any], path: Path) -> int | None:
 
 
 def _eos_ids(value: Any, path: Path) -> frozenset[int]:
-    """One id or a list of them. Negative numbers and null are no ids: a warning names them, and they are not used."""
+    """The ids of a value that is one id or a list of ids. Warns about negative numbers and null, which are not used."""
     entries = [] if value is None else value if isinstance(value, list) else [value]
     if not all(entry is None or type(entry) is int for entry in entries):
         refuse(path, f"eos_token_id = {value!r}", "it is an id, or a list of ids")
     ids = frozenset(entry for entry in entries if entry is not None and entry >= 0)
     if none := [entry for entry in entries if entry not in ids]:
-        warnings.warn(f"{path}: {none[0]} in eos_token_id = {value} is no id and is not used", stacklevel=5)
+        warnings.warn(f"{path}: {none[0]} in eos_token_id = {value} is not an id and is not used", stacklevel=5)
     return ids
 
 

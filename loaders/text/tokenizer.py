@@ -125,7 +125,7 @@ class Tokenizer:
             skip_special: leave out end tokens, and control, unknown and unused tokens.
 
         Raises:
-            TokenizerError: no ids, or one that is not in the vocabulary.
+            TokenizerError: ``ids`` are not token ids, or an id is not in the vocabulary.
         """
         stream = self.stream(skip_special=skip_special)
         return "".join([stream.feed(token_id) for token_id in _each(ids)]) + stream.flush()
@@ -251,7 +251,7 @@ def _each(ids: Iterable[int]) -> Iterable[int]:
 
 
 def _no_ids(value: Any) -> TokenizerError:
-    found = f"{value!r:.80} ({type(value).__name__}) in place of token ids"
+    found = f"{value!r:.80} ({type(value).__name__}) instead of token ids"
     return TokenizerError(found, rule="token ids are whole numbers", remedy="Pass a list of them, such as [1, 2]")
 
 

@@ -120,7 +120,7 @@ def _read_special(metadata: Metadata, name: str, vocab_size: int) -> int | None:
         return int(value)
     if name == "eos":
         refuse(metadata, key, f"{key} = {value!r}", rule)
-    warn(metadata, key, f"{key} = {value} is no id of the vocabulary, 0 to {vocab_size - 1}: not used")
+    warn(metadata, key, f"{key} = {value} is not in the vocabulary, ids 0 to {vocab_size - 1}; it is not used")
     return None
 
 

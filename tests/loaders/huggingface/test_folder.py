@@ -155,7 +155,7 @@ def test_every_truncation_is_refused(folder):
         ("qwen3", {"head_dim": DROPPED}, "no head_dim"),
         ("phi3-128k", {"original_max_position_embeddings": DROPPED}, "no original_max_position_embeddings"),
         ("phi3-4k", {"layer_types": ["full_attention"] * 2}, "layer_types ['full_attention', 'full_attention']"),
-        ("llama3", {"hidden_act": "gelu"}, "hidden_act 'gelu': model_type 'llama' is computed without, and it changes"),
+        ("llama3", {"hidden_act": "gelu"}, "hidden_act 'gelu': model_type 'llama' does not read it, and it changes"),
         ("llama3", {"quantization_config": {"bits": 4}}, "a quantization_config"),
         ("llama3", {"attention_bias": True}, "blk.0.attn_q.bias is not there"),
         ("llama-biases", {"attention_bias": False}, "blk.0.attn_q.bias is there"),
@@ -280,7 +280,7 @@ def test_two_tensors_that_are_one_in_gguf_are_refused():
 )
 def test_keys_that_may_change_the_logits_are_refused(changes):
     (key,) = changes
-    with pytest.raises(HuggingFaceError, match=f"{key} .*: model_type 'llama' is computed without, and it "):
+    with pytest.raises(HuggingFaceError, match=f"{key} .*: model_type 'llama' does not read it, and it "):
         metadata_of("llama3", **changes)
 
 

@@ -143,7 +143,7 @@ def test_a_byte_without_a_token_is_refused():
 
 @pytest.mark.parametrize(("line", "unknown"), [("t zz", "zz"), ("zz t", "zz"), ("t e", "te"), ("th", "")])
 def test_a_merge_of_unknown_tokens_is_refused(line, unknown):
-    with pytest.raises(TokenizerError, match=rf"merges\[1\] = '{line}': .* '{unknown}' is no token"):
+    with pytest.raises(TokenizerError, match=rf"merges\[1\] = '{line}': .* '{unknown}' is not a token"):
         Tokenizer.from_metadata(bpe_metadata([*BYTE_ALPHABET, "th"], ["t h", line]))
 
 

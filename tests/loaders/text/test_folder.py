@@ -247,8 +247,8 @@ def test_a_bos_id_that_is_none_and_not_added_is_not_used(value, tmp_path):
     ("value", "said"),
     [
         ([7, 9999], "tokens, and eos_token_id 9999 in another file; not used"),
-        ([7, None], r"None in eos_token_id = \[7, None\] is no id and is not used"),
-        ([-1, 7], r"-1 in eos_token_id = \[-1, 7\] is no id and is not used"),
+        ([7, None], r"None in eos_token_id = \[7, None\] is not an id and is not used"),
+        ([-1, 7], r"-1 in eos_token_id = \[-1, 7\] is not an id and is not used"),
     ],
 )
 def test_ends_of_generation_config_that_are_no_tokens_are_not_used(value, said, folder):
@@ -308,7 +308,7 @@ def test_named_chat_templates_are_chosen_as_transformers_chooses(names, write, f
         try:
             wanted = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
         except ValueError:
-            with pytest.raises(ChatTemplateError, match=r"no chat template named 'default': the names here are 'rag'"):
+            with pytest.raises(ChatTemplateError, match=r"no chat template named 'default': its templates are 'rag'"):
                 ours.apply_chat_template(messages, tools=tools)
         else:
             assert ours.apply_chat_template(messages, tools=tools) == wanted

@@ -74,10 +74,13 @@ def model_and(trainer=None, normalizer=None, pieces=()):
     [
         ({"model": b""}, "no pieces"),
         ({"model": b"IQ== 0\nIg== 1\n"}, "no pieces"),  # Llama 3's original
-        ({"model": trained_sentencepiece()[:-5]}, "no SentencePiece model"),
-        ({"model": trained_sentencepiece()[:2000]}, "no SentencePiece model"),
-        ({"model": trained_sentencepiece() + b"\x0a\x03\x0a\x01\xff"}, "no SentencePiece model (piece b'\\xff')"),
-        ({"model": trained_sentencepiece() + b"\x0a\x05\x0a\x03\xed\xa0\x80"}, "no SentencePiece model (piece b'\\xed"),
+        ({"model": trained_sentencepiece()[:-5]}, "not a SentencePiece model"),
+        ({"model": trained_sentencepiece()[:2000]}, "not a SentencePiece model"),
+        ({"model": trained_sentencepiece() + b"\x0a\x03\x0a\x01\xff"}, "not a SentencePiece model (piece b'\\xff')"),
+        (
+            {"model": trained_sentencepiece() + b"\x0a\x05\x0a\x03\xed\xa0\x80"},
+            "not a SentencePiece model (piece b'\\xed",
+        ),
         ({"model": trained_sentencepiece() + b"\x0a\x05\x0a\x01x\x18\x07"}, "(SentencePiece.type = 7)"),
         ({"model": trained_sentencepiece() + b"\x0a\x02\x08\x05"}, "(SentencePiece.piece = 5)"),
         ({"model": trained_sentencepiece() + b"\x10\x05"}, "(ModelProto.trainer_spec = 5)"),

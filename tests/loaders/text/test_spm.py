@@ -239,7 +239,9 @@ def test_a_character_without_any_token_is_refused(unknown):
 
 def test_an_unknown_id_out_of_range_leaves_the_customary_one():
     metadata = spm_metadata(trained_sentencepiece(byte_fallback=False), unknown_token_id=999)
-    with pytest.warns(UserWarning, match="unknown_token_id = 999 is no id of the vocabulary, 0 to 149: not used"):
+    with pytest.warns(
+        UserWarning, match="unknown_token_id = 999 is not in the vocabulary, ids 0 to 149; it is not used"
+    ):
         tokenizer = Tokenizer.from_metadata(metadata)
     assert tokenizer.encode("the 🙂") == rebuilt(False).encode("the 🙂")
 

@@ -167,7 +167,7 @@ def test_without_token_types_tokens_that_look_special_are():
 @pytest.mark.parametrize("value", [999, -1, np.uint32(2**32 - 1)])
 def test_an_id_out_of_range_that_is_not_used_is_said(name, value):
     metadata = bpe_with_special() | {f"tokenizer.ggml.{name}_token_id": value}
-    with pytest.warns(UserWarning, match=f"{name}_token_id = {value} is no id of the vocabulary, 0 to 4"):
+    with pytest.warns(UserWarning, match=f"{name}_token_id = {value} is not in the vocabulary, ids 0 to 4"):
         tokenizer = Tokenizer.from_metadata(metadata)
     assert tokenizer.encode("the roof") == bpe.encode("the roof")
     assert tokenizer.eos_ids == bpe.eos_ids
@@ -219,7 +219,7 @@ def test_named_chat_templates():
     alone = Tokenizer.from_metadata(bpe_with_special() | named)
     assert alone.chat_template is None
     assert alone.apply_chat_template(messages, tools=[{}]) == "1 tool"
-    with pytest.raises(ChatTemplateError, match="no chat template named 'default': the names here are 'tool_use'"):
+    with pytest.raises(ChatTemplateError, match="no chat template named 'default': its templates are 'tool_use'"):
         alone.apply_chat_template(messages)
     with pytest.raises(TokenizerError, match=r"tokenizer.chat_template.tool_use is a int: it must be a string"):
         Tokenizer.from_metadata(bpe_with_special() | {f"{key}.tool_use": 5})
@@ -240,7 +240,7 @@ def test_ids_out_of_range_are_refused(bad):
 
 @pytest.mark.parametrize("bad", [None, 5, "ab", np.int64(5), [None], ["a"], [[1]]], ids=repr)
 def test_what_is_no_ids_is_refused(bad):
-    with pytest.raises(TokenizerError, match="in place of token ids: token ids are whole numbers"):
+    with pytest.raises(TokenizerError, match="instead of token ids: token ids are whole numbers"):
         bpe.decode(bad)
 
 
@@ -269,7 +269,7 @@ def _with(**keys):
         (_with(token_type=["1"] * 256), "it must be a flat array of whole numbers"),
         (_with(merges=None), "merges is missing"),
         (_with(merges=np.zeros(3)), r"merges\[0\] = .*: every element must be a string"),
-        (_with(merges=["th"]), r"merges\[0\] = 'th': a merge names two tokens and makes a third"),
+        (_with(merges=["th"]), r"merges\[0\] = 'th': a merge joins two tokens into a third"),
         (_with(eos_token_id=256), "eos_token_id = 256: it must be an id of the vocabulary, 0 to 255"),
         (_with(eos_token_id=-1), "eos_token_id = -1"),
         (_with(bos_token_id=2.0), "bos_token_id = 2.0"),
