@@ -86,3 +86,12 @@ def test_links_lead_to_files(page):
     for link in links:
         if "://" not in link:
             assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    """But for those that a reader is told to write, and for LOG.md, which tells of earlier states."""
+    folders = "kernels|models|loaders|rooflama|tests|benchmarks|docs|notebooks"
+    named = re.findall(rf"`((?:{folders})/[\w/.-]+\.\w+)`", page.read_text())
+    invented = re.compile("NAME|GPU|softcap|granite|gemma2|olmo2")
+    assert [name for name in named if not invented.search(name) and not (ROOT / name).exists()] == []
