@@ -23,7 +23,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown
 
 from rooflama import kernels
-from rooflama.kernels import KernelInputError, reference
+from rooflama.kernels import KernelInputError
+from rooflama.kernels.kernel import Kernel
 
 from .json_text import json_text
 
@@ -33,21 +34,16 @@ MEASUREMENTS = ROOT / "benchmarks" / "results" / "kernels.csv"
 SHIPPED = Path(__file__).resolve().parent / "kernel_pages" / "tables.json"  # docs/kernels of the repository
 
 
-def _cards() -> dict[str, dict[str, Callable]]:
+def _cards() -> dict[str, dict[str, Kernel]]:
     """One card per kernel: name -> its functions, of kernels/NAME.py and, where that is long, of kernels/NAME_*.py."""
-    cards: dict[str, dict[str, Callable]] = {}
+    cards: dict[str, dict[str, Kernel]] = {}
     for info in pkgutil.iter_modules(kernels.__path__):
         module = importlib.import_module(f"rooflama.kernels.{info.name}")
-        own = {name: value for name, value in vars(module).items() if _is_kernel(name, value, module)}
-        if own:
+        found = (value for value in vars(module).values() if isinstance(value, Kernel))
+        if own := {kernel.name: kernel for kernel in found if kernel.__module__ == module.__name__}:
             card = next((name for name in cards if info.name.startswith(f"{name}_")), info.name)
             cards.setdefault(card, {}).update(own)
     return cards
-
-
-def _is_kernel(name: str, value: Any, module: ModuleType) -> bool:
-    defined = hasattr(value, "definition") or hasattr(reference, name)
-    return defined and getattr(value, "__module__", None) == module.__name__
 
 
 CARDS = _cards()
@@ -66,9 +62,9 @@ class KernelCard:
     def markdown(self) -> str:
         """The card as Markdown, which is also what ``docs/kernels/`` holds."""
         parts = [f"# {self.name}", *map(_docstring, self._modules())]
-        for name, function in CARDS[self.name].items():
-            parts += [f"## {name}", f"    {name}{_signature(function)}", _docstring(function)]
-            parts += ["### Definition", f"```python\n{_definition(_reference(name, function))}\n```"]
+        for name, kernel in CARDS[self.name].items():
+            parts += [f"## {name}", f"    {name}{_signature(kernel)}", _docstring(kernel)]
+            parts += ["### Definition", f"```python\n{_definition(kernel.definition)}\n```"]
         tables = self._tables()
         laws = [f"- {law['law']}" + (f": {law['says']}" if law["says"] else "") for law in tables["laws"]]
         parts += ["## Laws tested", "\n".join(laws)]
@@ -85,11 +81,11 @@ class KernelCard:
             "functions": [
                 {
                     "name": name,
-                    "signature": _signature(function),
-                    "about": _docstring(function),
-                    "definition": _definition(_reference(name, function)),
+                    "signature": _signature(kernel),
+                    "about": _docstring(kernel),
+                    "definition": _definition(kernel.definition),
                 }
-                for name, function in CARDS[self.name].items()
+                for name, kernel in CARDS[self.name].items()
             ],
             **self._tables(),
         }
@@ -168,12 +164,8 @@ def kernel_card(name: str) -> KernelCard:
     raise KernelInputError(f"kernel {name!r}", rule=f"the kernels are {', '.join(CARDS)}", remedy="Name one of these")
 
 
-def _reference(name: str, function: Callable) -> Callable:
-    return getattr(function, "definition", None) or getattr(reference, name)
-
-
-def _signature(function: Callable) -> str:
-    return re.sub(r"'|torch\.(?=Tensor)", "", str(inspect.signature(function)))
+def _signature(kernel: Kernel) -> str:
+    return re.sub(r"'|torch\.(?=Tensor)|rooflama\.[\w.]*\.", "", str(inspect.signature(kernel)))
 
 
 def _docstring(thing: object) -> str:
