@@ -11,7 +11,7 @@ class Piece(NamedTuple):
 
     data: bytes
     special: bool  # ends generation, or is a control, unknown or unused token; skip_special leaves it out
-    whole: bool  # matched whole in text, like a special token, so without a space prefix
+    unprefixed: bool  # never starts with the space that is added before a text
     space_follows: bool  # text after it is encoded with a space before it, as in SentencePiece
 
 
@@ -41,8 +41,8 @@ class StreamDecoder:
         Raises:
             TokenizerError: the id is not in the vocabulary.
         """
-        data, special, whole, space_follows = self._table.piece(token_id)
-        if self._at_boundary and not whole:
+        data, special, unprefixed, space_follows = self._table.piece(token_id)
+        if self._at_boundary and not unprefixed:
             data = data.removeprefix(b" ")
         self._at_boundary = space_follows
         if special and self._skip_special:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
 from .bpe import ByteLevelBPE
@@ -33,7 +33,9 @@ MODELS: dict[str, Callable[[Vocabulary, Metadata], PlainText]] = {"gpt2": ByteLe
 
 
 class GGUFText:
-    """Encodes text with special tokens to ids, and decodes ids to bytes. Attributes as for ``PlainText``."""
+    """Encodes text with special tokens to ids, and decodes ids to bytes. ``add_bos`` is that of ``PlainText``."""
+
+    unprefixed: Collection[TokenType] = (*MATCHED_WHOLE, TokenType.BYTE)
 
     def __init__(self, vocabulary: Vocabulary, metadata: Metadata):
         self._plain = MODELS[vocabulary.model](vocabulary, metadata)

@@ -7,13 +7,13 @@ ids to text, and rendering the chat template.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from .chat_template import DEFAULT, ChatTemplates
 from .detokenizer import Piece, StreamDecoder
 from .gguf_text import MODELS, GGUFText
-from .token_types import MATCHED_WHOLE, TokenType
+from .token_types import TokenType
 from .vocabulary import Metadata, TokenizerError, Vocabulary, read_flag, read_string
 
 
@@ -22,9 +22,11 @@ class TextModel(Protocol):
 
     Attributes:
         add_space_prefix: whether a text is encoded with a space before it.
+        unprefixed: types of tokens that never start with that space.
     """
 
     add_space_prefix: bool
+    unprefixed: Collection[TokenType]
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]: ...
 
@@ -158,7 +160,7 @@ class Tokenizer:
             piece = self._pieces[index] = Piece(
                 data,
                 special=kind in _SKIPPED or index in self.eos_ids,
-                whole=kind in MATCHED_WHOLE,
+                unprefixed=kind in self._text_model.unprefixed,
                 space_follows=self._text_model.space_follows(index),
             )
         return piece

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,8 @@ def read_tokenizer_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
 
 class JsonText:
     """Encodes text with special tokens to ids, and decodes ids to bytes."""
+
+    unprefixed: Collection[TokenType] = MATCHED_WHOLE
 
     def __init__(self, library: tokenizers.Tokenizer, vocabulary: Vocabulary, spelling: _Spelling):
         self._library, self._vocabulary, self._spelling = library, vocabulary, spelling
