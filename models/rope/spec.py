@@ -348,7 +348,8 @@ def inverse_frequencies(
     else:
         check(factor_set is None, f"factor_set {factor_set!r}", f"RoPE kind {spec.kind!r} has one set", remedy)
     check(seq_len is None or spec.kind == "dynamic", f"seq_len {seq_len}", f"{spec.kind!r} ignores it", "Leave it out")
-    inverse = spec.scaling.frequencies(spec, factor_set, seq_len)
+    # NumPy 1 divides by an int above 2^63 into an array of objects
+    inverse = np.asarray(spec.scaling.frequencies(spec, factor_set, seq_len), dtype=np.float64)
     return inverse if spec.frequency_divisors is None else inverse / np.array(spec.frequency_divisors, dtype=np.float64)
 
 
