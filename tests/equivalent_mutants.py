@@ -155,6 +155,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "weight = tl.load(weight_ptr + offs, mask=mask, other=1.0).to(tl.float32)",
     ): NOT_STORED,
     ("_gather_kv_kernel", "if first_key < seq_len:", "if first_key <= seq_len:"): "No key is left for that page.",
+    ("_gather_kv_kernel", "out_key = first_key.to(tl.int64)", "out_key = first_key"): PROMOTED,
     (
         "_gather_kv_kernel",
         "x = tl.load(kv.k_pages + offs_rows[:, None] + offs[None, :], mask=mask, other=0)",

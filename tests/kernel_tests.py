@@ -35,6 +35,7 @@ _OTHERWISE: dict[str, tuple[str, ...]] = {
     "quantized_matmul": ("quantized_matmul_inputs", "quantized_fixed_point", "quantized_matmul"),
     "weight": ("embedding", "quantized_matmul_inputs", "dequantize"),
     "quantized_tiles": ("embedding", "dequantize", "quantized_fixed_point", "quantized_matmul"),
+    "rope": ("rope", "strides"),
     "rope_cache_write": ("rope", "strides"),
     "sampling": ("sampling", "sampling_filters"),
     "sampling_filters": ("sampling_filters", "sampling"),

@@ -232,13 +232,27 @@ def test_gather_writes_no_more_keys_than_asked_for(monkeypatch, num_keys):
     out, buffer = guarded(torch.full((num_keys, 2, 8), torch.nan, device=DEVICE))
     _gather_kv_kernel[(table.shape[1], 3)](
         paged_kv(pages, None, None, None), table, table.stride(0), lengths, out, num_keys,
-        HEAD_DIM=8, BLOCK_ROWS=8, BLOCK_SEQS=2,
+        HEAD_DIM=8, BLOCK_ROWS=8, BLOCK_SEQS=1,
     )  # fmt: skip
     assert_bit_equal(out, every[:num_keys])
     assert_guards_intact(buffer)
     monkeypatch.setattr("rooflama.kernels.paged_cache.check", lambda *_: None)  # which compares them on the CPU
     assert_bit_equal(gather_kv(pages, table, lengths, num_keys=num_keys), every[:num_keys])
     assert_bit_equal(gather_kv(pages, table, lengths, num_keys=32 + num_keys)[:32], every)
+
+
+def test_gather_after_more_than_int32_keys():
+    """Sequences so long that ``out`` ends within the first: the last one writes nothing, and nothing elsewhere."""
+    pages = normal(np.random.default_rng(0), 6, 16, 2, 8)
+    table = torch.arange(6, dtype=torch.int32, device=DEVICE).view(3, 2)
+    lengths = torch.tensor([2**30, 2**30, 20], dtype=torch.int32, device=DEVICE)
+    out, buffer = guarded(torch.full((20, 2, 8), torch.nan, device=DEVICE))
+    _gather_kv_kernel[(2, 3)](
+        paged_kv(pages, None, None, None), table, table.stride(0), lengths, out, 20,
+        HEAD_DIM=8, BLOCK_ROWS=8, BLOCK_SEQS=4,
+    )  # fmt: skip
+    assert_bit_equal(out, pages[:2].flatten(0, 1)[:20])
+    assert_guards_intact(buffer)
 
 
 @given(

@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
+from attention_cases import untouched
 from rooflama.kernels import KernelInputError, reference, rope, rope_and_cache_write, use_backend, write_kv
 from rope_cases import Step, angle_tables, random_positions
 from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
@@ -313,6 +314,18 @@ def test_offsets_beyond_int32():
     assert_bit_equal(rope_and_cache_write(*far, *step.tables, step.positions, step.slots, k_pages, v_pages), q)
     assert_bit_equal(k_pages.float(), k_near[:3])
     assert_bit_equal(v_pages.float(), v_near[:3])
+
+
+def test_the_last_row_of_tables_beyond_int32():
+    """Of 24 columns, so that the padding of its row lies beyond the ends of the tables."""
+    step = Step(0, 3, 2, 2, 48, 48, torch.float16)
+    rows = 2**31 // 24 + 2
+    far = [untouched(rows * 24, torch.float32).view(rows, 24) for _ in step.tables]
+    for table, near in zip(far, step.tables, strict=True):
+        table[-1] = near[-1]
+    last = torch.full_like(step.positions, len(step.tables[0]) - 1)
+    want = rope(step.q, *step.tables, last)
+    assert_bit_equal(rope(step.q, *far, torch.full_like(step.positions, rows - 1)), want)
 
 
 def test_scales_beyond_int32():
