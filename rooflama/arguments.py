@@ -107,7 +107,7 @@ class RequestOptions:
     """The options of ``Model.generate`` and ``Model.stream``, checked.
 
     Attributes:
-        params: how tokens are drawn, without the seed.
+        params: how tokens are drawn.
         max_new_tokens, seed, stop, n: as for ``Model.generate``.
     """
 
@@ -119,19 +119,18 @@ class RequestOptions:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> RequestOptions:
-        """The options among ``given``, which maps names to values. Raises ArgumentError."""
+        """The options in ``given``, which maps names to values; others have their defaults. Raises ArgumentError."""
         n = whole("n", given.get("n", 1), "n is a whole number, 1 or more")
         if not 1 <= n <= MOST_RESULTS:
             rule = f"n is from 1 to {MOST_RESULTS:,}"
             raise ArgumentError(f"n {n}", rule=rule, remedy="Ask for more in several calls")
-        limit_rule = "max_new_tokens is a whole number, or None for as many as the context holds"
-        return cls(
-            SamplingParams(**{name: check(name, given[name], rule) for name, (check, rule) in SAMPLING.items()}),
-            whole_or_none("max_new_tokens", given["max_new_tokens"], limit_rule),
-            whole_or_none("seed", given["seed"], "a seed is a whole number, or None"),
-            stops(given["stop"]),
-            n,
-        )
+        limit_rule = "max_new_tokens is a whole number, 1 or more, or None for as many as the context holds"
+        limit = whole_or_none("max_new_tokens", given.get("max_new_tokens"), limit_rule)
+        if limit is not None and limit < 1:
+            raise ArgumentError(f"max_new_tokens {limit}", rule=limit_rule, remedy="Ask for 1 or more")
+        options = {name: check(name, given[name], rule) for name, (check, rule) in SAMPLING.items() if name in given}
+        seed = whole_or_none("seed", given.get("seed"), "a seed is a whole number, or None")
+        return cls(SamplingParams(seed=seed or 0, **options), limit, seed, stops(given.get("stop")), n)
 
 
 def token_ids(value: Any) -> list[int]:

@@ -147,10 +147,13 @@ def test_a_program_that_ignores_interrupts_goes_on_doing_so():
 
 
 def _interrupted_until_it_ends(process, terminal):
-    """The exit status. A Ctrl-C between Python's prompt and its read is seen after the read only: press it again."""
+    """The exit status. A Ctrl-C between Python's prompt and its read is seen after the read only: press it again.
+
+    Not too soon: a press while the program already ends kills it.
+    """
     for _ in range(20):
         os.write(terminal, b"\x03")
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 15
         while time.monotonic() < deadline:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:

@@ -79,11 +79,12 @@ class _Tables:
     def __init__(self, spec: RopeSpec, max_context: int, longrope: FactorSetPolicy, device: Device):
         self._spec, self._max_context, self._longrope = spec, max_context, longrope
         sets: tuple[FactorSet | None, ...] = ("short", "long") if spec.kind == "longrope" else (None,)
+        self._has_choice = len(sets) > 1
         tables = [rope_tables(spec, max_context, factor_set=factor_set) for factor_set in sets]
         self._cos, self._sin = _upload(tables, device, "rotary")
 
     def pin(self, planned: list[int]) -> Tensor:
-        if self._spec.kind != "longrope":
+        if not self._has_choice:
             return torch.zeros(len(planned), dtype=torch.int32, device=self._cos.device)
         long = [choose_factor_set(self._spec, length, self._longrope) == "long" for length in planned]
         return torch.tensor(long, device=self._cos.device).int() * self._max_context

@@ -150,12 +150,6 @@ class TokenRun(Iterator[tuple[int, int]]):
     def __init__(self, runner: ModelRunner, requests: list[Request], end_ids: Collection[int]):
         for request in requests:
             request.check(runner)
-            if request.max_new_tokens is not None and request.max_new_tokens < 1:
-                raise ArgumentError(
-                    f"max_new_tokens {request.max_new_tokens}",
-                    rule="at least one token is generated",
-                    remedy="Ask for 1 or more",
-                )
         self.runner, self.end_ids = runner, frozenset(end_ids)
         self.requests, self._turns = requests, runner.turns
         self._swaps = current_swaps()

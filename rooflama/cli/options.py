@@ -46,18 +46,20 @@ class Sampling:
         default_factory=list
     )
 
-    def keywords(self) -> dict[str, Any]:
-        """The options that differ from their defaults, checked without loading a model.
+    def keywords(self, **others: Any) -> dict[str, Any]:
+        """The options that differ from their defaults, and ``others``, checked without loading a model.
 
         Raises:
             ArgumentError: a value is out of range.
         """
+        from ..arguments import RequestOptions
+
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {name: value for name, value in given.items() if value != _default(type(self), name)}
         if self.logit_bias:
             changed["logit_bias"] = dict(map(_bias, self.logit_bias))
-        _check_sampling(changed)
-        return changed
+        RequestOptions.of(changed | others)
+        return changed | others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +120,6 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token), float(value)
     except ValueError:
         refuse(f"--logit-bias {text!r}", "it is a token's id and a number", "Write it like 42=-1.5")
-
-
-def _check_sampling(changed: dict[str, Any]) -> None:
-    from rooflama.models import SamplingParams
-
-    from ..arguments import stops
-
-    limit = changed.get("max_new_tokens")
-    if limit is not None and limit < 1:
-        refuse(f"--max-new-tokens {limit}", "at least one token is generated", "Ask for 1 or more")
-    stops(changed.get("stop"))
-    SamplingParams(**{name: value for name, value in changed.items() if name not in ("max_new_tokens", "stop")})
 
 
 def require_unicode(text: str, name: str) -> str:

@@ -46,7 +46,10 @@ def run(
     """
     import rooflama
 
-    options = sampling.keywords() | _number_of_answers(n, logprobs, as_json=as_json)
+    if logprobs is not None and not as_json:
+        refuse("--logprobs without --json", "log probabilities are part of the JSON", "Add --json")
+    others = ({} if n == 1 else {"n": n}) | ({} if logprobs is None else {"logprobs": logprobs})
+    options = sampling.keywords(**others)
     chosen = template_variables(variables, tools, chat=chat)
     if system is not None and not chat:
         refuse("--system without --chat", "only a chat template takes a system message", "Add --chat")
@@ -117,19 +120,6 @@ def _interrupts() -> Iterator[list[int]]:
 def system_message(text: str | None) -> list[dict[str, Any]]:
     """A conversation with this system message, or an empty one for None."""
     return [] if text is None else [{"role": "system", "content": require_unicode(text, "--system")}]
-
-
-def _number_of_answers(n: int, logprobs: int | None, *, as_json: bool) -> dict[str, int]:
-    """Keyword arguments of ``generate`` that differ from their defaults."""
-    if n < 1:
-        refuse(f"--n {n}", "at least one answer is made", "Ask for 1 or more")
-    if logprobs is None:
-        return {"n": n} if n > 1 else {}
-    if not as_json:
-        refuse("--logprobs without --json", "log probabilities are part of the JSON", "Add --json")
-    if logprobs < 0:
-        refuse(f"--logprobs {logprobs}", "it counts tokens", "Ask for 0 or more")
-    return {"n": n, "logprobs": logprobs} if n > 1 else {"logprobs": logprobs}
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:
