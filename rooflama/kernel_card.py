@@ -63,7 +63,7 @@ class KernelCard:
         """The card as Markdown, which is also what ``docs/kernels/`` holds."""
         parts = [f"# {self.name}", *map(_docstring, self._modules())]
         for name, kernel in CARDS[self.name].items():
-            parts += [f"## {name}", f"    {name}{_signature(kernel)}", _docstring(kernel)]
+            parts += [f"## {name}", f"    {name}{_signature(kernel)}", _docstring(kernel), _replacement(kernel)]
             parts += ["### Definition", f"```python\n{_definition(kernel.definition)}\n```"]
         tables = self._tables()
         laws = [f"- {law['law']}" + (f": {law['says']}" if law["says"] else "") for law in tables["laws"]]
@@ -166,6 +166,17 @@ def kernel_card(name: str) -> KernelCard:
 
 def _signature(kernel: Kernel) -> str:
     return re.sub(r"'|torch\.(?=Tensor)|rooflama\.[\w.]*\.", "", str(inspect.signature(kernel)))
+
+
+def _replacement(kernel: Kernel) -> str:
+    """What a function that ``rooflama.swap`` puts in place of a kernel must do."""
+    written = ", ".join(f"`{argument}`" for argument in kernel.mutates)
+    has_result = inspect.signature(kernel).return_annotation is not None
+    returned = "tensors of the same shapes, dtypes and device" if has_result else "nothing"
+    return (
+        f"`rooflama.swap({kernel.name}=f)` calls `f` instead, with the arguments of the call. `f` must have this "
+        f"signature{f', write {written},' if written else ''} and return {returned}."
+    )
 
 
 def _docstring(thing: object) -> str:

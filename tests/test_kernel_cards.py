@@ -38,6 +38,7 @@ def test_a_card_shows_definition_and_laws(name):
     text = kernel_card(name).markdown()
     for function in CARDS[name]:
         assert f"def {function}(" in text
+        assert f"`rooflama.swap({function}=f)` calls `f` instead" in text
     for helper in HELPERS.get(name, ()):
         assert f"def {helper}(" in text
     laws = text.split("## Laws tested")[1].split("##")[0]
