@@ -4,12 +4,14 @@ import contextvars
 import threading
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
 import rooflama
+from quant_blocks import random_weight
 from rooflama import KernelInputError, kernels, swap, trace
-from rooflama.kernels import rms_norm, use_backend
+from rooflama.kernels import quantized_matmul, rms_norm, use_backend
 from small_checkpoint import LAYERS, write_small
 from strategies import DEVICE
 
@@ -87,6 +89,16 @@ def test_inside_its_replacement_a_kernel_is_itself_and_others_are_swapped():
     with swap(rms_norm=twice, swiglu=lambda gate, up: "mine"):
         assert torch.equal(rms_norm(X, WEIGHT, 0.0), torch.full_like(X, 2.0))
         assert torch.equal(rms_norm(X, WEIGHT, 0.0), torch.full_like(X, 2.0))
+
+
+def test_kernels_inside_a_kernel_are_not_replaced():
+    """For nine tokens the norm of a product is a launch of rms_norm, for one it is not."""
+    weight = random_weight(np.random.default_rng(0), "F32", 4, 32)
+    x, norm_weight = torch.ones(9, 32, device=DEVICE), WEIGHT.to(DEVICE)
+    with use_backend("triton"):
+        want = quantized_matmul(x, weight, norm_weight=norm_weight)
+        with swap(rms_norm=no_numbers):
+            assert torch.equal(quantized_matmul(x, weight, norm_weight=norm_weight), want)
 
 
 def test_another_thread_is_not_affected():
