@@ -78,7 +78,8 @@ class Kernel(Generic[P, Out]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Out:
         if is_traced():
             return self._operator(*args, **kwargs)
-        if swapped := _swapped.get():
+        swapped = _swapped.get()
+        if self.name in swapped:
             return self._call_swapped(swapped, args, kwargs)
         values = self._values(args, kwargs)
         if torch.is_grad_enabled():
@@ -103,14 +104,7 @@ class Kernel(Generic[P, Out]):
         raise AssertionError("the signature must have refused these arguments")
 
     def _call_swapped(self, swapped: Mapping[str, Callable], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The replacement's result, or this kernel's if it has none.
-
-        Inside its replacement this kernel is itself. Inside a kernel all kernels are, so that a replacement's calls do
-        not depend on which kernels another one is made of.
-        """
-        if self.name not in swapped:
-            with swapped_only({}):
-                return self(*args, **kwargs)
+        """The replacement's result. Inside the replacement, this kernel is itself again."""
         with swapped_only({name: function for name, function in swapped.items() if name != self.name}):
             return swapped[self.name](*args, **kwargs)
 
@@ -175,6 +169,8 @@ def kernel(
     The body returns a ``launch``, or a list of them in order, and does nothing else. Each tensor that it launches with
     is an argument, a result, ``scratch``, or a view of one of these. A body that also calls torch does everything
     itself and returns None; it then runs at every call. A launch with a 0 in its grid is left out.
+
+    A body uses another kernel through its ``body`` or ``run``, which no swap replaces.
     """
 
     def decorate(body: Callable[Concatenate[Out, P], Launch | list[Launch] | None]) -> Kernel[P, Out]:
