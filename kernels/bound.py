@@ -46,16 +46,14 @@ class _Scratch(threading.local):
 
 
 scratch = _Scratch()
-
-
-_constants: set[int] = set()  # ids
+_constants: dict[int, Tensor] = {}  # by id; kept, so that no other tensor gets that id
 
 
 @functools.cache
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A float32 tensor that is never freed nor written, for launches to read."""
     tensor = torch.tensor(values, dtype=torch.float32, device=device)
-    _constants.add(id(tensor))
+    _constants[id(tensor)] = tensor
     return tensor
 
 
@@ -139,8 +137,8 @@ def _templated(value: Any, sources: list[Tensor]) -> Any:
         return value
     if id(value) in _constants:
         return value.data_ptr()
-    same = [i for i, source in enumerate(sources) if source.data_ptr() == value.data_ptr()]
-    if not same:
+    same = [i for i, source in enumerate(sources) if source is value]
+    if not same:  # a view
         storage = value.untyped_storage().data_ptr()
         same = [i for i, source in enumerate(sources) if source.untyped_storage().data_ptr() == storage]
     if len(same) != 1:

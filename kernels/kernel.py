@@ -7,7 +7,8 @@
 The body gets the allocated result as its first argument, ``out``, which callers do not pass. It returns what to launch.
 A call then goes this way:
 
-    traced (torch.compile, make_fx)    the torch operator ``rooflama::rms_norm``, whose fake is ``output``
+    traced (torch.compile, make_fx)    the torch operator ``rooflama::rms_norm``, whose fake is ``output``; what is
+                                       traced goes the ways below when it runs
     inside ``swap(rms_norm=mine)``     ``mine``, with the arguments as given
     tensors on the CPU                 the NumPy definition, or the launches under Triton's interpreter
     tensors on a GPU                   the launches, bound once per signature and then replayed (bound.py)
@@ -129,12 +130,13 @@ class Kernel(Generic[P, Out]):
             return self._by_definition(self, arguments)
         scratch.taken = []
         launches = self.body(out, **arguments)
+        scratches, scratch.taken = scratch.taken, []
         bound = None
         if launches is not None:
             launches = [one for one in ([launches] if isinstance(launches, Launch) else launches) if all(one.grid)]
             compiled = [run(one) for one in launches]
             if signature is not None:
-                bound = BoundLaunches.bind(values, out, scratch.taken, launches, compiled)
+                bound = BoundLaunches.bind(values, out, scratches, launches, compiled)
         if signature is not None:
             if len(self._bound) >= MOST_BOUND:
                 self._bound.clear()
@@ -221,7 +223,8 @@ def swap(**replacements: Callable[..., Any]) -> Iterator[None]:
             returns tensors of the same shapes and dtypes. Called inside a replacement, the kernel is itself.
 
     A swap holds for the thread (or asyncio task) that entered it. Blocks may be nested: the inner one wins, by name. A
-    model's stream or generation keeps the swaps under which it was started, also when the block has ended.
+    model's stream or generation keeps the swaps under which it was started, also when the block has ended. What
+    torch.compile or make_fx traced runs the replacements of the block it runs in, wherever it was traced.
 
     Raises:
         KernelInputError: no kernel has that name, or the replacement cannot be called.
@@ -276,6 +279,7 @@ def _register(made: Kernel) -> Callable[..., Any]:
 
     torch operators take no NamedTuples: each field of such an argument is an argument of the operator.
     """
+    names, positional_count = made._names, made._positional
     flat: list[inspect.Parameter] = []
     for parameter in made.__signature__.parameters.values():
         if (
@@ -308,10 +312,14 @@ def _register(made: Kernel) -> Callable[..., Any]:
         )
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        return made.run(unflatten(args, kwargs))
+        values = unflatten(args, kwargs)
+        if swapped := _swapped.get():
+            keywords = zip(names[positional_count:], values[positional_count:], strict=True)
+            return made._call_swapped(swapped, values[:positional_count], dict(keywords))
+        return made.run(values)
 
     def fake(*args: Any, **kwargs: Any) -> Any:
-        return made.output(**dict(zip(made._names, unflatten(args, kwargs), strict=True)))
+        return made.output(**dict(zip(names, unflatten(args, kwargs), strict=True)))
 
     implementation.__signature__ = flat_signature  # type: ignore[attr-defined]
     schema = torch.library.infer_schema(implementation, mutates_args=made.mutates)
@@ -324,8 +332,6 @@ def _register(made: Kernel) -> Callable[..., Any]:
     )
     operator.register_fake(fake)
     records = [_is_record(p.annotation) for p in made.__signature__.parameters.values()]
-    names = made._names
-    positional_count = made._positional
 
     def call(*args: Any, **kwargs: Any) -> Any:
         values = made._values(args, kwargs)
