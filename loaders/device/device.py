@@ -140,12 +140,6 @@ class Device:
         with self._lock:
             return self._ledger.held_bytes()
 
-    @property
-    def headroom_bytes(self) -> int:
-        """The largest allocation that would be allowed now."""
-        free = self.free_bytes
-        return free if self.memory_limit is None else max(0, min(free, self.memory_limit - self.held_bytes))
-
     def held(self) -> tuple[DeviceBuffer, ...]:
         """The open buffers, oldest first."""
         with self._lock:

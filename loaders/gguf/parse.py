@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -133,13 +133,12 @@ def parse_header(data: memoryview, path: str, file_index: int = 0, *, size: int 
     key_count = _count(cursor, "key count", MAX_KEYS, MIN_KEY_VALUE_BYTES)
     metadata, value_offsets = _metadata(cursor, key_count)
     alignment = _alignment(cursor, metadata, value_offsets)
-    infos = [_tensor_info(cursor, i) for i in range(tensor_count)]
+    listed = _listed(cursor, tensor_count, alignment, file_index)
     cursor.reading = "the padding after the header"
     padding = -cursor.position % alignment
-    cursor.zeros(padding if infos else min(padding, cursor.size - cursor.position), "the padding before the tensors")
+    cursor.zeros(padding if listed else min(padding, cursor.size - cursor.position), "the padding before the tensors")
     cursor.size = cursor.size if size is None else size
-    tensors = _place(cursor, infos, alignment, file_index)
-    return Header(version, cursor.order, metadata, value_offsets, tensors)
+    return Header(version, cursor.order, metadata, value_offsets, _place(cursor, listed, alignment))
 
 
 def _magic(cursor: _Cursor) -> None:
@@ -287,21 +286,27 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, Value], value_offsets: Ma
     return alignment
 
 
-@dataclass(slots=True)
-class _ListedTensor:
-    """A tensor as the header lists it; its place is not checked yet."""
+def _listed(cursor: _Cursor, count: int, alignment: int, file_index: int) -> dict[str, TensorInfo]:
+    """Read the tensor infos, with offsets from the first tensor; each must start where the one before it ends."""
+    tensors: dict[str, TensorInfo] = {}
+    expected = 0
+    for index in range(count):
+        cursor.reading, start = f"tensor {index}", cursor.position
+        info = _tensor_info(cursor, file_index)
+        if info.name in tensors:
+            cursor.fail(f"tensor {info.name!r} a second time", "a name occurs once", at=start)
+        found, offset_at = f"offset {info.offset}", cursor.position - 8
+        if info.offset % alignment:
+            cursor.fail(found, f"offsets are multiples of the alignment, {alignment}", at=offset_at)
+        if info.offset != expected:
+            rule = f"tensors lie one after another without gap or overlap, so it must be {expected}"
+            cursor.fail(found, rule, at=offset_at)
+        tensors[info.name] = info
+        expected += info.nbytes + -info.nbytes % alignment
+    return tensors
 
-    start: int
-    name: str
-    ggml_type: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
-    offset_at: int
 
-
-def _tensor_info(cursor: _Cursor, index: int) -> _ListedTensor:
-    cursor.reading = f"tensor {index}"
+def _tensor_info(cursor: _Cursor, file_index: int) -> TensorInfo:
     start = cursor.position
     name = cursor.text("the tensor's name", MAX_TENSOR_NAME_BYTES)
     if not (name and name.isprintable()):
@@ -313,7 +318,6 @@ def _tensor_info(cursor: _Cursor, index: int) -> _ListedTensor:
         cursor.fail(f"{n_dims} dimensions", f"a tensor has 1 to {MAX_DIMS}", at=at)
     dims_at = cursor.position
     *dims, kind, offset = cursor.numbers(f"{n_dims}QIQ", "the tensor's dimensions, type and offset")
-    kind_at, offset_at = dims_at + 8 * n_dims, dims_at + 8 * n_dims + 4
     n_elements = 1
     for i, dim in enumerate(dims):
         n_elements *= dim
@@ -322,14 +326,14 @@ def _tensor_info(cursor: _Cursor, index: int) -> _ListedTensor:
         if n_elements >= 2**63:
             cursor.fail(f"dimensions {dims}", "their product is below 2^63", at=dims_at + 8 * i)
     if kind not in GGML_TYPES:
-        _refuse_type(cursor, kind, kind_at)
+        _refuse_type(cursor, kind, dims_at + 8 * n_dims)
     type_name, block, block_bytes = GGML_TYPES[kind]
     if dims[0] % block:
         cursor.fail(
             f"rows of {dims[0]} elements in type {type_name}", f"a row holds whole blocks of {block}", at=dims_at
         )
     nbytes = n_elements // block * block_bytes
-    return _ListedTensor(start, name, type_name, tuple(reversed(dims)), nbytes, offset, offset_at)
+    return TensorInfo(name, type_name, tuple(reversed(dims)), nbytes, file_index, offset)
 
 
 def _refuse_type(cursor: _Cursor, kind: int, at: int) -> NoReturn:
@@ -349,32 +353,16 @@ def _refuse_type(cursor: _Cursor, kind: int, at: int) -> NoReturn:
     )
 
 
-def _place(cursor: _Cursor, listed: list[_ListedTensor], alignment: int, file_index: int) -> dict[str, TensorInfo]:
-    """Check that the tensors fill the rest of the file in listed order, each padded to the alignment."""
-    data_start = cursor.position
+def _place(cursor: _Cursor, listed: dict[str, TensorInfo], alignment: int) -> dict[str, TensorInfo]:
+    """The tensors with offsets from the start of the file. They and their padding must fill the rest of the file."""
     tensors: dict[str, TensorInfo] = {}
-    for i, tensor in enumerate(listed):
-        cursor.reading = f"tensor {tensor.name!r}"
-        if tensor.name in tensors:
-            cursor.fail(f"tensor {tensor.name!r} a second time", "a name occurs once", at=tensor.start)
-        expected = cursor.position - data_start
-        if tensor.offset % alignment:
-            cursor.fail(
-                f"offset {tensor.offset}", f"offsets are multiples of the alignment, {alignment}", at=tensor.offset_at
-            )
-        if tensor.offset != expected:
-            cursor.fail(
-                f"offset {tensor.offset}",
-                f"tensors lie one after another without gap or overlap, so it must be {expected}",
-                at=tensor.offset_at,
-            )
-        cursor.need(tensor.nbytes, "its data")
-        tensors[tensor.name] = TensorInfo(
-            tensor.name, tensor.ggml_type, tensor.shape, tensor.nbytes, file_index, cursor.position
-        )
-        cursor.position += tensor.nbytes
-        padding = -tensor.nbytes % alignment
-        if i == len(listed) - 1:
+    for name, info in listed.items():
+        cursor.reading = f"tensor {name!r}"
+        cursor.need(info.nbytes, "its data")
+        tensors[name] = replace(info, offset=cursor.position)
+        cursor.position += info.nbytes
+        padding = -info.nbytes % alignment
+        if len(tensors) == len(listed):
             padding = min(padding, cursor.size - cursor.position)
         cursor.zeros(padding, "the padding after its data")
     cursor.reading = "the end of the file"

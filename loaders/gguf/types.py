@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, overload
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from ..checkpoint import TensorInfo
 
@@ -18,10 +18,7 @@ STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS = {  # metadata type id -> struct code, the same as NumPy's except for bool
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "B", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
-VALUE_TYPES = {
-    0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", BOOL: "bool",
-    STRING: "string", ARRAY: "array", 10: "uint64", 11: "int64", 12: "float64",
-}  # fmt: skip
+VALUE_TYPES = {int(kind): kind.name.lower() for kind in GGUFValueType}
 
 # Without Q8_1, which no file stores: gguf's table says 40 bytes, ggml's struct has 36.
 GGML_TYPES = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType if kind.name != "Q8_1"}

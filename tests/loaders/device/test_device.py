@@ -199,7 +199,7 @@ def test_partial_copies(device):
 def test_the_memory_limit_holds_for_every_kind_of_allocation():
     with open_device(DEVICE, memory_limit=1000) as device:
         first = device.allocate((600,), torch.uint8, label="first")
-        assert device.headroom_bytes == 400
+        assert device.held_bytes == 600
         for make in (
             lambda: device.allocate((401,), torch.uint8, label="second"),
             lambda: device.upload(np.zeros(401, dtype=np.uint8), label="second"),
@@ -214,7 +214,7 @@ def test_the_memory_limit_holds_for_every_kind_of_allocation():
             assert "within the memory limit of 1000 bytes. Raise memory_limit" in str(error)
         device.allocate((400,), torch.uint8, label="fits")
         first.close()
-        assert device.headroom_bytes == 600
+        assert device.held_bytes == 400
 
 
 def test_more_than_the_device_has_is_refused_with_numbers(device):
