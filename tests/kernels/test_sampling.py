@@ -257,7 +257,7 @@ FLOAT, INT32, INT64 = torch.ones(2), torch.ones(2, dtype=torch.int32), torch.one
         (LOGITS, {"top_k": INT64}, "top_k is torch.int64"),
         (LOGITS, {"top_p": FLOAT[:1]}, r"top_p must have shape \[2\]"),
         (LOGITS, {"min_p": FLOAT.half()}, "min_p is torch.float16"),
-        (LOGITS, {"top_p": torch.ones(4)[::2]}, "last dimension of top_p must be contiguous"),
+        (LOGITS, {"top_p": torch.ones(4, device=DEVICE)[::2]}, "last dimension of top_p must be contiguous"),
     ],
 )
 def test_bad_input_is_refused_before_a_launch(logits, parameters, message):
