@@ -7,9 +7,9 @@ from importlib import metadata
 
 import torch
 from rich.table import Table
-from rich.text import Text
 
 from rooflama.kernels import INTERPRETED
+from rooflama.models.facts import fact_table
 
 PACKAGES = (
     "rooflama",
@@ -60,7 +60,4 @@ def _backend() -> str:
 
 def environment() -> Table:
     """``facts`` as a table."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, value in facts():
-        table.add_row(Text(label, style="bold"), Text(value))
-    return table
+    return fact_table(facts())

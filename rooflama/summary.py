@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 
 from rooflama.loaders.opening import open_headers
 from rooflama.models import CheckpointReader, ModelConfig
+from rooflama.models.facts import fact_html, fact_table
+from rooflama.models.memory.amounts import size
 
 from .planning import adapter_of, with_rope
 
@@ -42,10 +42,10 @@ class Summary:
         biases = [name for name, there in present.items() if there]
         family = f"architecture {c.architecture}" + (f", {c.release}" if c.release else "")
         types = ", ".join(
-            f"{kind} {count} ({_size(self.tensor_bytes[kind])})" for kind, count in self.tensor_counts.items()
+            f"{kind} {count} ({size(self.tensor_bytes[kind])})" for kind, count in self.tensor_counts.items()
         )
         return [
-            ("file", f"{self.name}, {_size(sum(self.tensor_bytes.values()))} of tensors"),
+            ("file", f"{self.name}, {size(sum(self.tensor_bytes.values()))} of tensors"),
             ("model", f"{c.name} ({family})"),
             ("parameters", f"{self.num_parameters:,}"),
             ("layers", f"{c.num_layers}, hidden {c.hidden_size}, feed-forward {c.intermediate_size}"),
@@ -58,7 +58,7 @@ class Summary:
             ("biases", ", ".join(biases) or "none"),
             ("context", f"{c.context_length:,} tokens"),
             ("K/V cache", f"{c.kv_bytes_per_token(2):,.0f} bytes per token in 16 bits, "
-                          f"{c.kv_bytes_per_token(2) * c.context_length / 2**30:.2f} GiB at full context"),
+                          f"{size(int(c.kv_bytes_per_token(2) * c.context_length))} at full context"),
             ("vocabulary", f"{c.vocab_size:,} tokens, {self.tokenizer_model}"),
             ("output", "tied to the token embedding" if c.tied_embeddings else "its own matrix"),
             ("norm eps", f"{c.rms_norm_eps:.3g}"),
@@ -79,16 +79,10 @@ class Summary:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for label, value in self.rows():
-            table.add_row(Text(label, style="bold"), Text(value))
-        yield table
+        yield fact_table(self.rows())
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in self.rows())
-        return f"<table style='text-align:left'>{rows}</table>"
+        return fact_html(self.rows())
 
 
 def _rope(config: ModelConfig) -> str:
@@ -118,10 +112,6 @@ def _beyond_llama(config: ModelConfig) -> list[tuple[str, str]]:
         ("post norms", "yes" if config.post_norms else ""),
     ]
     return [(label, value) for label, value in rows if value]
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def inspect(path: str | os.PathLike[str], *, rope: Mapping[str, Any] | str | None = None) -> Summary:

@@ -9,6 +9,7 @@ from math import ceil, floor
 from rich.table import Table
 from rich.text import Text
 
+from ..facts import fact_html, fact_table
 from .amounts import count, size
 from .budget import Budget
 from .remedies import remedies
@@ -65,10 +66,7 @@ def rich_lines(plan: Budget) -> Iterator[Table | Text]:
         share = f"{line.nbytes / plan.total_bytes:.1%}"
         table.add_row(Text(group, style="bold"), line.name, size(line.nbytes), share, Text(line.formula, style="dim"))
     yield table
-    summary = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, value in verdict(plan):
-        summary.add_row(Text(label, style="bold"), Text(value))
-    yield summary
+    yield fact_table(verdict(plan))
 
 
 def html(plan: Budget) -> str:
@@ -97,10 +95,9 @@ def html(plan: Budget) -> str:
         f"<td style='text-align:right'>{line.nbytes / plan.total_bytes:.1%}</td><td>{escape(line.formula)}</td></tr>"
         for line in plan.lines
     )
-    summary = "".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>" for label, value in verdict(plan))
     return (
         f"<p><b>{escape(title(plan))}</b></p>"
         "<svg viewBox='0 0 1000 44' width='100%' style='max-width:60em' role='img' "
         f"aria-label='memory by group, {size(plan.total_bytes)} in all'>{''.join(bars)}</svg>"
-        f"<table style='text-align:left'>{rows}</table><table style='text-align:left'>{summary}</table>"
+        f"<table style='text-align:left'>{rows}</table>{fact_html(verdict(plan))}"
     )
