@@ -234,7 +234,7 @@ def test_one_token_that_fits_is_offered_and_nothing_is_said_not_to_fit(small):
 
 def test_a_limit_on_a_device_with_too_little_free():
     plan = llama(GPU, "int8").but(context=2048, limit=GIB, free_bytes=900 * MIB)
-    assert plan.remedies()[-1] == "a limit of 1.73 GiB on a device with 1010.00 MiB free would hold all of it"
+    assert plan.remedies()[-1] == "a limit of 1.76 GiB on a device with 1.02 GiB free would hold all of it"
 
 
 def test_the_end_of_the_search_is_not_an_answer():
