@@ -134,6 +134,8 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     "dot": {
         "any": [row({"itemsize": 2}, BLOCK_N=32, BLOCK_K=128, num_warps=4), row(BLOCK_N=32, BLOCK_K=64, num_warps=4)],
     },
+    # Dequantised rows that are alive at a time.
+    "matmul": {"any": [row(WORKSPACE_BYTES=128 << 20)]},
     "dequantize": {"any": [row(BLOCK_N=8, BLOCK_K=512, num_warps=4)]},
     "embedding": {"any": [row(BLOCK_K=1024, num_warps=4)]},
     "gated": {"any": [row(BLOCK=1024, num_warps=4)]},

@@ -1,28 +1,29 @@
 """Matrix product with quantised weights: out = x @ dequantize(weight).T (+ bias) (+ residual).
 
-What stands before and after it in a block can join: x is first normed (``norm_weight``), or the result's halves, gate
-and up, become silu(gate) * up (``swiglu``).
+The steps around a product in a transformer block can be fused into it: the norm of x (``norm_weight``), and
+silu(gate) * up of the result's two halves (``swiglu``).
 
 Layouts: x [num_tokens, columns], weight [rows, columns] in planes (``reference/quant_layouts.py``),
 out [num_tokens, rows], or [num_tokens, rows / 2] with swiglu.
 
-Four regimes, chosen by the number of tokens (``launch.py``):
+The number of tokens chooses one of four regimes ("quantized_matmul" in ``launch.py``):
 
     fixed_point  few tokens in 16 bits, quantised weights, not on AMD: integer dot products with x in 16-bit fixed
                  point (``quantized_fixed_point.py``).
     gemv         few tokens otherwise: float32 products (``quantized_gemv.py``).
-    dot          each program owns BLOCK_M tokens x BLOCK_N rows; weights are dequantised in registers, rounded to the
-                 dtype of x, and multiplied on tensor cores (float32: in full precision), float32 sums.
-    matmul       rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch.matmul.
+    dot          each program owns BLOCK_M tokens x BLOCK_N rows. It dequantises the weights in registers, rounds them
+                 to the dtype of the result, and multiplies on tensor cores (float32: in full precision).
+    matmul       rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch multiplies.
 
-The norm is a pass of its own in ``dot``, where x times its weight could overflow float16, and in ``matmul``, as swiglu
-is there. Elsewhere a tile's rows alternate between gate and up, so that each pair meets in one program.
+In ``dot`` the norm is a launch of its own, because x times the norm's weight could overflow float16. In ``matmul`` the
+norm and swiglu are launches of their own. Otherwise a tile's rows alternate between gate and up, so that each pair
+meets in one program.
 
-``batch_invariant`` takes ``dot`` with one tile size for every number of tokens, so that a token's result does not
-depend, in any bit, on the tokens beside it.
+``batch_invariant`` takes ``dot`` with one tile size for every number of tokens: a token's result is then the same, bit
+for bit, whatever tokens stand beside it.
 
 Numerics: float32 sums, in a fixed order within a regime; bias and residual join in float32 before the one rounding.
-In ``matmul`` all this is torch.addmm's, whose sums of parts may be 16 bits wide and whose float32 may be TF32:
+In ``matmul`` the numerics are torch.addmm's: partial sums may be 16 bits wide, and float32 may be TF32, as
 torch.backends.cuda.matmul says.
 Moves, at few tokens: the planes once, for 2 x num_tokens x rows x columns flops.
 """
@@ -55,8 +56,6 @@ from .quantized_fixed_point import launch_fixed_point
 from .quantized_gemv import launch_gemv
 from .quantized_tiles import Input, Output, load_tile, planes_of, store_tile, tile_rows
 from .weight import QuantLayout, Weight, check_weight
-
-WORKSPACE_BYTES = 128 << 20  # dequantised rows alive at a time in the matmul regime
 
 
 @triton.jit(do_not_specialize=["num_tokens", "rows"])  # else a 1 compiles to other code, with other roundings
@@ -115,13 +114,14 @@ def _launch_dot(x: Tensor, weight: Weight, output: Output, swiglu: bool, block_m
 
 
 def most_tokens(layout: QuantLayout, device: torch.device) -> dict[str, int]:
-    """Regime -> the most tokens that it serves, in the order of preference; beyond all, matmul."""
+    """The most tokens that each regime serves. The first regime that serves a call takes it; matmul takes the rest."""
     return configuration("quantized_matmul", device, is_float=layout.is_float)
 
 
-def rows_per_pass(columns: int, itemsize: int) -> int:
+def rows_per_pass(columns: int, itemsize: int, device: torch.device) -> int:
     """Rows that the matmul regime dequantises at a time, a multiple of 16."""
-    return max(16, WORKSPACE_BYTES // (itemsize * max(1, columns)) // 16 * 16)
+    limit = configuration("matmul", device)["WORKSPACE_BYTES"]
+    return max(16, limit // (itemsize * max(1, columns)) // 16 * 16)
 
 
 def _matmul(out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -131,7 +131,7 @@ def _matmul(out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None, residua
     if weight.layout.is_float and weight.planes[0].dtype == x.dtype:
         _add_product(x, weight.planes[0], addend, out)
         return
-    step = rows_per_pass(columns, x.element_size())
+    step = rows_per_pass(columns, x.element_size(), x.device)
     for start in range(0, rows, step):
         rows_now = slice(start, start + step)
         part = dequantize.run((weight.slice_rows(start, start + step), x.dtype))

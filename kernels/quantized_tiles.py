@@ -311,7 +311,7 @@ def planes_of(weight: Weight) -> Planes:
     if weight.ggml_type == "BF16":  # the interpreter widens bfloat16 subnormals wrongly; whole numbers it gets right
         planes["values"] = planes["values"].view(torch.int16)
     return Planes(
-        low=planes.get("values", planes.get("low")),
+        low=planes["values" if weight.layout.is_float else "low"],
         high=planes.get("high"),
         d=planes.get("d"),
         scales=planes.get("scales", packed),

@@ -13,7 +13,8 @@ import torch
 
 from rooflama.kernels import LAYOUTS
 from rooflama.kernels.attention_decode import most_splits
-from rooflama.kernels.quantized_matmul import WORKSPACE_BYTES, most_tokens, rows_per_pass
+from rooflama.kernels.launch import configuration
+from rooflama.kernels.quantized_matmul import most_tokens, rows_per_pass
 from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK
 from rooflama.kernels.sampling_filters import LEVELS
@@ -24,6 +25,8 @@ from ..kv_cache import is_scaled, ring_pages
 from .weights import Matrix
 
 DIGIT_BITS = 32 // LEVELS
+ANY_GPU = torch.device("cpu")  # the launch table's rows for products are the same on all GPUs where they matter here
+WORKSPACE_BYTES = configuration("matmul", ANY_GPU)["WORKSPACE_BYTES"]
 
 Moment = Mapping[str, int]  # name of a term -> bytes alive at one moment
 
@@ -122,10 +125,10 @@ def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtyp
     worst = 0
     for matrix in matrices:
         layout = LAYOUTS[matrix.ggml_type]
-        few = tokens <= most_tokens(layout, torch.device("cpu"))["dot"]  # as on every GPU
+        few = tokens <= most_tokens(layout, ANY_GPU)["dot"]
         if few or (layout.is_float and getattr(torch, layout.planes[0].dtype) == dtype):
             continue
-        rows = min(matrix.rows, rows_per_pass(matrix.columns, dtype.itemsize))
+        rows = min(matrix.rows, rows_per_pass(matrix.columns, dtype.itemsize, ANY_GPU))
         worst = max(worst, rows * matrix.columns * dtype.itemsize)
     return worst
 

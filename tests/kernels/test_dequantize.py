@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from assertions import assert_bit_equal, assert_guards_intact
 from quant_blocks import TYPES, guarded_weight, random_blocks, random_bytes, random_weight, some_columns, virtual_rows
-from rooflama.kernels import KernelInputError, dequantize, reference, resident_form
+from rooflama.kernels import KernelInputError, Weight, dequantize, reference, resident_form
 from rooflama.kernels.dequantize import _dequantize_kernel
 from rooflama.kernels.quantized_tiles import planes_of
 from rooflama.loaders.gguf.repack import repack
@@ -105,6 +105,9 @@ def test_bad_input_is_refused_before_a_launch():
     ]:
         with pytest.raises(KernelInputError, match=message):
             dequantize(broken)
+        if isinstance(broken, Weight):
+            with pytest.raises(KernelInputError, match=message):
+                Weight.make(*broken)
     with pytest.raises(KernelInputError, match=r"dtype is torch\.float64"):
         dequantize(weight, torch.float64)
 

@@ -18,6 +18,7 @@ from rooflama.kernels import (
     reference,
     resident_form,
 )
+from rooflama.kernels.launch import override
 from rooflama.kernels.quantized_tiles import Input, Output, planes_of
 from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
@@ -304,15 +305,14 @@ def test_output_beyond_int32(regime, swiglu):
 
 
 @pytest.mark.parametrize("ggml_type", ["Q4_1", "Q6_K"])
-def test_a_small_workspace_changes_nothing_but_the_number_of_passes(ggml_type, monkeypatch):
+def test_a_small_workspace_changes_nothing_but_the_number_of_passes(ggml_type):
     rng = np.random.default_rng(0)
     weight, x = random_weight(rng, ggml_type, 40, 256), normal(rng, 70, 256)
     bias, residual = normal(rng, 40), normal(rng, 70, 40)
-    module = importlib.import_module("rooflama.kernels.quantized_matmul")  # its name is the function's
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", 16 * 256 * 4)
-    got = quantized_matmul(x, weight, bias, residual=residual)
-    assert_matmul_close(got, x, weight, bias, residual, context=ggml_type)
-    assert_matmul_close(quantized_matmul(x, weight), x, weight, context=ggml_type)
+    with override("matmul", WORKSPACE_BYTES=16 * 256 * 4):
+        got = quantized_matmul(x, weight, bias, residual=residual)
+        assert_matmul_close(got, x, weight, bias, residual, context=ggml_type)
+        assert_matmul_close(quantized_matmul(x, weight), x, weight, context=ggml_type)
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)
