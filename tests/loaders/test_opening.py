@@ -1,4 +1,4 @@
-"""Every kind of checkpoint goes through one door, and what is none is refused there."""
+"""Opening every kind of checkpoint, and refusing what is not a checkpoint."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the tests of the device boundary share."""
+"""Fixtures of the tests of the device boundary."""
 
 import pytest
 

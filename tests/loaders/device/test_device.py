@@ -1,7 +1,4 @@
-"""The device boundary: what copies carry, who owns what, and what is refused.
-
-The same tests run on a GPU where there is one.
-"""
+"""The device boundary: copies, ownership, and what is refused. On a machine with a GPU, the tests run there."""
 
 import math
 import warnings
@@ -45,7 +42,7 @@ def test_round_trip_and_what_a_buffer_says(device):
     seed=seeds,
 )
 def test_upload_keeps_every_bit(small_chunks, shape, dtype, transposed, seed):
-    """Any shape and dtype, chunk boundaries inside, NaN payloads included."""
+    """Any shape and dtype, across chunk boundaries, with NaN payloads."""
     shape = [*shape[:-1], shape[-1] * 16] if shape else []
     raw = np.random.default_rng(seed).integers(0, 2 if dtype == torch.bool else 256, math.prod(shape) * dtype.itemsize)
     source = torch.tensor(raw.tolist(), dtype=torch.uint8).view(dtype).reshape(shape)
@@ -72,7 +69,7 @@ def test_read_only_and_mapped_arrays_upload_without_a_warning(device, tmp_path):
 
 
 def test_borrowing(device):
-    """On a CPU a borrowed buffer is the caller's memory; on a GPU it is a copy all the same. Both are counted."""
+    """On a CPU a borrowed buffer is the caller's memory, on a GPU a copy. Both are counted."""
     values = np.zeros(8, dtype=np.float32)
     buffer = device.upload(values, label="mine", borrow=True)
     assert (buffer.tensor.data_ptr() == values.ctypes.data) == (device.kind == "cpu")
@@ -131,7 +128,7 @@ def test_free_is_refused_the_second_time(device):
     device.free(buffer)
     with pytest.raises(DoubleFree, match=r"buffer 'x' \(16 bytes\): it was freed before"):
         device.free(buffer)
-    buffer.close()  # what close promises does not depend on how the buffer ended
+    buffer.close()  # close is idempotent however the buffer was freed
     closed = device.allocate((4,), torch.float32, label="y")
     closed.close()
     with pytest.raises(DoubleFree):

@@ -1,6 +1,6 @@
-"""The device boundary where something goes wrong: each fault is a typed error, and nothing stays held unseen.
+"""Faults at the device boundary: each raises a typed error, and leaves nothing allocated that is not listed.
 
-The same tests run on a GPU where there is one.
+On a machine with a GPU, the tests run there.
 """
 
 import gc
@@ -36,7 +36,7 @@ from strategies import DEVICE, SMALL_CHUNK
 
 @pytest.fixture
 def fail_at(monkeypatch):
-    """Make the n-th raw step from now on raise; the list that is given back records every step."""
+    """Make the n-th operation from now on raise; the returned list records every operation."""
 
     def arm(n, error):
         steps = []
@@ -67,7 +67,7 @@ DRIVER_SAYS = [
 
 
 def _load(device, arrays):
-    """Stands for a loader: several tensors, then a cache."""
+    """Upload like a loader: several tensors, then a cache."""
     with device.all_or_nothing():
         buffers = [device.upload(array, label=f"w.{i}") for i, array in enumerate(arrays)]
         buffers.append(device.allocate((64,), torch.float16, label="cache"))
@@ -97,12 +97,12 @@ def test_every_allocation_and_copy_may_fail_and_nothing_stays(small_chunks, fail
                 assert caught.value.__cause__ is error
                 assert repr(steps[-1][1]) in str(caught.value)
             fail_at(-2, error)
-            if expected is DeviceLost:  # for good, on this device
+            if expected is DeviceLost:  # permanently, on this device
                 with pytest.raises(DeviceLost, match="must answer"):
                     _load(device, arrays)
             else:
                 assert len(_load(device, arrays)) == 4
-    with open_device(DEVICE) as device:  # the process can load again
+    with open_device(DEVICE) as device:  # the process can still load
         assert len(_load(device, arrays)) == 4
 
 
@@ -184,7 +184,7 @@ def test_a_device_dropped_with_buffers_is_reported(monkeypatch):
 
 
 def test_each_of_several_devices_is_reported(monkeypatch):
-    """Python shows a warning once for each text."""
+    """Python shows a warning once per text."""
     monkeypatch.setenv("ROOFLAMA_DEBUG", "1")
     for _ in range(3):
         open_device(DEVICE).allocate((10,), torch.uint8, label="forgotten")
@@ -253,7 +253,7 @@ def test_what_is_held_at_exit_is_reported_to_who_debugs(tmp_path, debug):
 
 
 class Lifetimes(RuleBasedStateMachine):
-    """Any sequence of allocations, closes and frees keeps the ledger equal to a plain dictionary's."""
+    """After any sequence of allocations, closes and frees, the ledger equals a plain dictionary."""
 
     LIMIT = 1000
     buffers = Bundle("buffers")

@@ -1,4 +1,4 @@
-"""The GGUF reader against gguf's own, on files that gguf's writer and our byte builder make."""
+"""The GGUF reader against gguf's reader, on files made by gguf's writer and by a byte builder."""
 
 import importlib.metadata
 import subprocess
@@ -134,7 +134,7 @@ def test_every_metadata_type_in_both_versions_and_byte_orders(tmp_path, version,
 
 @given(kind=st.sampled_from(sorted(byteswap_tensors)), rows=st.integers(1, 4), blocks=st.integers(1, 3), seed=seeds)
 def test_big_endian_blocks_swap_as_gguf_converts_them(tmp_path, kind, rows, blocks, seed):
-    """gguf's converter is the oracle for the block types that it knows."""
+    """gguf's converter is the oracle for the block types that it supports."""
     data = random_tensor(np.random.default_rng(seed), kind, rows, blocks)
     block, block_bytes = GGML_QUANT_SIZES[kind]
     swapped = gguf.gguf_reader.ReaderTensor("t", kind, None, 0, 0, 0, data.reshape(-1).copy(), None)
@@ -147,7 +147,7 @@ def test_big_endian_blocks_swap_as_gguf_converts_them(tmp_path, kind, rows, bloc
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q2_K", "Q3_K", "Q5_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "Q1_0"])
 def test_big_endian_swap_touches_the_scales_of_a_block(tmp_path, kind):
-    """A block whose 16-bit fields are 1.0 in big-endian dequantises as the little-endian one does."""
+    """A block whose 16-bit fields hold 1.0 in big-endian dequantises like its little-endian form."""
     ggml_type = GGMLQuantizationType[kind]
     fields = {"Q4_1": [0, 2], "Q2_K": [80, 82], "Q3_K": [108], "Q5_K": [0, 2], "IQ4_NL": [0], "IQ4_XS": [0, 2]}
     little = random_tensor(np.random.default_rng(3), ggml_type, 2, 2)
@@ -373,7 +373,7 @@ def test_demo_checkpoint_equals_gguf_reader():
 
 
 def test_reading_a_file_needs_no_tokenizer_library(tmp_path):
-    """In a fresh process. sentencepiece is hidden there: the gguf package imports it where it finds it."""
+    """Runs in a fresh process, in which sentencepiece is hidden: the gguf package imports it if it can."""
     path = tmp_path / "small.gguf"
     path.write_bytes(small_file())
     script = f"""

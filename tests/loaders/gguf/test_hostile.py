@@ -1,4 +1,4 @@
-"""Files that lie: each is refused with the byte at which it does, at once, and in memory bounded by its size."""
+"""Hostile files: each is refused quickly, with the byte at fault, in memory bounded by the size of the file."""
 
 import itertools
 import os
@@ -327,7 +327,7 @@ def test_a_file_without_permission(tmp_path):
 
 
 def test_the_plain_reader_agrees_on_the_valid_file():
-    """The oracle is itself no rubber stamp: it reads the values that were written."""
+    """The oracle reads the values that were written, and refuses a bad file."""
     metadata, tensors = strict_read(small_file())
     assert metadata["scalar.5"] == -70_000
     assert metadata["array.strings"][4] == "日本"
@@ -338,7 +338,7 @@ def test_the_plain_reader_agrees_on_the_valid_file():
 
 @pytest.mark.parametrize(("count", "remedy"), [(1000, "Close keys are"), (1001, "Convert the model again")])
 def test_a_missing_key_is_not_looked_for_among_thousands(count, remedy, tmp_path):
-    """Comparing it with 65,000 of its letters would take seconds."""
+    """Comparing the key with 65,000 permutations of its letters would take seconds."""
     alike = itertools.islice(map("".join, itertools.permutations("split.no")), 1, count)
     keys = [key(name, U8, b"\1") for name in alike] + [key("split.count", U16, number(U16, 2))]
     path = tmp_path / "m-00001-of-00002.gguf"

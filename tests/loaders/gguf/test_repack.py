@@ -1,4 +1,4 @@
-"""Repacking loses nothing: the planes dequantise to what gguf makes of the file's blocks, bit for bit."""
+"""Repacking is lossless: the planes dequantise to the bits that gguf computes from the blocks of the file."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_planes_dequantise_as_gguf_does(ggml_type, make, rows, data, seed):
 
 @pytest.mark.parametrize("ggml_type", TYPES)
 def test_runs_of_rows_join_seamlessly(ggml_type, monkeypatch):
-    """Rows are repacked in runs on several threads; the seams do not show."""
+    """Repacking in runs of rows on several threads gives the same planes."""
     monkeypatch.setattr("rooflama.loaders.gguf.repack.RUN_WEIGHTS", 1024)
     raw = random_blocks(np.random.default_rng(0), ggml_type, 23, 256)
     assert_same_floats(
@@ -57,7 +57,7 @@ def test_pack_puts_element_i_where_the_layout_says(bits, words, seed):
 
 @given(bits=st.sampled_from([(4, 1), (4, 2), (2, 1)]), words=st.integers(1, 3), seed=seeds)
 def test_one_shift_brings_high_bits_to_their_low_bits(bits, words, seed):
-    """Part by part, four codes at a time: what the dot products of bytes rest on."""
+    """Parts hold four codes at a time, on which the dot products of bytes rely."""
     low_bits, high_bits = bits
     size = words * 2 * 32 // high_bits
     codes = np.random.default_rng(seed).integers(0, 1 << (low_bits + high_bits), (3, size), dtype=np.uint8)
@@ -84,7 +84,7 @@ def test_one_shift_brings_high_bits_to_their_low_bits(bits, words, seed):
 
 @pytest.mark.parametrize("ggml_type", TYPES)
 def test_bytes_equal_the_files_but_for_widened_scales(ggml_type):
-    widened = {"Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_XS": 2}  # bytes more a block: 3.6%, 2.8%, 2.3%, 1.5%
+    widened = {"Q3_K": 4, "Q4_K": 4, "Q5_K": 4, "IQ4_XS": 2}  # additional bytes per block: 3.6%, 2.8%, 2.3%, 1.5%
     raw = random_blocks(np.random.default_rng(0), ggml_type, 3, 512)
     num_blocks = 3 * 512 // LAYOUTS[ggml_type].quant_block
     assert repack(raw, ggml_type, 512).nbytes == raw.nbytes + num_blocks * widened.get(ggml_type, 0)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: the bytes that the safetensors library reads, and every rule of file and config."""
+"""Hugging Face folders: equal bytes to the safetensors library, and every rule for files and config."""
 
 import contextlib
 import copy
@@ -59,7 +59,7 @@ def test_bytes_equal_the_librarys(name, dtype, shard_size, tmp_path):
 
 # Files
 
-FORMAT = "the header follows the safetensors format"  # the rule of what the library refuses
+FORMAT = "the header follows the safetensors format"  # the rule in errors that come from the library
 
 
 def one_tensor(header=None, *, data=bytes(8), length=None):
@@ -121,7 +121,7 @@ def test_damaged_files_are_refused(content, message, folder):
 
 
 def test_headers_of_more_than_a_mebibyte_are_a_small_part_of_the_file(folder):
-    """Else 14 MiB of empty lists would take 400 MiB of memory."""
+    """Otherwise 14 MiB of empty lists would take 400 MiB of memory."""
     path = folder / "model.safetensors"
     nbytes = 16 * (2**20 + 1) - 8 - (2**20 + 1)
     header = json.dumps({"a": entry("U8", (nbytes,), (0, nbytes))}).encode().ljust(2**20 + 1)
@@ -214,7 +214,7 @@ def test_windows(name, changes, windows, tmp_path):
 )
 @pytest.mark.usefixtures("numpy_backend")
 def test_windows_of_odd_configs_are_those_of_transformers(name, changes, unread, tmp_path):
-    """A key that the model's type does not define changes nothing, and is said."""
+    """A key that the model type does not define changes nothing, and a warning names it."""
     folder = write_case(name, tmp_path, "safetensors")
     (folder / "config.json").write_text(json.dumps(config_json(name, **{"sliding_window": 9, **changes})))
     tokens = random_tokens(20)
@@ -285,7 +285,7 @@ def test_keys_that_may_change_the_logits_are_refused(changes):
 
 
 def test_a_family_with_multipliers_needs_more_than_one_line(monkeypatch):
-    """Granite as the guide's one line adds it: its logits would be 8 times too large."""
+    """Granite added with one line, as in the guide: its logits would be 8 times too large."""
     monkeypatch.setitem(hf_config.FAMILIES, "granite", hf_config.HFFamily("llama"))
     sizes = {key: value for key, value in SIZES.items() if not key.endswith("token_id")}
     config = json.loads(GraniteConfig(**sizes, logits_scaling=8.0, residual_multiplier=0.22).to_json_string())

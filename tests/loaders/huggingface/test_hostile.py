@@ -1,4 +1,4 @@
-"""Hugging Face folders with anything at all in their JSON: read or refused, in an error that is short."""
+"""Hugging Face folders with arbitrary JSON: each is read, or refused with a short error."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ LONGEST_ERROR = 4_000  # characters
 
 
 def changed(file, *path):
-    """The JSON file with each odd value in turn at ``path``."""
+    """Write the JSON file with each odd value in turn at ``path``."""
     before = json.loads(file.read_text())
     for value in ODD:
         content = json.loads(json.dumps(before))
@@ -37,7 +37,7 @@ def changed(file, *path):
 
 
 def read_config(folder):
-    """All of a folder's config that anything reads before the weights."""
+    """Read all of a folder's config that is read before the weights."""
     with contextlib.suppress(RooflamaError), read_safetensors(folder) as checkpoint:
         architecture = checkpoint.metadata["general.architecture"]
         rope = adapter_for(architecture).read_config(CheckpointReader(checkpoint)).rope

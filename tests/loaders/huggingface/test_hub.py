@@ -1,4 +1,4 @@
-"""``hf:`` references against a Hub on this machine: what is downloaded, what the cache gives, and every way to fail."""
+"""``hf:`` references against a local Hub: what is downloaded, what comes from the cache, and every failure."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ EXTRAS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Of a folder, and of GGUF files: one, and a split set."""
+    """The files of a folder, of one GGUF file, and of a split set."""
     folder = write_folder("llama3", tmp_path_factory.mktemp("hub") / "folder")
     small = Parts().write(folder.parent / "small.gguf").read_bytes()
     return files_of(folder) | EXTRAS, {"small.gguf": small, "q8/other.gguf": b"GGUF", "config.json": b"{}"}
@@ -41,7 +41,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def hub(files, tmp_path, monkeypatch):
-    """The environment's variables are read when the library is imported; here it is imported already."""
+    """The library reads environment variables when it is imported, which has already happened here."""
     with serving() as served:
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
@@ -49,7 +49,7 @@ def hub(files, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between retries
         monkeypatch.delenv("HF_TOKEN", raising=False)
         for name, content in zip(("owner/folder", "owner/gguf"), files, strict=True):
             served.repositories[name] = Repository()
@@ -145,7 +145,7 @@ def test_a_pinned_revision_stays_what_it_is(hub, files, offline):
     assert rooflama.load_tokenizer("hf:owner/folder@v1").eos_ids == {401}
     hub.requests.clear()
     assert rooflama.load_tokenizer(f"hf:owner/folder@{old}").eos_ids == {401}
-    assert not hub.requests  # a commit hash in the cache needs no question
+    assert not hub.requests  # for a commit hash in the cache, the Hub is not contacted
     path, _ = fetch(f"hf:owner/folder@{new}")
     assert path.name == new
     offline()
@@ -237,7 +237,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
 @pytest.fixture
 def small_requests(monkeypatch):
-    """Headers are longer than what is asked for first."""
+    """The headers are longer than the first request."""
     monkeypatch.setattr("rooflama.loaders.huggingface.hub_headers.FIRST_BYTES", 1024)
 
 
@@ -338,7 +338,7 @@ def test_a_file_without_room_is_refused(hub, monkeypatch):
 
 
 def test_the_environment_counts_as_the_library_has_it(hub, tmp_path):
-    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, in a process of its own."""
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, in a fresh process."""
 
     def inspect(**variables):
         environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "COLUMNS": "200"}

@@ -1,4 +1,4 @@
-"""Rotary parameters of a config.json: where they are looked for, and logits that are transformers' whatever is odd."""
+"""Rotary parameters of a config.json: where they are read, and logits equal to transformers' in odd cases too."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def test_rotary_parameters_arrive_whole_in_old_and_new_spelling():
 
 
 def test_phi3_as_it_was_published():
-    """Type "su", and the original context beside the rotary parameters."""
+    """Type "su", with the original context outside the rotary parameters."""
     factors = {key: config_json("phi3-128k")["rope_parameters"][key] for key in ("short_factor", "long_factor")}
     published = {"rope_parameters": DROPPED, "rope_theta": 1e4, "rope_scaling": {"type": "su", **factors}}
     old, new = (metadata_of("phi3-128k", **changes)["phi3.rope.huggingface"] for changes in (published, {}))
@@ -59,7 +59,7 @@ def test_phi3_as_it_was_published():
 )
 @pytest.mark.usefixtures("numpy_backend")
 def test_odd_rotary_parameters_are_read_as_transformers_reads_them(name, changes, said, tmp_path):
-    """What transformers does not define for the kind, or what it overrules, is named; the logits are its own."""
+    """A warning names keys that transformers ignores; the logits equal those of transformers."""
     folder = write_case(name, tmp_path, "safetensors")
     config = config_json(name, rope_parameters=DROPPED, rope_scaling=changes, rope_theta=1e4)
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Paths that cannot be read: each is one error that names the path and says why, never an OSError."""
+"""Unreadable paths: each raises one typed error that names the path and the reason, never an OSError."""
 
 import errno
 import io
@@ -20,7 +20,7 @@ DENIED = "(Permission denied)"
 
 @pytest.fixture
 def deny(monkeypatch):
-    """A function that makes a path unreadable, for root too."""
+    """A function that makes a path unreadable, even for root."""
     denied = set()
 
     def guarded(real):

@@ -1,4 +1,4 @@
-"""Folders as they are in the wild: which files and tensors count, each case against transformers where it loads it."""
+"""Folders as published: which files and tensors are read, compared with transformers if it loads the case."""
 
 import json
 import re
@@ -37,14 +37,14 @@ def store(folder, name, tensors):
 
 
 def change(folder, edit):
-    """Store the tensors of model.safetensors again, after ``edit`` changed their dict."""
+    """Rewrite model.safetensors after ``edit`` has changed the dict of its tensors."""
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     store(folder, "model.safetensors", tensors)
 
 
 def shard(folder, *, factor=1.0, also=()):
-    """Two shards and their index, made of model.safetensors, which stays; ``also``: tensors that both shards hold."""
+    """Write two shards and their index beside model.safetensors; ``also``: tensors that both shards hold."""
     tensors = {name: tensor * factor for name, tensor in load_file(folder / "model.safetensors").items()}
     half = len(tensors) // 2
     files = {name: f"model-{1 + (i >= half):05d}-of-00002.safetensors" for i, name in enumerate(tensors)}
@@ -65,7 +65,7 @@ def logits_of(folder):
 
 
 def agree(folder, said=""):
-    """transformers' logits, and one warning that matches ``said``; without it none."""
+    """Check for the logits of transformers, and for one warning that matches ``said``; if it is empty, for none."""
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -181,7 +181,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
 )
 def test_index_refused(index, message, folder):
     (folder / INDEX).write_text(json.dumps(index))
-    if "beside" in message:  # even where it is not read
+    if "beside" in message:  # even if it is not read
         with pytest.raises(HuggingFaceError, match=message):
             read_safetensors(folder)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
@@ -220,7 +220,7 @@ def test_a_tied_weight_that_is_stored_twice(tied):
 
 @pytest.mark.parametrize("row", [0, -1])
 def test_a_tied_weight_that_is_stored_twice_and_differs(row, tied, monkeypatch):
-    """transformers takes both as they are; one number is enough, wherever the comparison meets it."""
+    """transformers uses both; a single different number suffices, wherever it is."""
     monkeypatch.setattr("rooflama.loaders.huggingface.folder.CHUNK", 1000)
 
     def differ(tensors):

@@ -1,4 +1,4 @@
-"""Byte-level BPE against a plain spelling of the algorithm, cut into words by another regex runner."""
+"""Byte-level BPE against a plain implementation that cuts words with another regex engine."""
 
 import functools
 import itertools

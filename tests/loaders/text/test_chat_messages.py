@@ -1,4 +1,4 @@
-"""What a conversation may look like: shapes that templates take, and slips that are refused before they reach one."""
+"""Conversations: shapes that templates accept, and mistakes that are refused before rendering."""
 
 import enum
 import warnings
@@ -34,7 +34,7 @@ class Role(enum.StrEnum):
 
 
 def since_5_23(messages: list) -> object:
-    """A case in which earlier releases of transformers give the template other keys than 5.23 does."""
+    """A case in which releases of transformers before 5.23 pass other keys to the template."""
     reason = "before 5.23, content and tool_calls that are None reach the template, and thinking stands alone"
     return pytest.param(
         messages, marks=pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason=reason)
@@ -101,7 +101,7 @@ def test_slips_are_refused(messages, found):
 
 
 def weather(city: str) -> str:
-    """Not called."""
+    """Never called."""
     return city
 
 

@@ -1,4 +1,4 @@
-"""Chat templates: the models' own shapes rendered as transformers renders them, and hostile ones stopped in time."""
+"""Chat templates: the styles of known models rendered as in transformers, and hostile templates stopped in time."""
 
 import itertools
 import resource
@@ -179,7 +179,7 @@ def test_styles_of_the_families(style):
     for said, variables in itertools.product(CONVERSATIONS.values(), VARIABLES):
         try:
             wanted, _ = render_jinja_template([said], chat_template=STYLES[style], **SPECIAL, **variables)
-        except Exception:  # the template does not take this conversation: for a reason of its own, or Jinja's
+        except Exception:  # the template refuses this conversation, or Jinja fails on it
             with pytest.raises(ChatTemplateError, match=r"refuses the messages|failed with"):
                 ChatTemplate(STYLES[style]).render(said, **SPECIAL, **variables)
         else:
@@ -406,7 +406,7 @@ BOMBS = {
         "{% for i in range(99) %}{{ f(a=ns.x, b=ns.x) }}{% endfor %}{{ ns.x == ns.x.copy() }}",
         TOO_LARGE,
     ),
-    "deep tuples": (  # Python overflows its stack when it hashes one of 100,000
+    "deep tuples": (  # hashing a tuple 100,000 deep overflows Python's stack
         "{% set ns = namespace(x=()) %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}{{ {ns.x: 1} }}",
         "nest at most 256 deep",
     ),
@@ -432,7 +432,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_hostile_templates_end_in_bounded_time_and_memory(name, monkeypatch):
     source, reason = BOMBS[name]
-    seconds = 0.2 if reason == TOO_LONG else 20.0  # the other bounds hold on a slow machine too
+    seconds = 0.2 if reason == TOO_LONG else 20.0  # the other bounds do not depend on the machine's speed
     monkeypatch.setattr(chat_template, "MAX_SECONDS", seconds)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders against transformers' own, and files that are missing or contradict each other."""
+"""Tokenizers of Hugging Face folders against transformers, and files that are missing or contradict each other."""
 
 import functools
 import json
@@ -24,12 +24,12 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{
 
 
 def save(folder, made, **names):
-    """The folder that transformers saves."""
+    """A folder saved by transformers."""
     PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=False, **names).save_pretrained(folder)
 
 
 def llama_class(folder):
-    """transformers 5 builds this class's rules itself; what it saves says the same."""
+    """transformers 5 builds the rules of this class itself, and saves the same rules."""
     state = json.loads(sentencepiece_json().to_str())["model"]
     merges = [tuple(merge) for merge in state["merges"]]
     LlamaTokenizer(vocab=state["vocab"], merges=merges).save_pretrained(folder)
@@ -427,7 +427,7 @@ def test_truncation_and_padding_in_the_file_do_not_count(tmp_path):
 
 
 def test_a_character_that_the_vocabulary_cannot_spell_is_refused(folder):
-    """The library would drop it."""
+    """The library would drop the character."""
 
     def without_a_byte(content):
         spare = content["model"]["vocab"].pop("\u0104")  # byte 0x04 in GPT-2's alphabet
@@ -448,7 +448,7 @@ def test_without_unknown_token_and_byte_fallback_nothing_is_read(tmp_path):
 
 
 def test_a_pattern_that_backtracks_too_long_is_an_error(folder, capfd):
-    """The library panics then, with an exception that is no Exception; it works on for the next text."""
+    """The library panics with an exception that is not an Exception, and still works for the next text."""
     cut = {"type": "Split", "pattern": {"Regex": "(a|a|a)*(a|aa)*$x"}, "behavior": "Isolated", "invert": False}
     stored(folder, lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, cut))
     ours = read_folder_tokenizer(folder)
@@ -467,7 +467,7 @@ def test_only_panics_become_errors():
 
 @pytest.mark.parametrize("index", [802, 2**32 - 1])
 def test_ids_mostly_without_a_token_are_refused(index, tmp_path):
-    """Else a file of some bytes would ask for a table of 2^32 tokens."""
+    """Otherwise a small file could ask for a table of 2^32 tokens."""
     byte_level_json().save(str(tmp_path / "tokenizer.json"))
     stored(tmp_path, lambda content: content["model"]["vocab"].update(far=index))
     with pytest.raises(TokenizerError, match=f"id {index} among 401 tokens"):

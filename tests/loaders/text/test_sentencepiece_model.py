@@ -64,7 +64,7 @@ def test_added_tokens_follow_the_pieces_of_a_tokenizer_model(tmp_path):
 
 
 def model_and(trainer=None, normalizer=None, pieces=()):
-    """The trained model file with more in it: of a setting that is there twice, the last counts."""
+    """The trained model file with further fields; of a repeated setting, the last one counts."""
     more = ModelProto(trainer_spec=trainer, normalizer_spec=normalizer, pieces=pieces)
     return trained_sentencepiece() + more.SerializeToString()
 
@@ -106,7 +106,7 @@ def test_bad_tokenizer_models_are_refused(content, message, tmp_path):
 
 
 def test_every_truncation_of_a_tokenizer_model_is_refused_or_read(tmp_path):
-    """A cut at the end of a field leaves a message that parses, and misses its settings or tokens."""
+    """A file cut at the end of a field still parses, but lacks settings or tokens."""
     whole = trained_sentencepiece()
     for size in range(0, len(whole), 61):
         with pytest.raises(TokenizerError):

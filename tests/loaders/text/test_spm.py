@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies, rebuilt from metadata, against the sentencepiece model that the metadata came from."""
+"""SentencePiece vocabularies rebuilt from metadata, against the sentencepiece model that the metadata describes."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ def rebuilt(byte_fallback=True):
 
 
 def with_user_defined(**keys):
-    """The trained vocabulary with <tool> as one more, user-defined token."""
+    """The trained vocabulary with <tool> as an additional user-defined token."""
     metadata = spm_metadata(trained_sentencepiece(), **keys)
     metadata["tokenizer.ggml.tokens"].append("<tool>")
     metadata["tokenizer.ggml.scores"] = np.append(metadata["tokenizer.ggml.scores"], np.float32(0))
@@ -50,7 +50,7 @@ def test_encode_equals_sentencepiece(byte_fallback, text):
 @given(text=texts)
 @example(text="the roof")
 def test_unused_pieces_are_steps_of_a_merge_as_in_sentencepiece(text):
-    """Neither word is a result, and both can become part of a longer one."""
+    """An unused word is never a result, but can become part of a longer word."""
     ours, theirs = with_unused_words()
     assert ours.encode(text, add_special=False) == theirs.encode(text)
 
@@ -69,7 +69,7 @@ def with_unused_words():
 @example(text="  two before, two after  ")
 @example(text="")
 def test_decode_gives_back_the_text(text):
-    """U+2581 is how the vocabulary writes a space, so that one character comes back as a space."""
+    """The vocabulary writes a space as U+2581, so that character is decoded as a space."""
     ids = rebuilt().encode(text)
     assert rebuilt().decode(ids, skip_special=True) == text.replace("\u2581", " ")
     assert rebuilt().decode(ids) == "<s>" + text.replace("\u2581", " ")
@@ -78,7 +78,7 @@ def test_decode_gives_back_the_text(text):
 @given(ids=st.lists(st.integers(0, 429)))
 @example(ids=[36, 387])  # a byte that is a space, at the start
 def test_decode_of_any_ids_equals_sentencepiece(ids):
-    """Control and unknown tokens aside; how many U+FFFD stand for a run of stray bytes is a matter of taste."""
+    """Without control and unknown tokens. The number of U+FFFD for a run of invalid bytes is not compared."""
     ids = [i for i in ids if not (original().is_control(i) or original().is_unknown(i))]
     ours, theirs = (re.sub("\ufffd+", "\ufffd", text) for text in (rebuilt().decode(ids), original().decode(ids)))
     assert ours == theirs
@@ -119,7 +119,7 @@ def test_user_defined_tokens_are_found_in_plain_text_and_control_tokens_are_not(
 
 
 def test_phi3_special_tokens_swallow_the_whitespace_after_them():
-    """<|end|> does, <s> does not; for any other architecture neither does."""
+    """<|end|> strips, <s> does not; with another architecture, neither does."""
     text = "<s>\ni<|end|>\n \u00a0the"
     pieces = {}
     for arch in ("phi3", "llama"):
@@ -181,7 +181,7 @@ def published_phi3():
 @given(text=texts)
 @example(text="the [PAD1] roof<|end|><unk> 漢<|user|>")
 def test_published_phi3_encodes_plain_text_as_sentencepiece(text):
-    """No token but the user-defined <|user|> is special in plain text, and whitespace after that is stripped."""
+    """In plain text only the user-defined <|user|> is special, and whitespace after it is stripped."""
     tokenizer = published_phi3()
     expected, user = [], tokenizer.tokens.index("<|user|>")
     for i, part in enumerate(text.split("<|user|>")):
@@ -204,7 +204,7 @@ def test_published_phi3_special_tokens():
 @given(text=texts)
 @example(text="é\n漢字🙂🙂\0 é🙂the")
 def test_a_character_without_all_its_byte_tokens_is_one_unknown_token(kept, text):
-    """The definition: what sentencepiece makes of the text with all 256, each run of such characters then <unk>."""
+    """The definition: sentencepiece's result with all 256 byte tokens, with each run of such characters as <unk>."""
     pieces, expected = original().encode(text, out_type=str), []
     for of_bytes, run in itertools.groupby(pieces, lambda piece: re.fullmatch("<0x..>", piece) is not None):
         if not of_bytes:
@@ -254,7 +254,7 @@ def test_a_pre_tokenizer_of_a_sentencepiece_vocabulary_is_said_to_be_unused():
 
 
 def test_an_unknown_token_that_is_a_word_is_still_that_word():
-    """With all byte tokens no text becomes the unknown token."""
+    """With all byte tokens, no text becomes the unknown token."""
     the = rebuilt().tokens.index("\u2581the")
     tokenizer = Tokenizer.from_metadata(spm_metadata(trained_sentencepiece(), unknown_token_id=the))
     assert tokenizer.encode("the 🙂") == rebuilt().encode("the 🙂")

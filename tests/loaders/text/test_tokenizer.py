@@ -1,4 +1,4 @@
-"""The tokenizer as a whole: the demo checkpoint's own, special tokens, streaming, BOS, and metadata that lies."""
+"""The whole tokenizer: that of the demo checkpoint, special tokens, streaming, BOS, and inconsistent metadata."""
 
 import re
 import struct
@@ -43,7 +43,7 @@ def smollm2():
 
 @pytest.mark.demo_checkpoint
 def test_smollm2_words_and_digits(smollm2):
-    """The pre-tokeniser sets every numeral (Nd, Nl, No) apart before it looks for words."""
+    """The pre-tokeniser separates every numeral (Nd, Nl, No) before it cuts words."""
     tokenizer, _ = smollm2
     spelled = {
         "Hello world": ["Hello", "Ġworld"],
@@ -62,7 +62,7 @@ def test_smollm2_words_and_digits(smollm2):
 @given(text=st.text(st.characters(exclude_categories=["Cc", "Cs", "Cn", "Co"], max_codepoint=0x1FFFF)))
 @example(text="Roofs, llamas & 3 kernels:\n\n  isn't it ½Ⅷ٣ grand? 漢字 🙂")
 def test_smollm2_equals_the_published_pipeline(smollm2, text):
-    """The pipeline of SmolLM2's tokenizer.json: digits one by one, GPT-2's own splitter, the file's merges."""
+    """The pipeline of SmolLM2's tokenizer.json: single digits, GPT-2's splitter, the merges of the file."""
     tokenizer, metadata = smollm2
     published = _published_smollm(metadata)
     assert tokenizer.encode(text) == published.encode(text).ids
@@ -124,7 +124,7 @@ def test_special_tokens_by_type():
 
 
 def test_end_of_generation_ids():
-    """The file's eos, eot and eom, and the tokens that are known to end things; none of them is shown."""
+    """The file's eos, eot and eom, and the known end tokens; none of them is shown."""
     ends = {bpe.tokens.index("<|end|>"), bpe.tokens.index("<|endoftext|>")}
     assert bpe.eos_ids == ends
     more = Tokenizer.from_metadata(bpe_with_special(eos_token_id=7, eot_token_id=8, eom_token_id=np.uint32(9)))
@@ -148,7 +148,7 @@ def test_an_end_token_is_one_whatever_its_type(kind):
 
 @pytest.mark.parametrize(("kind", "bos", "ends"), [(3, 0, True), (4, 1, True), (4, 0, False), (1, 0, False)])
 def test_a_closing_s_ends_a_text_where_it_is_no_html_tag(kind, bos, ends):
-    """Gemma's vocabulary has the tags <s> and </s>, and other tokens begin and end its texts."""
+    """In Gemma's vocabulary <s> and </s> are tags, and other tokens begin and end texts."""
     tokens = [*BYTE_ALPHABET, "<bos>", "<s>", "</s>", "<eos>"]
     metadata = bpe_metadata(tokens, [], types=[1] * 256 + [3, 4, kind, 3], bos_token_id=256 + bos)
     assert Tokenizer.from_metadata(metadata).eos_ids == ({258, 259} if ends else {259})
@@ -316,7 +316,7 @@ def test_what_is_wrong_in_a_file_is_named_with_its_byte(key, changes, tmp_path):
 
 @pytest.mark.parametrize("source", ["file", "folder"])
 def test_a_vocabulary_of_150_thousand_loads_in_two_seconds(source, tmp_path):
-    """Qwen's size, from a GGUF file and from a folder."""
+    """A vocabulary of Qwen's size, from a GGUF file and from a folder."""
     tokens, merges, level = list(BYTE_ALPHABET), [], BYTE_ALPHABET[33:127]
     while len(merges) < 150_000:
         pairs = [(left, right) for left in level for right in BYTE_ALPHABET[97:123]][: 150_000 - len(merges)]
