@@ -1,6 +1,6 @@
 """Does the suite notice? Plants one bug at a time in a copy of the kernels and runs the tests that should fail.
 
-    python tests/mutants.py                          every mutant of mutant_table.py
+    python tests/mutants.py                          every mutant of mutant_table
     python tests/mutants.py norm rope                those of these groups: what stands before the colon of their names
     python tests/mutants.py --generate 200 --seed 0  200 random small changes to the kernels (kernel_mutations.py)
     python tests/mutants.py --generate 20 sampling   20 to kernels/sampling.py

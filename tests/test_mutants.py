@@ -16,7 +16,7 @@ from mutants import ROOT, Outcome
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])
 def test_a_mutant_replaces_text_that_is_there_once(mutant):
-    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, f"update {mutant.name!r} in tests/mutant_table.py"
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, f"update {mutant.name!r} in tests/mutant_table"
     assert (ROOT / mutant.tests.split("::")[0]).exists()
 
 
