@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rooflama.kernels import RooflamaError
 
@@ -39,7 +39,12 @@ ROW, HEADING_ROWS = 0.15, 2.2  # inches per case; a heading takes the height of 
 WIDTH, HEADER, FOOTER = 12.0, 0.6, 0.7  # inches
 MARGIN = 0.01  # of the width
 FARTHEST = 1.3  # the axis' end: more than any fraction, which exceeds 1 where the memory rate was measured too low
-SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "rooflama", "font.family": "DejaVu Sans", "font.size": 8}
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rooflama",
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+}
 
 
 @dataclass(frozen=True)
