@@ -151,7 +151,6 @@ def pretend_device(target: Target) -> Iterator[None]:
         mock.patch("torch.version.hip", "6.4" if target.gpu.backend == "hip" else None),
         mock.patch("torch.cuda.is_available", return_value=True),
         mock.patch("torch.cuda.current_device", return_value=0),
-        mock.patch("rooflama.kernels.operators.is_traced", return_value=False),
         mock.patch("rooflama.kernels.kernel.is_traced", return_value=False),
         mock.patch("rooflama.kernels.kernel.signature_of", return_value=None),  # a fake tensor has no address
         mock.patch("rooflama.kernels.kernel.BoundLaunches.bind", return_value=None),

@@ -86,7 +86,7 @@ def without_a_gpu(stack: ExitStack) -> None:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *args: None
 
-    def no(*tensors: torch.Tensor) -> bool:
+    def no(*tensors: torch.Tensor, **options: bool) -> bool:
         return False
 
     def yes(device: torch.device) -> bool:

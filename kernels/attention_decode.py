@@ -44,8 +44,7 @@ from .attention_common import (
 )
 from .checks import check, check_sequences
 from .kernel import Launch, kernel, launch, scratch
-from .launch import configuration
-from .operators import overlapped
+from .launch import configuration, overlapped
 from .paged_common import heads_of, read_by_definition
 
 MERGE_SPLITS = 16  # partial results that the merge holds at once

@@ -199,3 +199,20 @@ def override(kernel: str, **chosen: int) -> Iterator[None]:
             del _overridden[kernel]
         else:
             _overridden[kernel] = before
+
+
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel on this device may start before the one in front of it has ended.
+
+    This is programmatic dependent launch, from Hopper on. Such a kernel calls ``gdc_wait`` before it reads or writes
+    what another kernel writes or reads.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """The options of a launch whose kernel waits if OVERLAP: it may start early where ``overlaps`` allows that."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}

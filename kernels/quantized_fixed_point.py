@@ -29,7 +29,7 @@ from triton.language.extra import cuda
 
 from .backend import INTERPRETED
 from .bound import Launch, launch
-from .operators import overlaps
+from .launch import overlaps
 from .quantized_tiles import (
     Input,
     Output,

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from .bound import Launch, launch
-from .operators import overlaps
+from .launch import overlaps
 from .quantized_tiles import (
     Input,
     Output,

@@ -21,7 +21,7 @@ from triton.language.extra import cuda
 from . import reference
 from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_number, check_same_device, check_shape
 from .kernel import Launch, kernel, launch, like
-from .operators import overlapped
+from .launch import overlapped
 from .paged_checks import check_write
 from .paged_common import (
     LIMITS,

@@ -3,12 +3,14 @@
 import csv
 import importlib
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
 from rooflama.kernel_card import CARDS, MEASUREMENTS
+from rooflama.kernels.kernel import KERNELS
 from rooflama.kernels.launch import TABLE, configuration
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -111,3 +113,18 @@ def test_a_run_of_one_kernel_keeps_the_rows_of_the_others(cases, monkeypatch, tm
         ("a", "fourth", "ours", 3.0),
     ]
     assert {row[1] for row in run_kernels()} == {"first", "third", "fourth"}
+
+
+def test_a_call_is_replayed_from_the_second_time_on(cases):
+    """Every kernel of overhead.py, with launches that do nothing; its body runs once."""
+    overhead = importlib.import_module("overhead")
+    with ExitStack() as stack, torch.inference_mode():
+        overhead.without_a_gpu(stack)
+        for name, call in overhead.calls("cpu").items():
+            if name in KERNELS:
+                stack.callback(KERNELS[name].forget)
+                KERNELS[name].forget()
+                call()
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(KERNELS[name], "body", None)
+                    call()
