@@ -6,12 +6,12 @@ ids to text, and rendering the chat template.
 
 from __future__ import annotations
 
+import codecs
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .chat_template import DEFAULT, ChatTemplates
-from .detokenizer import Piece, StreamDecoder
 from .gguf_text import MODELS, GGUFText
 from .token_types import TokenType
 from .vocabulary import Metadata, TokenizerError, Vocabulary, read_flag, read_string
@@ -37,6 +37,15 @@ class TextModel(Protocol):
 
 
 _SKIPPED = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.UNUSED)
+
+
+class Piece(NamedTuple):
+    """The contribution of one id to the text."""
+
+    data: bytes
+    special: bool  # ends generation, or is a control, unknown or unused token; skip_special leaves it out
+    unprefixed: bool  # never starts with the space that is added before a text
+    space_follows: bool  # text after it is encoded with a space before it, as in SentencePiece
 
 
 class Tokenizer:
@@ -220,6 +229,39 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer(model={self._vocabulary.model!r}, vocab_size={self.vocab_size})"
+
+
+class StreamDecoder:
+    """Decodes a stream of ids. The strings that it returns, joined, equal the text of all ids decoded at once.
+
+    Bytes of an incomplete character are held back until the rest arrives; bytes that are not UTF-8 become U+FFFD. The
+    space that SentencePiece's encoder adds before a text and after a special token is removed. ``after`` is the id
+    before the stream, usually the prompt's last; None at the start of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, after: int | None = None):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._at_boundary = tokenizer.add_space_prefix if after is None else tokenizer.piece(after).space_follows
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_id: int) -> str:
+        """The text that ``token_id`` completes; it may be empty.
+
+        Raises:
+            TokenizerError: the id is not in the vocabulary.
+        """
+        data, special, unprefixed, space_follows = self._tokenizer.piece(token_id)
+        if self._at_boundary and not unprefixed:
+            data = data.removeprefix(b" ")
+        self._at_boundary = space_follows
+        if special and self._skip_special:
+            return ""
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """U+FFFD if the stream ended within a character, else an empty string."""
+        return self._decoder.decode(b"", final=True)
 
 
 def _gguf_templates(metadata: Metadata) -> dict[str, str]:
