@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip --disable-pip-version-check install
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 
-.PHONY: help demo test check-kernel test-versions lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards clean
+.PHONY: help demo test check-kernel test-versions lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards roofline clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -96,6 +96,9 @@ mutants: $(VENV)/.test  ## break the kernels in known ways; the suite must notic
 
 kernel-cards: $(VENV)/.ready  ## write docs/kernels from the code, the tests and the tables
 	$(BIN)/python -m rooflama.kernel_card
+
+roofline: $(VENV)/.test  ## draw docs/roofline.svg from benchmarks/results
+	$(BIN)/rooflama roofline --out docs/roofline.svg
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

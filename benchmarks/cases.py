@@ -1,7 +1,7 @@
 """What a measured case is, and the buffers that cases share. ``registry`` holds the cases, one file per kernel.
 
-A case builds enough sets of buffers that a replay does not find what it reads in the L2 cache. Where a set is smaller
-than ``CACHE_BYTES / MOST_SETS``, 49 KB, it may: one token of a norm, of RoPE, of an embedding or of a page write.
+A case builds so many sets of buffers that a replay does not find its input in the L2 cache. The exception is a set
+smaller than ``CACHE_BYTES / MOST_SETS``, 49 KB: one token of a norm, of RoPE, of an embedding or of a page write.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rooflama.kernels import LAYOUTS, Weight
 CUDA = "cuda"
 BF16 = torch.bfloat16
 CACHE_BYTES = 200_000_000  # four times the L2 of an H100
-MOST_SETS = 4096  # each is a launch or more in one graph
+MOST_SETS = 4096  # each is at least one launch in the graph
 
 Calls = list[Callable[[], object]]
 
@@ -28,8 +28,8 @@ class Case:
 
     Attributes:
         label: which shape.
-        num_bytes: device memory that must move, each input read once, each output written once.
-        num_flops: operations that must be done on tensor cores.
+        num_bytes: bytes that must move, with each input read once and each output written once.
+        num_flops: operations on tensor cores that the result needs.
         implementations: name -> calls on different buffers; ``rooflama`` and its peers.
         facts: what kernels/launch.py may ask about the case.
     """

@@ -1,16 +1,16 @@
-"""Compile every kernel at the real shapes of the models, for four targets, on a machine without any of them.
+"""Compile every kernel at the shapes of real models for four targets, without a GPU.
 
     python benchmarks/compile_matrix.py                    the whole matrix, written to docs/compile_matrix.csv
-    python benchmarks/compile_matrix.py --kernels REGEX    kernels whose name matches, written over their rows alone
+    python benchmarks/compile_matrix.py --kernels REGEX    kernels whose name matches; replaces only their rows
     python benchmarks/compile_matrix.py --fast             each kernel once, for two targets; nothing written
-    python benchmarks/compile_matrix.py --check            is the table of today's launches? nothing compiled or written
+    python benchmarks/compile_matrix.py --check            compare the table's launches with today's; compile nothing
 
-What is compiled comes from the launchers themselves. ``registry`` calls each kernel with the shapes of a
-model, on tensors that say they live on a GPU but have no memory; a launch is caught on its way to Triton, with the
-arguments, tile sizes and options that the launcher chose for that target. So the matrix cannot drift from the code.
+``registry`` calls each kernel at the shapes of a model, on tensors that claim to be on a GPU but have no memory. Each
+launch is intercepted on its way to Triton, with the arguments, tile sizes and options that were chosen for that target.
+So the matrix cannot drift from the code.
 
 Fails on a compile error, on spilled registers beyond ``SPILLS_ALLOWED``, on more shared memory than a block may have,
-and on a kernel of ``rooflama.kernels`` that no call reached.
+and on a kernel of ``rooflama.kernels`` that no call reaches.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CACHE = ROOT / "build" / "compile_matrix"
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for: what Triton, and what a launcher that asks torch, is told about it."""
+    """A GPU to compile for: what Triton and torch report about it."""
 
     gpu: GPUTarget
     shared_bytes: int  # the most a block may use
@@ -96,7 +96,7 @@ SPILLS_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ),
 }
 
-# Before the ones they contain: a tcgen05 kernel may also hold mma.sync.
+# The first that occurs counts: a tcgen05 kernel may also contain mma.sync.
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma", "v_smfmac")
 
 
@@ -105,7 +105,7 @@ class Launch:
     """One specialisation of a kernel, as Triton would compile it."""
 
     kernel: str
-    arguments: str  # one a parameter: type, ":16" if divisible by 16, or name=value of a constant
+    arguments: str  # one per parameter: type, ":16" if divisible by 16, or name=value of a constant
     options: str
     call: str  # the first call that led here
     function: JITFunction = dataclasses.field(compare=False)
@@ -114,7 +114,7 @@ class Launch:
 
 
 def _index_without_device(tensor: FakeTensor, index: Any) -> torch.Tensor:
-    """``tensor[index]`` for slices and numbers: torch's own indexing asks a driver for the device."""
+    """``tensor[index]`` for slices and numbers. torch's own indexing needs a driver."""
     with unset_fake_temporarily():
         view = torch.empty_strided(tensor.shape, tensor.stride(), device="meta")[index]
     return tensor.as_strided(view.shape, view.stride(), tensor.storage_offset() + view.storage_offset())
@@ -135,7 +135,7 @@ def _tensor_without_device(data: Any, *, dtype: torch.dtype = torch.float32, dev
 
 @contextlib.contextmanager
 def pretend_device(target: Target) -> Iterator[None]:
-    """Tensors may be made on "cuda", and whoever asks what that is hears of ``target``."""
+    """Allow tensors on "cuda", and report ``target`` as the device."""
     properties = SimpleNamespace(
         name=str(target.gpu.arch),
         shared_memory_per_block_optin=target.shared_bytes,
@@ -167,7 +167,7 @@ def pretend_device(target: Target) -> Iterator[None]:
 
 
 class _Pointer(MockTensor):
-    """What a kernel is specialised on of a tensor: its dtype and the alignment of its first element."""
+    """The properties of a tensor that specialise a kernel: its dtype and the alignment of its first element."""
 
     def __init__(self, tensor: torch.Tensor):
         super().__init__(tensor.dtype)
@@ -178,7 +178,7 @@ class _Pointer(MockTensor):
 
 
 def _without_memory(value: Any) -> Any:
-    """A launch's argument, tensors in tuples included, as Triton's binder takes it."""
+    """A launch's argument in the form that Triton's binder takes, with the tensors of tuples replaced too."""
     if isinstance(value, torch.Tensor):
         return _Pointer(value)
     if isinstance(value, tuple):
@@ -199,7 +199,7 @@ def _describe(arguments: dict, signature: dict, constants: dict, attributes: dic
 
 
 class Recorder:
-    """Catches launches while its ``with`` block runs. ``call`` names what is being called."""
+    """Records launches instead of running them while its ``with`` block runs. ``call`` names the current call."""
 
     def __init__(self) -> None:
         self.launches: dict[Launch, None] = {}
@@ -237,7 +237,7 @@ class Recorder:
 
 
 def record(target: Target, models: list[str]) -> tuple[list[Launch], list[str]]:
-    """(every launch that the calls of ``models`` lead to on ``target``, each specialisation once; failed calls)."""
+    """(launches of all calls of ``models`` on ``target``, each specialisation once; calls that failed)."""
     recorder, failed = Recorder(), []
     with pretend_device(target), recorder.recording():
         for model, call in calls(models):
@@ -252,7 +252,7 @@ def record(target: Target, models: list[str]) -> tuple[list[Launch], list[str]]:
 def resources(launch: Launch, target: Target) -> tuple[int, int, int, str, str]:
     """(registers, spills, shared bytes, matrix instruction, problem) of a launch compiled for ``target``.
 
-    Remembered from one run to the next, for as long as the kernel's source and Triton stay the same.
+    Cached between runs for as long as the kernel's source and Triton stay the same.
     """
     identity = (launch.source.hash(), target.gpu, sorted(launch.compile_options.items()), triton.__version__)
     cached = CACHE / f"{hashlib.sha256(repr(identity).encode()).hexdigest()}.json"
@@ -280,7 +280,7 @@ def resources(launch: Launch, target: Target) -> tuple[int, int, int, str, str]:
 
 
 def problem_of(row: Row) -> str:
-    """What forbids this row, or an empty string."""
+    """The rule that this row breaks, or an empty string."""
     if row.problem:
         return row.problem
     limit = TARGETS[row.target].shared_bytes
@@ -298,7 +298,7 @@ def problem_of(row: Row) -> str:
 
 
 def compile_target(name: str, models: list[str], pattern: str, fast: bool) -> tuple[list[Row], list[str]]:
-    """(the table's rows for one target, calls that failed). In a process of its own: launchers remember the device."""
+    """(the table's rows for one target, calls that failed). Needs a process of its own: launchers cache the device."""
     CACHE.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     triton.knobs.compilation.always_compile = True  # ptxas reports registers only while it runs
@@ -319,7 +319,7 @@ def compile_target(name: str, models: list[str], pattern: str, fast: bool) -> tu
 
 
 def specialisations(name: str) -> set[tuple[str, ...]]:
-    """The first columns of the table's rows for one target, without what compiling tells."""
+    """The columns of the table's rows for one target that need no compilation."""
     launches, _ = record(TARGETS[name], [])
     return {(launch.kernel, name, launch.call, launch.arguments, launch.options) for launch in launches}
 
@@ -335,7 +335,7 @@ def all_kernels() -> set[str]:
 
 
 def check_table(path: Path) -> int:
-    """1 if the table lacks a launch of today's code, or has one that is no more."""
+    """1 if the table lacks a launch of today's code, or has one that no longer exists."""
     written = launches_in(path)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1) as pool:

@@ -1,4 +1,4 @@
-"""The compile matrix as a table: its rows, ``docs/compile_matrix.csv``, and what a terminal shows of either."""
+"""The compile matrix as a table: its rows, ``docs/compile_matrix.csv``, and the summary for a terminal."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def launches_in(path: Path) -> set[tuple[str, ...]]:
 
 
 def differences(written: set[tuple[str, ...]], launched: set[tuple[str, ...]]) -> list[str]:
-    """In words, the launches that are in one of the two alone."""
+    """In words, the launches that are in only one of the two."""
     return [
         f"{reason}: {' '.join(launch[:3])}\n    {launch[3]}\n    {launch[4]}"
         for reason, alone in (("not in the table", launched - written), ("launched no more", written - launched))
@@ -58,7 +58,7 @@ def differences(written: set[tuple[str, ...]], launched: set[tuple[str, ...]]) -
 
 
 def summary(rows: list[Row]) -> str:
-    """One line a kernel and target: how many specialisations, and the worst of each resource."""
+    """One line per kernel and target: the number of specialisations, and the largest use of each resource."""
     lines = [
         f"{'kernel':34} {'target':7} {'n':>4} {'registers':>9} {'spills':>6} {'shared':>8}  instructions        seconds"
     ]

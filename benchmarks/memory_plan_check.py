@@ -1,18 +1,17 @@
-"""The memory plan against what a GPU really gives: ``python benchmarks/memory_plan_check.py [--out FILE.csv]``.
+"""Compare the memory plan with measurements on a GPU: ``python benchmarks/memory_plan_check.py [--out FILE.csv]``.
 
-Each case runs in a process of its own: a model of random weights is uploaded as loading uploads it, a prompt is
-prefilled in full chunks, and enough tokens are decoded that the step is captured as a CUDA graph. Then three figures
-are held against the plan:
+Each case runs in a process of its own. It uploads a model of random weights as loading does, prefills a prompt in full
+chunks, and decodes until the step is captured as a CUDA graph. Then it compares three figures with the plan:
 
     allocated  torch.cuda.max_memory_allocated       the plan's lines without rounding and context
     reserved   torch.cuda.max_memory_reserved        with rounding
     driver     memory.used of nvidia-smi, less what it was before the process    the total
 
-The driver is asked twice, after the prompt and at the end, and the larger figure counts: before a capture torch gives
-back to the driver what the prompt's pass no longer needs.
+The driver's figure is the larger of two, after the prompt and at the end. The reason: before a capture torch returns to
+the driver what the prompt's pass no longer needs.
 
-Exit status 1 if one of the first or the last is off by more than 2%. No other program may use the GPU meanwhile, which
-is the first of those that CUDA_VISIBLE_DEVICES shows.
+Exit status 1 if the first or the last figure is off by more than 2%. The GPU is the first that CUDA_VISIBLE_DEVICES
+shows; no other program may use it meanwhile.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ from rooflama.planning import plan_for_device
 
 ALLOWED = 0.02
 NEW_TOKENS = 8
-PROMPT_CHUNKS = 3  # a prompt is no longer than that; what a pass takes does not grow with more of them
+PROMPT_CHUNKS = 3  # the longest prompt; a pass takes no more memory with more chunks
 
 CONTEXTS = {"SmolLM2-135M": (1024, 4096, 8192), "Llama-3-8B": (4096, 32768, 131072)}
 KV_DTYPES = ("bfloat16", "int8")
@@ -111,7 +110,7 @@ class ShapesOnly:
 
 
 class RandomSource(DryRunSource):
-    """Uploads what loading would, in its order: small numbers, and random codes."""
+    """Uploads small random numbers and random codes, in the order in which loading uploads."""
 
     def __init__(self, reader: CheckpointReader, device: Device):
         super().__init__(reader, "triton")
@@ -132,7 +131,7 @@ class RandomSource(DryRunSource):
 
 
 def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: Callable[[], None]) -> MemoryPlan:
-    """Load, prefill and decode on ``device``; the plan that was made for it before.
+    """Load, prefill and decode on ``device``. Returns the plan that was made before.
 
     ``prefilled`` is called once, between prefill and decode.
     """
@@ -153,18 +152,18 @@ def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: 
 
 
 def first_gpu() -> str:
-    """The driver's name for torch's first GPU: nvidia-smi counts also those that CUDA_VISIBLE_DEVICES hides."""
+    """The driver's name for torch's first GPU. nvidia-smi also counts GPUs that CUDA_VISIBLE_DEVICES hides."""
     return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
 
 
 def driver_used(gpu: str) -> int:
-    """Bytes in use on a GPU, by every process, as the driver says."""
+    """Bytes in use on a GPU by all processes, as the driver reports them."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout) * 2**20
 
 
 def measure_case(name: str, context: int, kv_dtype: str, gpu: str) -> dict[str, int]:
-    """Planned and measured bytes of one case; for a process that has not used ``gpu``, its first, yet."""
+    """Planned and measured bytes of one case. The process must not have used ``gpu``, its first, before."""
     before = driver_used(gpu)
     used: list[int] = []
 
@@ -187,7 +186,7 @@ def measure_case(name: str, context: int, kv_dtype: str, gpu: str) -> dict[str, 
 
 
 def as_row(name: str, context: int, kv_dtype: str, figures: Mapping[str, int]) -> dict[str, Any]:
-    """A line of the table: figures in MiB, and how far each plan is off, relative to what was measured."""
+    """A line of the table: figures in MiB, and the relative error of each against the measurement."""
     pairs = (("allocated", "peak_allocated"), ("reserved", "peak_reserved"), ("total", "driver_used"))
     row: dict[str, Any] = {"model": name, "context": context, "kv_dtype": kv_dtype}
     for planned, measured in pairs:
@@ -199,7 +198,7 @@ def as_row(name: str, context: int, kv_dtype: str, figures: Mapping[str, int]) -
 
 
 def within(row: Mapping[str, Any]) -> bool:
-    """Whether allocator and driver agree with the plan."""
+    """Whether the figures of allocator and driver are within ``ALLOWED`` of the plan."""
     return all(abs(float(row[f"{figure}_error"])) <= ALLOWED for figure in ("allocated", "total"))
 
 

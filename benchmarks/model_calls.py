@@ -1,7 +1,7 @@
 """The shapes of real models, and the arguments that calls into rooflama.kernels share at those shapes.
 
-Numbers from the models' published configurations. The calls themselves are in ``registry``, one file per kernel; none
-chooses a tile, which is the launchers' own business.
+The numbers are those of the models' published configurations. The calls are in ``registry``, one file per kernel. They
+choose no tiles: the launchers do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHUNK = 512  # prompt tokens of each sequence in a prefill
 
 @dataclass(frozen=True)
 class Model:
-    """What of a model the kernels see."""
+    """The numbers of a model that its kernels see."""
 
     hidden_size: int
     num_heads: int
@@ -78,7 +78,7 @@ EVERYTHING = "Llama-3-8B"  # the model that also meets every weight type and eve
 
 
 class Call(NamedTuple):
-    """``function(*args, **kwargs)``; ``note`` tells it from the function's other calls."""
+    """``function(*args, **kwargs)``; ``note`` distinguishes it from the function's other calls."""
 
     function: Callable[..., Any]
     note: str
@@ -101,7 +101,7 @@ def weight(ggml_type: str, rows: int, columns: int) -> Weight:
 def pages(
     model: Model, dtype: torch.dtype, page_size: int = PAGE_SIZE
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """((k_pages, v_pages), the scales that a dtype of codes needs)."""
+    """((k_pages, v_pages), their scales if ``dtype`` is one of codes)."""
     shape = (CONTEXT // page_size, page_size, model.num_kv_heads, model.head_dim)
     scales = {}
     if dtype in (F8, INT8):
@@ -118,7 +118,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def weight_types(model: Model) -> tuple[str, str]:
-    """The two types that most of a Q4_K_M file holds: rows that are not whole blocks of 256 fall back."""
+    """The two types of most tensors in a Q4_K_M file. Rows that are not whole blocks of 256 get other types."""
     return ("Q5_0", "Q8_0") if model.hidden_size % 256 else ("Q4_K", "Q6_K")
 
 

@@ -1,10 +1,10 @@
 """Host time of one eager call, and of a short prompt: ``python benchmarks/overhead.py [--out FILE.csv]``.
 
-A kernel's row is the time that Python takes to return from a call, with the device never waited for; its shapes are
-small, so that the queue does not fill. A prompt's row compares the time by the clock with the time on the device, which
-is taken with the launches queued behind a kernel that sleeps: where the clock is ahead, the host is the limit.
+A kernel's row is the time until a call returns, without waiting for the device. Its shapes are small, so that the queue
+does not fill. A prompt's row has the elapsed time and the time on the device, which is measured with the launches
+queued behind a kernel that sleeps. If the elapsed time is longer, the host is the limit.
 
-Without a GPU, the same calls are bound to launches that do nothing: what is measured is what this package adds to
+Without a GPU, the same calls are bound to launches that do nothing. The result is then what this package adds to
 Triton's launcher.
 """
 

@@ -1,7 +1,8 @@
 """Measure kernels against the roofline and their peers: ``python benchmarks/run.py [KERNEL ...] [--out FILE.csv]``.
 
-Needs a CUDA GPU. Writes one row for each case and implementation: percentiles, and what fraction of the roofline it
-reaches (the slower of bytes over memory rate and operations over bf16 matrix rate, both measured in the same run).
+Needs a CUDA GPU. Writes one row per case and implementation: percentiles of its time, and its fraction of the roofline.
+The roofline is the longer of bytes over memory rate and operations over bf16 matrix rate, both measured in the same
+run.
 
 A run of everything writes the file anew. A run of named kernels replaces the rows of the cases it measures and keeps
 the others. Each row names its commit and date.
@@ -31,7 +32,7 @@ def by_case(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def replaced(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
-    """``rows``, with ``measured`` in place of the rows of the same cases; cases that were not there come last."""
+    """``rows``, with ``measured`` instead of the rows of the same cases; new cases come last."""
     return list(chain(*{**by_case(rows), **by_case(measured)}.values()))
 
 

@@ -1,18 +1,20 @@
 """The kernel suite on a GPU under compute-sanitizer: ``python benchmarks/sanitize.py [--jobs N] [--out FILE.csv]``.
 
-memcheck looks for reads and writes out of bounds, racecheck for shared memory that warps race for. Each property draws
-one case. The tests are dealt out to processes, each under a sanitizer of its own: many processes under one sanitizer
+memcheck finds reads and writes out of bounds, racecheck finds races between warps in shared memory. Each property draws
+one case. The tests are distributed over processes, each under its own sanitizer, because processes under one sanitizer
 wait for its connections.
 
-Two settings differ from an ordinary run. torch's caching allocator is off, since it would hide what lies beside a
-buffer; but a CUDA graph cannot be captured without it, so the tests of ``APART`` run with caching, each in a process of
-its own: under the sanitizer their gigabytes stay allocated when the test is over (72.5 GiB after eleven of them). And
-torch's own kernels (at::native) are not looked at.
+Two settings differ from an ordinary run:
 
-racecheck leaves out the tests of ``OUTPUTS``, launches of hundreds of thousands of programs that take minutes under it:
-what is new there is offsets, which are memcheck's matter, and the same kernels are looked at elsewhere.
+- torch's caching allocator is off, since it would hide accesses beside a buffer. A CUDA graph cannot be captured
+  without it, so the tests of ``APART`` run with it, each in a process of its own. (Under the sanitizer their gigabytes
+  stay allocated when the test is over: 72.5 GiB after eleven of them.)
+- torch's own kernels (at::native) are not checked.
 
-Exit status 1 if a test fails or a sanitizer reports anything. The result is written as a row for each tool.
+racecheck skips the tests of ``OUTPUTS``, whose launches of hundreds of thousands of programs take minutes under it.
+They differ from other tests of the same kernels only in their offsets, which memcheck covers.
+
+Exit status 1 if a test fails or a sanitizer reports anything. The result is one row per tool.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ OUTCOMES = re.compile(r"\b(\d+) (passed|failed|skipped|error)")
 
 @dataclass(frozen=True)
 class Result:
-    """What one process under a sanitizer said. ``reported`` is None if the sanitizer did not come to its summary."""
+    """The result of one process under a sanitizer. ``reported`` is None if the sanitizer printed no summary."""
 
     passed: int
     skipped: int
@@ -64,7 +66,7 @@ class Result:
 
 
 def read_output(text: str) -> Result:
-    """From pytest's closing line and the sanitizer's summary."""
+    """The result in pytest's closing line and the sanitizer's summary."""
     closing = [line for line in text.splitlines() if OUTCOMES.search(line) and " in " in line]
     counts = {word: int(number) for number, word in OUTCOMES.findall(closing[-1])} if closing else {"failed": 1}
     reported = [int(errors or hazards) for errors, hazards in SUMMARY.findall(text)]
@@ -84,12 +86,12 @@ def collect() -> list[str]:
 
 
 def apart(tool: str, ids: Sequence[str]) -> list[str]:
-    """The tests that get a process of their own under this tool."""
+    """The tests that run in a process of their own under this tool."""
     return [name for name in ids if APART.search(name) and not (tool == "racecheck" and name.startswith(OUTPUTS))]
 
 
 def run(tool: str, ids: Sequence[str], *, gpu: int, caching: bool) -> Result:
-    """Run these tests under ``tool`` on GPU number ``gpu``; prints everything unless all is clean."""
+    """Run these tests under ``tool`` on GPU number ``gpu``. Prints all output unless it is clean."""
     environment = {
         **os.environ,
         "HYPOTHESIS_PROFILE": "smoke",

@@ -1,9 +1,9 @@
 """Whole decode steps of models with random weights: ``python benchmarks/step.py [--out FILE.csv] [--only REGEX]``.
 
-Each case runs in a process of its own. The page pool holds zeros and each sequence is told that it has ``context``
-tokens; then STEPS steps are timed as one, after the step has been captured as a CUDA graph. A row says how many tokens
-a second all sequences together got, and what share that is of the roofline: the weights and the keys and values read
-once a step, at the rate of the copy on the same GPU.
+Each case runs in a process of its own. The page pool is zero, and each sequence has a length of ``context`` tokens.
+STEPS steps are timed together, after the step has been captured as a CUDA graph. A row has the tokens per second of all
+sequences together, and their fraction of the roofline: weights, keys and values read once per step at the copy rate of
+the same GPU.
 """
 
 from __future__ import annotations

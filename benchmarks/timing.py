@@ -1,4 +1,4 @@
-"""How long a call takes on a GPU, without the host in it and without a warm cache."""
+"""How long a call takes on a GPU, without host time and without a warm cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Measured:
 def measure(calls: Sequence[Callable[[], object]], *, replays: int = 20) -> Measured:
     """Time calls that do the same work on different buffers, captured together in one CUDA graph.
 
-    Together the buffers should exceed the L2 cache several times, so that no call finds its data there.
+    All buffers together should be several times the L2 cache, so that no call finds its data there.
     """
     for call in calls:
         call()
@@ -48,9 +48,9 @@ def measure(calls: Sequence[Callable[[], object]], *, replays: int = 20) -> Meas
 
 
 def ceilings() -> tuple[float, float]:
-    """What this GPU reaches: (bytes a second, reads and writes counted; bf16 FLOP/s of 8192^3).
+    """The rates that this GPU reaches: (bytes read and written per second, bf16 FLOP/s of 8192^3).
 
-    Bytes are those of the best of three passes over 2 GiB: the driver's copy, a kernel's, and one that only reads.
+    The first is the best of three passes over 2 GiB: the driver's copy, a kernel's copy, and one that only reads.
     """
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
@@ -66,7 +66,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def provenance() -> dict[str, str]:
-    """Where and with what a figure was measured; "-dirty" marks a tree with changes that no commit has."""
+    """GPU, versions, commit and date of a measurement; "-dirty" marks uncommitted changes."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
         "gpu": torch.cuda.get_device_name(),
@@ -78,7 +78,7 @@ def provenance() -> dict[str, str]:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """What ``write_rows`` wrote, or nothing if there is no such file."""
+    """The rows that ``write_rows`` wrote; none if there is no such file."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -86,7 +86,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Measured rows, which all have the same columns, as CSV."""
+    """Write rows as CSV. All have the same columns."""
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

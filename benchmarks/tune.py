@@ -1,9 +1,9 @@
 """The fastest launch configurations: ``python benchmarks/tune.py KERNEL [--types Q4_K ...] --out FILE.csv``.
 
 KERNEL is a name of ``kernels/launch.py``. Every candidate is timed for every problem, through the public function with
-the table overridden, in a CUDA graph over buffers that do not fit L2. Candidates are compiled first, in as many
-processes as there are cores. FILE.csv gets all of them, with what they were measured on. The fastest of each problem is
-printed as a row of the table: which rows to join, and under which limits, is for whoever reads them to decide.
+the table overridden, in a CUDA graph over buffers that exceed the L2 cache. Candidates are compiled first, in one
+process per core. FILE.csv gets all times, with GPU, versions and commit. The fastest candidate of each problem is
+printed as a row of the table. The reader decides which rows to join, and under which limits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Configuration = dict[str, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """Calls that do the same work on different buffers, what the table may ask about them, and the bytes of one."""
+    """Calls that do the same work on different buffers, their facts for the table, and the bytes that one moves."""
 
     label: str
     facts: dict[str, int]
@@ -67,7 +67,7 @@ def _in_regime(regime: str, *args: object, **kwargs: object) -> torch.Tensor:
 
 
 def registered(kernel: str, prefix: str) -> Iterator[Problem]:
-    """The cases of one kernel in ``registry`` whose label begins so."""
+    """The cases of one kernel in ``registry`` whose label begins with ``prefix``."""
     for case in MEASURED[kernel]():
         if case.label.startswith(prefix):
             yield Problem(case.label, case.facts, case.implementations["rooflama"], case.num_bytes)
@@ -119,7 +119,7 @@ def problems(kernel: str, types: list[str], tokens: list[int]) -> Iterator[Probl
 
 
 def compile_one(kernel: str, types: list[str], tokens: list[int], number: int) -> list[str]:
-    """What went wrong with the candidates of one problem."""
+    """The errors of the candidates of one problem."""
     troubles = []
     with mock.patch.object(cases, "copies", return_value=1):
         problem = next(itertools.islice(problems(kernel, types, tokens), number, None))

@@ -1,9 +1,9 @@
 """How fast host memory reaches a GPU: ``python benchmarks/upload.py [--out FILE.csv]``.
 
-link        a pinned buffer, copied again and again: what the link gives
+link        a pinned buffer, copied repeatedly: the rate of the link
 pageable    ordinary memory, by torch
 upload      ordinary memory, by Device.upload through its two pinned buffers
-mapped      a memory-mapped file that the page cache holds, by Device.upload: what loading does
+mapped      a memory-mapped file in the page cache, by Device.upload, as loading does
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REPEATS = 5
 
 
 def seconds(work: Callable[[], None]) -> float:
-    """Of the median of a few runs, after one that is not counted."""
+    """The median of a few runs, after one that is not counted."""
     times = []
     for _ in range(REPEATS + 1):
         torch.cuda.synchronize()

@@ -33,7 +33,7 @@ def test_the_committed_picture_is_current(tmp_path):
     pytest.importorskip("matplotlib")
     committed = PICTURE.read_text(encoding="utf-8")
     now = drawn(tmp_path / "now.svg", measurements())
-    remedy = "run rooflama roofline --out docs/roofline.svg"
+    remedy = "run make roofline"
     assert description(committed) == description(now) == table(measurements()), remedy
     assert texts(committed) == texts(now), remedy
     (made_by, makes) = (re.search(r"Matplotlib v\S+", svg).group() for svg in (committed, now))
