@@ -123,7 +123,7 @@ class RequestOptions:
         n = whole("n", given.get("n", 1), "n is a whole number, 1 or more")
         if not 1 <= n <= MOST_RESULTS:
             rule = f"n is from 1 to {MOST_RESULTS:,}"
-            raise ArgumentError(f"n {n}", rule=rule, remedy="Ask for more in several calls")
+            raise ArgumentError(f"n {n}", rule=rule, remedy="Pass such a number, and call again for more")
         limit_rule = "max_new_tokens is a whole number, 1 or more, or None for as many as the context holds"
         limit = whole_or_none("max_new_tokens", given.get("max_new_tokens"), limit_rule)
         if limit is not None and limit < 1:

@@ -184,7 +184,7 @@ def _docstring(thing: object) -> str:
 
 
 def _definition(function: Callable) -> str:
-    """The source of a definition, and of the functions beside it that it calls."""
+    """The source of a definition, and of the functions in its module that it calls."""
     found = [function]
     for one in found:
         called = (vars(inspect.getmodule(one)).get(name) for name in one.__code__.co_names)

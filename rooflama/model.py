@@ -213,7 +213,7 @@ class Model:
         if not single:
             raise ArgumentError(
                 f"a list of {len(prompts)} prompts",
-                rule="a stream continues one prompt",
+                rule="a stream has one prompt",
                 remedy="Open a stream for each",
             )
         run, (text_stream,) = self._start(prompts, options)

@@ -56,7 +56,7 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Result:
-    """One line: what was checked, how it went, why, how long it took, and what a bug report wants to know."""
+    """One line of the report: the check, its status, the reason, its duration, and details for a bug report."""
 
     name: str
     status: Status
