@@ -43,23 +43,134 @@ class HubUnreachableError(HubError):
     """The Hub cannot be reached, and the cache lacks the file."""
 
 
-class Reference(NamedTuple):
-    """The parts of ``hf:repo@revision:file``."""
+class Repository(NamedTuple):
+    """The repository that a reference names, at one revision.
 
-    repo: str
+    Attributes:
+        hub: the library huggingface_hub.
+        text: the reference.
+        name: owner/repo.
+        revision: a branch, tag or commit; None for the main branch.
+        file: the GGUF file that the reference names; None for the safetensors.
+    """
+
+    hub: ModuleType
+    text: str
+    name: str
     revision: str | None
     file: str | None
 
     @classmethod
-    def parse(cls, text: str) -> Reference:
-        """Parse a reference. Raises HubError if ``text`` is not one."""
+    def of(cls, text: str) -> Repository:
+        """Parse a reference. Raises HubError if ``text`` is not one, or huggingface_hub is not installed."""
         match = REFERENCE.fullmatch(text)
         if match is None:
-            refuse(HubError, text, "not a reference", FORM, "Write it like hf:HuggingFaceTB/SmolLM2-135M")
+            raise HubError(f"{text}: not a reference", rule=FORM, remedy="Write it like hf:HuggingFaceTB/SmolLM2-135M")
         file = match["file"]
         if file is not None and (not file.endswith(".gguf") or ".." in file.split("/") or file.startswith("/")):
-            refuse(HubError, text, f"file {file!r}", FORM, "Name a .gguf file, or none for the safetensors")
-        return cls(match["repo"], match["revision"], file)
+            raise HubError(f"{text}: file {file!r}", rule=FORM, remedy="Name a .gguf file, or none for the safetensors")
+        try:
+            import huggingface_hub
+            import huggingface_hub.constants
+            import huggingface_hub.errors
+        except ImportError:
+            raise HubError(
+                f"{text}: huggingface_hub is not installed",
+                rule="it resolves references to the Hub",
+                remedy="Run: pip install 'rooflama[hub]'",
+            ) from None
+        return cls(huggingface_hub, text, match["repo"], match["revision"], file)
+
+    @property
+    def title(self) -> str:
+        return self.name.split("/")[1]
+
+    def refuse(self, kind: type[HubError], found: str, rule: str, remedy: str) -> NoReturn:
+        raise kind(f"{self.text}: {found}", rule=rule, remedy=remedy)
+
+    def download(self, patterns: list[str]) -> Path:
+        """Download the files that match ``patterns``; returns their folder, which is named after the commit."""
+        options = {"allow_patterns": patterns, "ignore_patterns": LEFT_OUT}
+        return Path(self.ask(partial(self.hub.snapshot_download, self.name, revision=self.revision, **options)))
+
+    def files(self) -> list[str]:
+        """The names of all files."""
+        return self.ask(partial(self.hub.HfApi().list_repo_files, self.name, revision=self.revision))
+
+    def weight_files(self, folder: Path, listed: list[str]) -> list[str]:
+        """The files that hold the weights, by the rules for a local folder.
+
+        Args:
+            folder: holds config.json and the indices of the repository.
+            listed: the names of all files.
+        """
+        names = [name for name in listed if name.endswith(".safetensors") and "/" not in name]
+        if not names:
+            files = self._gguf_files()
+            self.refuse(
+                NotOnHubError,
+                "no safetensors in the repository",
+                "a reference that names no file means the safetensors",
+                f"Its .gguf files are {files}" + (f": name one, as in {self.text}:FILE" if files != "none" else ""),
+            )
+        with TemporaryDirectory(prefix="rooflama-") as scratch:
+            like_it = copy_json(folder, Path(scratch) / folder.name)
+            for name in names:
+                (like_it / name).touch()
+            return _weight_names(like_it)
+
+    def ask(self, request: Callable[[], Answer]) -> Answer:
+        """The result of ``request``; errors of the library are raised as HubError."""
+        errors = self.hub.errors
+        revision = self.revision or "main"
+        page = f"https://huggingface.co/{self.name}"
+        try:
+            return request()
+        except errors.GatedRepoError:
+            found, rule = "access to the repository is restricted", "its owner grants access on request"
+            remedy = f"Request it at {page}, then set HF_TOKEN"
+        except errors.RepositoryNotFoundError:
+            found, rule = f"no repository {self.name!r}", "the repository exists and is public, or HF_TOKEN may read it"
+            remedy = "Check the name; for a private one set HF_TOKEN"
+        except errors.RevisionNotFoundError:
+            found, rule = f"no revision {revision!r}", "a revision is a branch, a tag or a commit of the repository"
+            remedy = f"Look at {page}/commits"
+        except errors.LocalEntryNotFoundError as error:
+            self._refuse_unreachable(error)
+        except errors.EntryNotFoundError:
+            found, rule = f"no file {self.file!r}", f"the file is in the repository at revision {revision}"
+            remedy = f"Its .gguf files are {self._gguf_files()}"
+        except HubError:
+            raise
+        except errors.HFValidationError as error:
+            self.refuse(HubError, str(error).rstrip("."), FORM, "Check the name")
+        except Exception as error:  # the HTTP client, and with it its errors, differ between versions of the library
+            self._refuse_unreachable(error)
+        self.refuse(NotOnHubError, found, rule, remedy)
+
+    def _refuse_unreachable(self, error: Exception) -> NoReturn:
+        constants = self.hub.constants
+        if constants.HF_HUB_OFFLINE:
+            self.refuse(
+                HubUnreachableError,
+                "not in the cache, and HF_HUB_OFFLINE is set",
+                "offline, only files in the cache can be opened",
+                "Unset HF_HUB_OFFLINE, or set HF_HOME to a cache that has the file",
+            )
+        cause = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        self.refuse(
+            HubUnreachableError,
+            f"not in the cache, and not available from {constants.ENDPOINT} ({cause})",
+            "files that are not in the cache are downloaded",
+            "Check the network and HF_ENDPOINT, and try again",
+        )
+
+    def _gguf_files(self) -> str:
+        try:
+            files = self.hub.HfApi().list_repo_files(self.name, revision=self.revision)
+        except Exception:  # as in ``ask``
+            return "unknown, because the Hub cannot be reached"
+        return ", ".join(file for file in files if file.endswith(".gguf")) or "none"
 
 
 def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
@@ -77,39 +188,16 @@ def fetch(text: str, *, weights: bool = True) -> tuple[Path, str]:
         HubUnreachableError: the cache lacks a file, and there is no network or HF_HUB_OFFLINE is set.
         HubError: the reference is malformed, huggingface_hub is not installed, or the Hub answers with an error.
     """
-    reference = Reference.parse(text)
-    hub = library(text)
-    if reference.file is None:
-        folder = download(hub, text, reference, SMALL_FILES)
+    repository = Repository.of(text)
+    if repository.file is None:
+        folder = repository.download(SMALL_FILES)
         if weights and not has_weights(folder):
-            pinned = reference._replace(revision=folder.name)
-            listed = repository_files(hub, text, pinned)
-            download(hub, text, pinned, chosen_weights(hub, text, pinned, folder, listed))
-        return folder, reference.repo.split("/")[1]
-    paths = []
-    for name in split_set(reference.file):
-        ask = partial(hub.hf_hub_download, reference.repo, name, revision=reference.revision)
-        paths.append(Path(asked(hub, text, reference, ask)))
+            pinned = repository._replace(revision=folder.name)
+            pinned.download(pinned.weight_files(folder, pinned.files()))
+        return folder, repository.title
+    download = partial(repository.hub.hf_hub_download, repository.name, revision=repository.revision)
+    paths = [Path(repository.ask(partial(download, name))) for name in split_set(repository.file)]
     return paths[0], paths[0].name
-
-
-def download(hub: ModuleType, text: str, reference: Reference, patterns: list[str]) -> Path:
-    """Download the files of a repository that match ``patterns``; returns their folder, named after the commit."""
-    ask = partial(
-        hub.snapshot_download,
-        reference.repo,
-        revision=reference.revision,
-        allow_patterns=patterns,
-        ignore_patterns=LEFT_OUT,
-    )
-    return Path(asked(hub, text, reference, ask))
-
-
-def repository_files(hub: ModuleType, text: str, reference: Reference) -> list[str]:
-    """The names of all files of a repository."""
-    return asked(
-        hub, text, reference, partial(hub.HfApi().list_repo_files, reference.repo, revision=reference.revision)
-    )
 
 
 def has_weights(folder: Path) -> bool:
@@ -118,24 +206,6 @@ def has_weights(folder: Path) -> bool:
         return bool(_weight_names(folder))
     except HuggingFaceError:
         return False
-
-
-def chosen_weights(hub: ModuleType, text: str, reference: Reference, folder: Path, listed: list[str]) -> list[str]:
-    """The files of a repository that hold the weights, by the rules for a local folder.
-
-    Args:
-        hub, text, reference: the library, the reference as text, and parsed.
-        folder: holds config.json and the indices of the repository.
-        listed: the names of all files of the repository.
-    """
-    names = [name for name in listed if name.endswith(".safetensors") and "/" not in name]
-    if not names:
-        refuse_without_weights(hub, text, reference)
-    with TemporaryDirectory(prefix="rooflama-") as scratch:
-        like_it = copy_json(folder, Path(scratch) / folder.name)
-        for name in names:
-            (like_it / name).touch()
-        return _weight_names(like_it)
 
 
 def copy_json(folder: Path, target: Path) -> Path:
@@ -159,93 +229,3 @@ def split_set(file: str) -> list[str]:
     if shard is None:
         return [file]
     return [f"{shard['stem']}-{i + 1:05d}-of-{shard['count']}.gguf" for i in range(int(shard["count"]))]
-
-
-def library(text: str) -> ModuleType:
-    try:
-        import huggingface_hub
-        import huggingface_hub.constants
-        import huggingface_hub.errors
-    except ImportError:
-        refuse(
-            HubError,
-            text,
-            "huggingface_hub is not installed",
-            "it resolves references to the Hub",
-            "Run: pip install 'rooflama[hub]'",
-        )
-    return huggingface_hub
-
-
-def asked(hub: ModuleType, text: str, reference: Reference, ask: Callable[[], Answer]) -> Answer:
-    """The result of ``ask``; errors of the library are raised as HubError."""
-    errors = hub.errors
-    revision = reference.revision or "main"
-    try:
-        return ask()
-    except errors.GatedRepoError:
-        found, rule = "access to the repository is restricted", "its owner grants access on request"
-        remedy = f"Request it at https://huggingface.co/{reference.repo}, then set HF_TOKEN"
-    except errors.RepositoryNotFoundError:
-        found, rule = (
-            f"no repository {reference.repo!r}",
-            "the repository exists and is public, or HF_TOKEN may read it",
-        )
-        remedy = "Check the name; for a private one set HF_TOKEN"
-    except errors.RevisionNotFoundError:
-        found, rule = f"no revision {revision!r}", "a revision is a branch, a tag or a commit of the repository"
-        remedy = f"Look at https://huggingface.co/{reference.repo}/commits"
-    except errors.LocalEntryNotFoundError as error:
-        _refuse_unreachable(hub, text, error)
-    except errors.EntryNotFoundError:
-        found, rule = f"no file {reference.file!r}", f"the file is in the repository at revision {revision}"
-        remedy = f"Its .gguf files are {_gguf_files(hub, reference)}"
-    except HubError:
-        raise
-    except errors.HFValidationError as error:
-        refuse(HubError, text, str(error).rstrip("."), FORM, "Check the name")
-    except Exception as error:  # the HTTP client, and with it its errors, differ between versions of the library
-        _refuse_unreachable(hub, text, error)
-    refuse(NotOnHubError, text, found, rule, remedy)
-
-
-def _refuse_unreachable(hub: ModuleType, text: str, error: Exception) -> NoReturn:
-    if hub.constants.HF_HUB_OFFLINE:
-        refuse(
-            HubUnreachableError,
-            text,
-            "not in the cache, and HF_HUB_OFFLINE is set",
-            "offline, only files in the cache can be opened",
-            "Unset HF_HUB_OFFLINE, or set HF_HOME to a cache that has the file",
-        )
-    cause = str(error.__cause__ or error).splitlines()[0].rstrip(".")
-    refuse(
-        HubUnreachableError,
-        text,
-        f"not in the cache, and not available from {hub.constants.ENDPOINT} ({cause})",
-        "files that are not in the cache are downloaded",
-        "Check the network and HF_ENDPOINT, and try again",
-    )
-
-
-def refuse_without_weights(hub: ModuleType, text: str, reference: Reference) -> NoReturn:
-    files = _gguf_files(hub, reference)
-    refuse(
-        NotOnHubError,
-        text,
-        "no safetensors in the repository",
-        "a reference that names no file means the safetensors",
-        f"Its .gguf files are {files}" + (f": name one, as in {text}:FILE" if files != "none" else ""),
-    )
-
-
-def _gguf_files(hub: ModuleType, reference: Reference) -> str:
-    try:
-        files = hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
-    except Exception:  # as in ``asked``
-        return "unknown, because the Hub cannot be reached"
-    return ", ".join(file for file in files if file.endswith(".gguf")) or "none"
-
-
-def refuse(kind: type[HubError], text: str, found: str, rule: str, remedy: str) -> NoReturn:
-    raise kind(f"{text}: {found}", rule=rule, remedy=remedy)

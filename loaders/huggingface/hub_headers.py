@@ -10,25 +10,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from ..gguf.errors import GGUFError
 from ..gguf.parse import parse_header
 from .folder import TOKENIZER_FILES
-from .hub import (
-    HubError,
-    Reference,
-    asked,
-    chosen_weights,
-    copy_json,
-    download,
-    has_weights,
-    library,
-    refuse,
-    repository_files,
-    split_set,
-)
+from .hub import HubError, Repository, copy_json, has_weights, split_set
 from .safetensors import LENGTH_BYTES, header_nbytes
 
 Piece = tuple[int, bytes]  # an offset in a file, and the bytes there
@@ -42,28 +29,25 @@ AT_ONCE = 8  # shards whose headers are fetched concurrently
 class RemoteFile(NamedTuple):
     """A file in one commit of a repository."""
 
-    hub: ModuleType
-    text: str
-    reference: Reference
+    repository: Repository
     name: str
 
     def read(self, start: int, stop: int) -> tuple[bytes, int]:
         """The bytes from ``start`` to ``stop`` or the end of the file, and its length. Raises HubError."""
-        return asked(self.hub, self.text, self.reference, partial(self._read, start, stop))
+        return self.repository.ask(partial(self._read, start, stop))
 
     def _read(self, start: int, stop: int) -> tuple[bytes, int]:
-        repo, revision, _ = self.reference
-        url = self.hub.hf_hub_url(repo, self.name, revision=revision)
+        hub = self.repository.hub
+        url = hub.hf_hub_url(self.repository.name, self.name, revision=self.repository.revision)
         wanted = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        headers = {**self.hub.utils.build_hf_headers(), **wanted}
-        with self.hub.utils.get_session().stream("GET", url, headers=headers) as response:
+        headers = {**hub.utils.build_hf_headers(), **wanted}
+        with hub.utils.get_session().stream("GET", url, headers=headers) as response:
             if response.status_code != 200:  # a whole file stays unread
                 response.read()
-            self.hub.utils.hf_raise_for_status(response)
+            hub.utils.hf_raise_for_status(response)
             if response.status_code != 206:
-                refuse(
+                self.repository.refuse(
                     HubError,
-                    self.text,
                     f"{self.name} is sent whole in answer to a request for its header",
                     "headers are read by HTTP ranges",
                     "Download the model: rooflama.load, or the command run",
@@ -76,9 +60,8 @@ class RemoteFile(NamedTuple):
         try:
             lay_out(path, size, pieces)
         except OSError as error:
-            refuse(
+            self.repository.refuse(
                 HubError,
-                self.text,
                 f"no room for {self.name}, of {size} bytes, in {path.parent} ({error.strerror})",
                 "its header is written to a sparse file of the same length",
                 "Set TMPDIR to a folder on a file system with sparse files",
@@ -131,27 +114,25 @@ def fetch_headers(text: str, scratch: Path) -> tuple[Path, str]:
         NotOnHubError, HubUnreachableError, HubError: as for ``fetch``.
         HuggingFaceError: config.json or the index is damaged.
     """
-    reference = Reference.parse(text)
-    hub = library(text)
-    snapshot = download(hub, text, reference, ["config.json", "*.safetensors.index.json"])
-    pinned = reference._replace(revision=snapshot.name)
-    if reference.file is not None:
-        names = split_set(reference.file)
+    repository = Repository.of(text)
+    snapshot = repository.download(["config.json", "*.safetensors.index.json"])
+    pinned = repository._replace(revision=snapshot.name)
+    if repository.file is not None:
+        names = split_set(repository.file)
         folder = snapshot if all((snapshot / name).is_file() for name in names) else scratch
         if folder is scratch:
             for name in names:
                 (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-                RemoteFile(hub, text, pinned, name).hollow(scratch / name)
+                RemoteFile(pinned, name).hollow(scratch / name)
         return folder / names[0], Path(names[0]).name
-    title = reference.repo.split("/")[1]
     if has_weights(snapshot):
-        return snapshot, title
-    folder = copy_json(snapshot, scratch / title)
-    listed = repository_files(hub, text, pinned)
-    files = [RemoteFile(hub, text, pinned, name) for name in chosen_weights(hub, text, pinned, snapshot, listed)]
+        return snapshot, repository.title
+    folder = copy_json(snapshot, scratch / repository.title)
+    listed = pinned.files()
+    files = [RemoteFile(pinned, name) for name in pinned.weight_files(snapshot, listed)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(lambda file: file.hollow(folder / file.name), files))
     for name in TOKENIZER_FILES:
         if name in listed:
             (folder / name).touch()
-    return folder, title
+    return folder, repository.title
