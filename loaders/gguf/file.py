@@ -136,23 +136,15 @@ class GGUFFile:
 
     def _open_maps(self) -> list[np.ndarray]:
         if self._maps is None:
-            raise GGUFError(
-                "the file is closed",
-                rule="tensors are read while it is open",
-                remedy="Read inside the with block, or call read_gguf again",
-                path=str(self.path),
-            )
+            remedy = "Read inside the with block, or call read_gguf again"
+            self._refuse("the file is closed", "tensors are read while it is open", remedy)
         return self._maps
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             close = close_names(name, self.tensors)
-            raise GGUFError(
-                f"no tensor {name!r}",
-                rule="the tensor must be in the file",
-                remedy=f"Close names are {', '.join(close)}" if close else "Name one of file.tensors",
-                path=str(self.path),
-            )
+            remedy = f"Close names are {', '.join(close)}" if close else "Name one of file.tensors"
+            self._refuse(f"no tensor {name!r}", "the tensor must be in the file", remedy)
         return self.tensors[name]
 
     def _little_endian(self, raw: np.ndarray, info: TensorInfo) -> np.ndarray:
@@ -164,24 +156,17 @@ class GGUFFile:
             for at in _WIDE_FIELDS[info.ggml_type]:
                 blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
         else:
-            self._refuse(
-                info,
-                f"type {info.ggml_type} in a big-endian file",
-                f"a defined big-endian form exists for {', '.join([*_PLAIN_ITEMSIZE, *_WIDE_FIELDS])}",
-                "Use the little-endian file of this model",
-            )
+            rule = f"a defined big-endian form exists for {', '.join([*_PLAIN_ITEMSIZE, *_WIDE_FIELDS])}"
+            remedy = "Use the little-endian file of this model"
+            self._refuse(f"type {info.ggml_type} in a big-endian file", rule, remedy, info)
         swapped.flags.writeable = False
         return swapped
 
-    def _refuse(self, info: TensorInfo, found: str, rule: str, remedy: str) -> NoReturn:
-        raise GGUFError(
-            found,
-            rule=rule,
-            remedy=remedy,
-            path=str(self.paths[info.file_index]),
-            offset=info.offset,
-            reading=f"tensor {info.name!r}",
-        )
+    def _refuse(self, found: str, rule: str, remedy: str, info: TensorInfo | None = None) -> NoReturn:
+        path, offset, reading = self.path, None, None
+        if info is not None:
+            path, offset, reading = self.paths[info.file_index], info.offset, f"tensor {info.name!r}"
+        raise GGUFError(found, rule=rule, remedy=remedy, path=str(path), offset=offset, reading=reading)
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -262,21 +247,17 @@ def _check_shard(path: Path, header: Header, index: int, count: int, before: lis
         metadata.refuse("split.no", f"{metadata['split.no']}", f"by its name this is file {index} counted from 0")
     if metadata.integer("split.count", count) != count:
         metadata.refuse("split.count", f"{metadata['split.count']}", f"the first file says {count}")
-    if header.byte_order != before[0].byte_order:
-        raise GGUFError(
-            f"{header.byte_order}-endian",
-            rule=f"the first file of the set is {before[0].byte_order}-endian",
-            remedy=DAMAGED,
-            path=str(path),
-            offset=4,
-        )
-    for name in header.tensors:
+    order = before[0].byte_order
+    if header.byte_order != order:
+        rule = f"the first file of the set is {order}-endian"
+        raise GGUFError(f"{header.byte_order}-endian", rule=rule, remedy=DAMAGED, path=str(path), offset=4)
+    for name, info in header.tensors.items():
         if any(name in other.tensors for other in before):
             raise GGUFError(
                 f"tensor {name!r} a second time",
                 rule="a name occurs once in a split set",
                 remedy=DAMAGED,
                 path=str(path),
-                offset=header.tensors[name].offset,
+                offset=info.offset,
                 reading=f"tensor {name!r}",
             )
