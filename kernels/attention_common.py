@@ -173,6 +173,9 @@ def attend(
     row_max, row_sum, acc = state
     k_pages_ptr = kv.k_pages + kv_head * kv.head_stride
     v_pages_ptr = kv.v_pages + kv_head * kv.head_stride
+    if kv.k_scale is not None:
+        k_scale_ptr = kv.k_scale + kv_head
+        v_scale_ptr = kv.v_scale + kv_head
     offs_n = tl.arange(0, BLOCK_N)
     page_mask = (1 << kv.page_shift) - 1
     for tile_start in tl.range(start, end, BLOCK_N):
@@ -192,8 +195,8 @@ def attend(
         k = load_columns(k_pages_ptr, rows, mask_keys, dtype, HEAD_DIM, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if kv.k_scale is not None:
-            scale_rows = ((page << kv.page_shift) + slots) * kv.num_kv_heads + kv_head
-            scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)[None, :]
+            scale_rows = ((page << kv.page_shift) + slots) * kv.num_kv_heads
+            scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]
         scale = rule.scale
         if rule.softcap is not None:
             scores = tanh(scores * rule.scale)
@@ -211,8 +214,8 @@ def attend(
         decay = tl.exp2(row_max - shift)
         row_sum = tl.fma(row_sum, decay, tl.sum(weights, axis=1))
         row_max = new_max
-        if kv.v_scale is not None:
-            v_scale = tl.load(kv.v_scale + scale_rows, mask=mask_keys, other=0.0)
+        if kv.k_scale is not None:
+            v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=0.0)
             if dtype == tl.float16:
                 v_scale *= _HALF_LIFT
             weights *= v_scale[None, :]

@@ -36,18 +36,18 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "Masked keys are invisible and have weight 0; masked queries are not stored.",
     (
         "attend",
-        "scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)[None, :]",
-        "scores *= tl.load(kv.k_scale + scale_rows)[None, :]",
+        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]",
+        "scores *= tl.load(k_scale_ptr + scale_rows)[None, :]",
     ): "A masked key is invisible whatever its score; its place lies in a page that is there.",
     (
         "attend",
-        "scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)[None, :]",
-        "scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=1.0)[None, :]",
+        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]",
+        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=1.0)[None, :]",
     ): "A masked key is invisible whatever its score.",
     (
         "attend",
-        "v_scale = tl.load(kv.v_scale + scale_rows, mask=mask_keys, other=0.0)",
-        "v_scale = tl.load(kv.v_scale + scale_rows, mask=mask_keys, other=1.0)",
+        "v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=0.0)",
+        "v_scale = tl.load(v_scale_ptr + scale_rows, mask=mask_keys, other=1.0)",
     ): "A masked key has weight 0.",
     (
         "attend",

@@ -39,8 +39,8 @@ MUTANTS = [
     ),
     (
         "attention: keys of the last tile unscaled",
-        "scores *= tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)[None, :]",
-        "k_scale = tl.load(kv.k_scale + scale_rows, mask=mask_keys, other=0.0)\n"
+        "scores *= tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)[None, :]",
+        "k_scale = tl.load(k_scale_ptr + scale_rows, mask=mask_keys, other=0.0)\n"
         "            scores *= tl.where(tile_start + BLOCK_N > end_key, 1.0, k_scale)[None, :]",
         "tests/kernels/test_attention_decode.py",
     ),
