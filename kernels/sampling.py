@@ -225,16 +225,18 @@ def sample(
     num_chunks = triton.cdiv(vocab_size, CHUNK)
     block_chunks = triton.next_power_of_2(num_chunks)
     grid = (num_chunks, num_seqs)
-    launches, maxima, floor = [], None, None
+    launches: list[Launch] = []
+    maxima = floor = None
     if temperature is not None:
         maxima = scratch(num_seqs, num_chunks, dtype=torch.float32, device=device)
-        filters = [(limit, weighted) for limit, weighted in ((top_k, False), (top_p, True)) if limit is not None]
-        if filters:
+        limits = [(limit, weighted) for limit, weighted in ((top_k, False), (top_p, True)) if limit is not None]
+        if limits:
             floor = scratch(num_seqs, dtype=torch.int32, device=device)
             search = search_memory(num_seqs, num_chunks, device)
-        launches = [launch(_max_kernel, grid, logits, maxima, floor, logits.stride(0), vocab_size, CHUNK=CHUNK)]
-        for limit, weighted in filters:
-            launches += raise_floor(limit, weighted, logits, vocab_size, maxima, temperature, floor, search, CHUNK)
+            rest = (logits, vocab_size, maxima, temperature, floor, search, CHUNK)
+            launches = [one for limit, weighted in limits for one in raise_floor(limit, weighted, *rest)]
+        first = launch(_max_kernel, grid, logits, maxima, floor, logits.stride(0), vocab_size, CHUNK=CHUNK)
+        launches = [first, *launches]
     scores = scratch(num_seqs, num_chunks, dtype=torch.float32, device=device)
     winners = scratch(num_seqs, num_chunks, dtype=torch.int32, device=device)
     choose = launch(

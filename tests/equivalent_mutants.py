@@ -192,6 +192,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "largest = tl.minimum(tl.max(magnitude, axis=1), 0x7f800001)",
     ): "The exponent is 255 either way.",
     (
+        "load_low",
+        "i = tl.arange(0, 32 // BITS)",
+        "i = tl.arange(0, 33 // BITS)",
+    ): "BITS is 2, 4 or 8.",
+    (
+        "load_high",
+        "per_low_word: tl.constexpr = 32 // LOW_BITS",
+        "per_low_word: tl.constexpr = 33 // LOW_BITS",
+    ): "LOW_BITS is 2, 4 or 8.",
+    (
+        "_fixed_point_kernel",
+        "for step in tl.range(0, (columns + BLOCK_K - 1) // BLOCK_K):",
+        "for step in tl.range(0, (columns + BLOCK_K - 2) // BLOCK_K):",
+    ): "columns and BLOCK_K are multiples of 32.",
+    (
+        "_fixed_point_kernel",
+        "offs_m = tl.full([1], token, tl.int64)",
+        "offs_m = tl.full([1], token, tl.int32)",
+    ): "The token is 0 or 1, times less than 2^31 rows.",
+    (
         "_fixed_point_kernel",
         "if columns > BLOCK_K:",
         "if columns >= BLOCK_K:",
@@ -263,6 +283,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'largest = tl.max(tl.where(logits != logits, float("-inf"), logits))',
         'largest = tl.max(tl.where(logits != logits, float("inf"), logits))',
     ): "A row with a NaN gives -1 whatever its maximum.",
+    (
+        "_max_kernel",
+        "tl.store(floor_ptr + row, 0)",
+        "tl.store(floor_ptr + row, 1)",
+    ): "Only a NaN has the image 0.",
     (
         "_choose_kernel",
         'score = tl.where(logits != logits, float("-inf"), logits)',

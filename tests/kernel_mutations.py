@@ -1,7 +1,7 @@
 """Every small change to a kernel: what ``mutants.py --generate`` draws from.
 
 One change at one place inside a ``@triton.jit`` function: an operator, a comparison, a constant, a minimum or maximum,
-a cast to int64, a mask.
+a cast to int64, a mask. Not in branches that only Nvidia's GPUs take: the tests that judge run on the CPU.
 """
 
 from __future__ import annotations
@@ -115,10 +115,23 @@ def mutations(root: Path, files: list[str]) -> list[Mutation]:
                 "triton.jit" in ast.unparse(d) for d in function.decorator_list
             ):
                 for statement in function.body[1:] if ast.get_docstring(function) else function.body:
-                    for node in ast.walk(statement):
+                    for node in _walk(statement):
                         for start, end, new in _edits(source, node):
                             found.append(source.change(function.name, start, end, new))
     return found
+
+
+def _walk(statement: ast.AST) -> Iterator[ast.AST]:
+    """A statement's nodes, without conditions that name NVIDIA and what they guard."""
+    if isinstance(statement, ast.If) and any(
+        isinstance(n, ast.Name) and n.id == "NVIDIA" for n in ast.walk(statement.test)
+    ):
+        children = statement.orelse
+    else:
+        yield statement
+        children = list(ast.iter_child_nodes(statement))
+    for child in children:
+        yield from _walk(child)
 
 
 def _edits(source: _Source, node: ast.AST) -> Iterator[tuple[int, int, str]]:

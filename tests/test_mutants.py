@@ -60,6 +60,13 @@ def test_generated_changes_are_valid_and_many():
     } <= {(mutation.old, mutation.new) for mutation in GENERATED if mutation.file == "kernels/norm.py"}
 
 
+def test_code_of_gpus_alone_is_not_changed():
+    """In neither place does the text of the change come from the other branch, which the interpreter takes."""
+    changed = {mutation.old for mutation in GENERATED if mutation.function in ("pack_bytes", "dot4")}
+    assert not {line for line in changed if "asm" in line or "pack=1" in line or "permute" in line or "NVIDIA" in line}
+    assert {"even, odd = tl.split(q)", "pairs = (even & 0xFFFF) | (odd << 16)"} & changed
+
+
 @pytest.mark.parametrize("entry", EQUIVALENT, ids=[f"{function}: {new}" for function, _, new in EQUIVALENT])
 def test_an_equivalent_mutant_is_still_generated(entry):
     assert entry in {mutation.key for mutation in GENERATED}, "update tests/equivalent_mutants.py"

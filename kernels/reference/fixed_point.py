@@ -8,9 +8,9 @@ X_GROUP = 32  # columns that share a step
 def fixed_point(x) -> np.ndarray:
     """x [num_tokens, columns], columns a multiple of 32, rounded to whole steps: the same shape, float64.
 
-    step = 2^(e - 14) per token and 32 columns, with 2^e <= max |x| (1 + 2^-14) < 2^(e + 1), and at least 2^-126; so a
-    number is -2^15 to 2^15 - 1 steps. Ties go to even. x is first rounded to float32. A group with a number that is not
-    finite, or within 2^-14 of float32's largest, becomes NaN.
+    step = 2^(e - 14) per token and 32 columns, e the least whole number with max |x| < (2 - 2^-14) 2^e, and at least
+    2^-126; so no number is more than 2^15 - 1 steps. Ties go to even. x is first rounded to float32. A group with a
+    number that is not finite, or at least (2 - 2^-14) 2^127, becomes NaN.
     """
     groups = np.asarray(x, np.float32).reshape(len(x), -1, X_GROUP)
     bits = np.abs(groups).view(np.int32).max(axis=2, keepdims=True, initial=0)

@@ -1,6 +1,5 @@
 """A few tokens in 16 bits: integer dot products with activations in fixed point, held to their own definition."""
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -97,13 +96,18 @@ def test_at_least_ten_times_as_exact_as_rounding_to_bfloat16(ggml_type, spread):
     assert 10 * np.linalg.norm(exact(got) - expected) <= by_bfloat16
 
 
-def exactly(group):
-    """``fixed_point`` of one group of 32 numbers, in rational arithmetic."""
+def exact_step(group):
+    """The step of one group of 32 numbers, in rational arithmetic."""
     largest = max(Fraction(abs(float(v))) for v in group)
     exponent = -112
-    while largest * (1 + Fraction(1, 2**14)) >= Fraction(2) ** (exponent + 1):
+    while largest >= (2 - Fraction(1, 2**14)) * Fraction(2) ** exponent:
         exponent += 1
-    step = Fraction(2) ** (exponent - 14)
+    return Fraction(2) ** (exponent - 14)
+
+
+def exactly(group):
+    """``fixed_point`` of one group of 32 numbers, in rational arithmetic."""
+    step = exact_step(group)
     return [round(Fraction(float(v)) / step) * step for v in group]  # round() takes ties to even
 
 
@@ -115,16 +119,19 @@ def test_the_definition_in_rational_arithmetic(exponent, spread, seed):
     assert [Fraction(v) for v in fixed_point(group[None])[0]] == exactly(group)
 
 
+JUST_BELOW = 2 - 2**-14 - 2**-23  # the last float32 that is rounded to steps of 2^-14
+
+
 @pytest.mark.parametrize(
-    "largest", [1.0, np.nextafter(np.float32(2), np.float32(0)), 2 - 2**-14, 2 - 2**-13, 2**-126, 2**-149, 0.0, 2e37]
+    "largest",
+    [1.0, np.nextafter(np.float32(2), np.float32(0)), 2 - 2**-14, JUST_BELOW, 2 - 2**-13, 2**-126, 2**-149, 0.0, 2e37],
 )
 def test_the_largest_number_fits_sixteen_bits(largest):
     group = np.full((1, 32), 0.25 * largest, np.float32)
     group[0, 3], group[0, 4] = largest, -largest
     out = fixed_point(group)[0]
     assert [Fraction(v) for v in out] == exactly(group[0])
-    step = 2.0 ** (max(math.frexp(max(largest * (1 + 2**-14), 1e-45))[1] - 1, -112) - 14)
-    assert np.abs(out / step).max() <= 2**15 - 1
+    assert np.abs(out / float(exact_step(group[0]))).max() <= 2**15 - 1
     weight = random_weight(np.random.default_rng(0), "Q8_0", 4, 32)
     x = torch.from_numpy(group).to(DEVICE)
     one = torch.ones(32, device=DEVICE, dtype=torch.float16)
