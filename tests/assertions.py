@@ -22,10 +22,10 @@ def assert_within_rounding(
     """|actual - reference| <= 2 |same_dtype - reference| + c eps max|reference|, element by element.
 
     Args:
-        actual: what the kernel gave.
+        actual: the kernel's result.
         reference: the NumPy definition in float64, [same shape].
-        same_dtype: the same formula by plain torch in the dtype of ``actual``: what rounding alone costs.
-        c: how many units in the last place of the largest value are free.
+        same_dtype: the same formula in plain torch, in the dtype of ``actual``: the error of rounding alone.
+        c: units in the last place of the largest value that are allowed in addition.
         context: the drawn shape and seed, for the message.
 
     NaN never passes unless the reference has NaN there too; infinities must be equal.
@@ -55,7 +55,7 @@ def assert_within_rounding(
 
 
 def assert_bit_equal(actual: Tensor, expected: Tensor, *, signed_zeros: bool = True, context: str = "") -> None:
-    """The same dtype and the same bits, NaN payloads aside; without ``signed_zeros`` both zeros are alike too."""
+    """The same dtype and bits, except for NaN payloads. Without ``signed_zeros`` both zeros are equal too."""
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}; {context}"
     assert actual.dtype == expected.dtype, f"{actual.dtype}, expected {expected.dtype}; {context}"
     bits = _BITS[actual.element_size()]
@@ -70,14 +70,14 @@ def assert_bit_equal(actual: Tensor, expected: Tensor, *, signed_zeros: bool = T
 
 
 def assert_guards_intact(buffer: Tensor, *, context: str = "") -> None:
-    """Nothing wrote outside the view that ``strategies.guarded`` gave."""
+    """Nothing wrote outside the view that ``strategies.guarded`` returned."""
     for name, guard in (("before", buffer[:GUARD]), ("after", buffer[-GUARD:])):
         intact = guard.isnan() if buffer.is_floating_point() else guard == torch.iinfo(buffer.dtype).min
         assert bool(intact.all()), f"wrote {name} the buffer at {int((~intact).nonzero()[0])}; {context}"
 
 
 def within_seconds(limit: float, function: Callable[..., T], *arguments: object) -> T:
-    """What the function returns, in less than ``limit`` seconds of CPU; best of three: a busy processor is slower."""
+    """The function's result, if the best of three calls takes less than ``limit`` seconds of CPU time."""
     taken = []
     while not taken or taken[-1] >= limit:
         assert len(taken) < 3, f"{min(taken):.2f} s of CPU at best, and {limit} are allowed"

@@ -1,4 +1,4 @@
-"""What the attention tests draw and build: numbers and a seed become K/V in poisoned pages."""
+"""What the attention tests draw and build: K/V in poisoned pages, made from a few numbers and a seed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOP = {torch.int8: 40.0, torch.float8_e4m3fn: 100.0}  # codes drawn for a value 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The numbers of one problem; its arrays follow from them."""
+    """The numbers from which one problem's arrays are made."""
 
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
@@ -68,7 +68,7 @@ class Dense:
     v_scale: Tensor | None = None
 
     def floats(self) -> tuple[Tensor, Tensor]:
-        """K and V as the numbers that they stand for."""
+        """K and V as numbers: codes times scales."""
         if self.k_scale is None or self.v_scale is None:
             return self.k, self.v
         return self.k.float() * self.k_scale[..., None], self.v.float() * self.v_scale[..., None]
@@ -199,7 +199,7 @@ def run_decode(kernel: Any, drawn: Drawn, dense: list[Dense], **pages: Any) -> t
 
 
 def arguments(drawn: Drawn, *, decode: bool = False) -> dict[str, Any]:
-    """What a launcher is called with, by name."""
+    """The arguments of the kernel, by name."""
     dense = sequences(drawn)
     laid = paged(dense, drawn.page_size)
     fields = {"q": stacked(dense), "k_pages": laid.k_pages, "v_pages": laid.v_pages, "block_table": laid.block_table}
@@ -228,7 +228,7 @@ def visible(drawn: Drawn, queries: int, keys: int) -> Tensor:
 
 
 def torch_attention(drawn: Drawn, s: Dense) -> Tensor:
-    """The textbook in float32, weights and result rounded to the dtype of q: what rounding alone costs."""
+    """The textbook formula in float32, weights and result rounded to q's dtype: the error of rounding alone."""
     k, v = (x.float().repeat_interleave(drawn.group, 1).transpose(0, 1) for x in s.floats())
     scores = s.q.float().transpose(0, 1) @ k.transpose(1, 2) * drawn.options["softmax_scale"]
     if drawn.softcap:
@@ -285,7 +285,7 @@ def spread(tensor: Tensor) -> Tensor:
 
 
 def far_pages(pages: Tensor) -> tuple[Tensor, int]:
-    """The same pages at the end of a pool, all of them past 2^31 elements; by how many pages they moved."""
+    """(the same pages at the end of a pool, all past 2^31 elements; the number of pages by which they moved)."""
     before = 2**31 // pages[0].numel() + 1
     pool = untouched((before + len(pages)) * pages[0].numel(), pages.dtype).view(-1, *pages.shape[1:])
     pool[before:] = pages
@@ -308,7 +308,7 @@ def far_scales(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def untouched(numel: int, dtype: torch.dtype) -> Tensor:
-    """On the CPU, address space without memory behind it, until it is written."""
+    """Uninitialised, or zeros on the CPU, which take no memory until they are written."""
     if DEVICE.type == "cuda":
         return torch.empty(numel, dtype=dtype, device=DEVICE)
     return torch.from_numpy(

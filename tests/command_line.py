@@ -1,4 +1,4 @@
-"""Runs commands inside this process, which has imported torch already."""
+"""Runs commands in this process, which has already imported torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config.json of a tiny checkpoint, changed, and the metadata that it becomes."""
+"""The config.json of a tiny checkpoint with changes, and the metadata that the loader reads from it."""
 
 import json
 from typing import Any
@@ -21,6 +21,6 @@ def tensor_names(name: str) -> list[str]:
 
 
 def metadata_of(name: str, **changes: Any) -> dict[str, Any]:
-    """What the loader makes of ``config_json``."""
+    """The metadata that the loader reads from ``config_json``."""
     config = config_json(name, **changes)
     return gguf_metadata(config, gguf_names(config, tensor_names(name)).values(), name=name)

@@ -1,4 +1,4 @@
-"""transformers' Llama in float32, filled by hand with the demo checkpoint's weights as gguf dequantises them."""
+"""transformers' Llama in float32, with the demo checkpoint's weights as the gguf package dequantises them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = [
 
 @functools.cache
 def checkpoint_path():
-    """The demo checkpoint, or a skip that says how to get it."""
+    """The demo checkpoint's path. Skips the test, with the way to install it, if it is missing."""
     try:
         return demo_checkpoint()
     except UnknownCheckpointError as error:
@@ -89,7 +89,7 @@ def transformers_llama():
 
 @torch.no_grad()
 def greedy(prompt_ids: list[int], num_tokens: int) -> tuple[list[int], list[float]]:
-    """The oracle's greedy continuation, and at each token the margin between the two best logits."""
+    """The oracle's greedy continuation, and per token the difference of the two best logits."""
     model = transformers_llama()
     ids, cache, tokens, margins = torch.tensor([prompt_ids]), None, [], []
     for _ in range(num_tokens):

@@ -1,4 +1,4 @@
-"""GGUF files built by code: valid ones through gguf's own writer, and any bytes at all from single fields.
+"""GGUF files made by code: valid ones by gguf's own writer, and arbitrary ones field by field.
 
 gguf_bytes([key("general.architecture", STRING, text("llama"))], [TensorBytes("a", (4,), 0, bytes(16))])
 """
@@ -31,7 +31,7 @@ def text(value: str | bytes, order: str = "<") -> bytes:
 
 
 def array(kind: int, elements: list[bytes], order: str = "<", *, count: int | None = None) -> bytes:
-    """An array value; ``count`` lies about its length."""
+    """An array value; ``count`` overrides the length that the file states."""
     announced = len(elements) if count is None else count
     return number(U32, kind, order) + number(U64, announced, order) + b"".join(elements)
 
@@ -42,7 +42,7 @@ def key(name: str | bytes, kind: int, value: bytes, order: str = "<") -> bytes:
 
 @dataclass
 class TensorBytes:
-    """A tensor as it will stand in the file. ``dims`` are in ggml's order, ``offset`` None for the right one."""
+    """A tensor of the file. ``dims`` are in ggml's order; ``offset`` None is the right one."""
 
     name: str | bytes
     dims: tuple[int, ...]
@@ -63,7 +63,7 @@ def gguf_bytes(
     tensor_count: int | None = None,
     pad_last: bool = True,
 ) -> bytes:
-    """The file of these parts, right in everything that the arguments do not falsify."""
+    """The file of these parts, valid except where the arguments say otherwise."""
     parts = [b"GGUF", number(U32, version, order)]
     parts.append(number(U64, len(tensors) if tensor_count is None else tensor_count, order))
     parts.append(number(U64, len(keys) if key_count is None else key_count, order))
@@ -104,7 +104,7 @@ def write_gguf(
     Args:
         metadata: (key, type, element type of an array, value).
         tensors: name -> (float array, None), or (uint8 rows of blocks, their type).
-        tensors_per_file: split into files of so many tensors, named path-00001-of-0000N.gguf; 0 for one file.
+        tensors_per_file: the number of tensors per file of a split set, named path-00001-of-0000N.gguf; 0 for one file.
     """
     writer = GGUFWriter(
         path,

@@ -1,4 +1,4 @@
-"""Mutations of GGUF bytes, and what must hold of any input: used by the hypothesis tests and by the fuzzer."""
+"""Mutations of GGUF bytes, and what must hold for any input. The hypothesis tests and the fuzzer use both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTERESTING += [2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1]
 
 
 def mutate(data: bytes, other: bytes, operation: str, at: int, size: int, number: int) -> bytes:
-    """One change at byte ``at`` (modulo the length); ``size`` and ``number`` say how much and to what."""
+    """One change at byte ``at`` (modulo the length). ``size`` and ``number`` select its extent and new value."""
     if not data:
         return data
     at %= len(data)

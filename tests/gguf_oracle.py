@@ -1,7 +1,7 @@
-"""A second, plain reader of GGUF: slow, one field at a time, nothing shared with rooflama's.
+"""A second, plain reader of GGUF: slow, one field at a time, without code of rooflama's reader.
 
-``strict_read`` gives a file's facts, or None where a strict reading of the format refuses it. The two readers must
-agree on every input.
+``strict_read`` returns a file's contents, or None if the format forbids the file. The two readers must agree on every
+input.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Triton's interpreter, with two things that the tests rely on: an order of sums, and a watch over memory.
 
-On a GPU an element of a dot depends on its own row and column alone. The interpreter hands the tile to BLAS, which may
-sum an element in another order because of where it stands in the tile; whether it does depends on the processor
-(OpenBLAS's kernels for AVX2 do).
+On a GPU an element of a dot depends only on its own row and column. The interpreter passes the tile to BLAS, whose
+order of summation may depend on the element's place in the tile. Whether it does depends on the processor: OpenBLAS's
+kernels for AVX2 do.
 
-A GPU under compute-sanitizer faults on a load beyond the ends of a tensor. The interpreter reads what lies there, which
-no result shows if a later mask drops it.
+Under compute-sanitizer a GPU reports a load beyond the ends of a tensor. The interpreter reads whatever is there, and
+no result shows it if a later mask drops the value.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Every small change to a kernel: what ``mutants.py --generate`` draws from.
+"""All small changes to the kernels, from which ``mutants.py --generate`` draws.
 
 One change at one place inside a ``@triton.jit`` function: an operator, a comparison, a constant, a minimum or maximum,
 a cast to int64, a mask. Not in branches that only Nvidia's GPUs take: the tests that judge run on the CPU.
@@ -66,7 +66,7 @@ class Mutation:
 
 
 class _Source:
-    """A file's text, by ast's places: lines from 1, columns in bytes."""
+    """A file's text, addressed as in ast: lines from 1, columns in bytes."""
 
     def __init__(self, root: Path, file: str):
         self.file = file

@@ -1,14 +1,14 @@
-"""Does the suite notice? Plants one bug at a time in a copy of the kernels and runs the tests that should fail.
+"""Check that the suite finds bugs: plant one at a time in a copy of the kernels and run the tests that should fail.
 
     python tests/mutants.py                          every mutant of mutant_table
-    python tests/mutants.py norm rope                those of these groups: what stands before the colon of their names
+    python tests/mutants.py norm rope                those of these groups: the word before the colon of a name
     python tests/mutants.py --generate 200 --seed 0  200 random small changes to the kernels (kernel_mutations.py)
     python tests/mutants.py --generate 20 sampling   20 to kernels/sampling.py
 
-First every test file named is run as it is. A mutant of the table must make its own tests fail: exit status 1 if one
-survives, runs out of time, or if the text it replaces is no longer there exactly once. A generated change must make a
-test of its kernel file fail (kernel_tests.py) or run out of time, unless equivalent_mutants.py says why no test can:
-exit status 1 if fewer than 97% do. Everything runs on the CPU; nothing is changed in place.
+First the tests run without a bug. A mutant of the table must make its own tests fail. Exit status 1: one survives, runs
+out of time, or the text that it replaces is not in the file exactly once. A generated change must make a test of its
+kernel file (kernel_tests.py) fail or run out of time, unless equivalent_mutants.py says why no test can. Exit status 1:
+fewer than 97% do. Everything runs on the CPU, in copies.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Runner:
     def run(
         self, tests: list[str], file: str = "", text: str = "", *, first_only: bool = True
     ) -> tuple[Outcome, list[str]]:
-        """(what came of it, the failures) with ``text`` in place of ``file``, from the repository's root."""
+        """(outcome, failed tests) with ``text`` in place of ``file``, whose path is from the repository's root."""
         start = time.monotonic()
         limit = min(self.timeout, self.deadline - start)
         if limit <= 0:
@@ -97,7 +97,7 @@ class Runner:
 
 
 def copy_tree(target: Path) -> None:
-    """The kernels as an importable ``rooflama``, with the loaders that their tests use, and the tests beside it."""
+    """Copy the kernels, and the loaders that their tests use, as an importable ``rooflama``, and the tests."""
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis", ".pytest_cache")
     (target / "rooflama").mkdir()
     (target / "rooflama" / "__init__.py").touch()
@@ -134,7 +134,7 @@ def _output(command: list[str], tree: Path, seconds: float) -> tuple[int | None,
 
 
 def check_baseline(runner: Runner, files: list[str]) -> bool:
-    """Whether all test files pass as they are. Tests that do not are printed, and left out from then on."""
+    """Whether all test files pass without a bug. Tests that fail are printed and deselected from then on."""
     for tests, (outcome, failures) in runner.each(lambda tests: runner.run([tests], first_only=False), files):
         if outcome.verdict != "SURVIVED":
             print(f"{tests} fails without a mutant: {failures or outcome.reason}", file=sys.stderr, flush=True)

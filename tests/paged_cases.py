@@ -1,4 +1,4 @@
-"""What the tests of paged K/V build: poisoned pages, and tables, lengths and slots amid poison."""
+"""What the tests of paged K/V build: poisoned pages, and tables, lengths and slots between poison."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ HALVES = {
 
 
 def random_bytes(rng: np.random.Generator, ggml_type: str, rows: int, columns: int) -> np.ndarray:
-    """Any bytes at all, [rows, bytes_per_row]: infinities and NaN among the scales."""
+    """Arbitrary bytes, [rows, bytes_per_row]. Some scales are infinite or NaN."""
     return rng.integers(0, 256, (rows, row_nbytes(ggml_type, columns)), dtype=np.uint8)
 
 
@@ -62,7 +62,7 @@ def random_weight(rng: np.random.Generator, ggml_type: str, rows: int, columns: 
 
 
 def gguf_dequantize(raw: np.ndarray, ggml_type: str) -> np.ndarray:
-    """What the gguf package makes of the blocks: [rows, columns] float32."""
+    """The blocks as the gguf package dequantises them: [rows, columns] float32."""
     if ggml_type in ("F32", "F16"):
         return raw.view(np.float32 if ggml_type == "F32" else np.float16).astype(np.float32)
     with np.errstate(all="ignore"):
@@ -70,7 +70,7 @@ def gguf_dequantize(raw: np.ndarray, ggml_type: str) -> np.ndarray:
 
 
 def some_columns(ggml_type: str) -> list[int]:
-    """Widths worth testing: one block, odd numbers of blocks, for floats no block at all, and several tiles."""
+    """Widths to test: one block, odd numbers of blocks, several tiles; for floats also widths without blocks."""
     return {1: [1, 7, 64, 100, 1100], 32: [32, 96, 288, 1056], 256: [256, 768, 1280]}[LAYOUTS[ggml_type].quant_block]
 
 
@@ -81,7 +81,7 @@ def guarded_weight(weight: Weight) -> tuple[Weight, list[Tensor]]:
 
 
 def virtual_rows(rows: int, columns: int, ggml_type: str = "F16") -> Weight:
-    """Rows of zeros that take no memory on the CPU until they are written."""
+    """Rows of zeros. On the CPU they take no memory until they are written."""
     planes = []
     for plane in LAYOUTS[ggml_type].planes:
         shape = (rows, columns // plane.elements)

@@ -1,4 +1,4 @@
-"""What the tests of rope build: tables of angles and positions, and one fused call's inputs and pages, amid poison."""
+"""What the tests of rope build: tables of angles and positions, and a fused call's inputs and pages, between poison."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Step:
         return self.q, self.k, self.v, *self.tables, self.positions, self.slots
 
     def fused(self, q_norm: Tensor | None = None, k_norm: Tensor | None = None, **options: Any) -> Any:
-        """(q, what the pages and scales then hold). Nothing around the pages was written."""
+        """(q, the contents of pages and scales afterwards). Asserts that nothing around the pages was written."""
         pages = self.pages()
         q = rope_and_cache_write(*self.inputs(), *pages[:2], q_norm, k_norm, *pages[2:], **options)
         for buffer in self.buffers:

@@ -70,7 +70,7 @@ class _ForcedBatch(DecodeBatch):
     """Decodes given tokens and keeps the logits of every step."""
 
     def force(self, continuations: list[list[int]]) -> list[Tensor]:
-        """Row i feeds ``continuations[i]``; shorter rows rest once they are through."""
+        """Feed ``continuations[i]`` to row i. A row whose continuation is over stops."""
         self.seen: list[Tensor] = []
         for step in range(max(len(tokens) for tokens in continuations)):
             tokens = [tokens[step] if step < len(tokens) else 0 for tokens in continuations]
@@ -87,7 +87,7 @@ class _ForcedBatch(DecodeBatch):
 
 
 def decode_logits(runner: ModelRunner, sequences: list[list[int]], prompt_lengths: list[int]) -> list[Tensor]:
-    """The logits that follow each sequence's prompt, decoded step by step through the paged cache, all together."""
+    """The logits after each sequence's prompt, of all sequences decoded together through the paged cache."""
     ids = [runner.cache.add() for _ in sequences]
     lengths = [len(tokens) for tokens in sequences]
     for sequence_id, length in zip(ids, lengths, strict=True):

@@ -1,4 +1,4 @@
-"""What the tests of sampling draw: mixtures of parameters; and the filters of transformers to hold them to."""
+"""What the tests of sampling draw: mixtures of parameters. And transformers' filters, to compare with."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def stored_type(name: str) -> str:
-    """A mix of types, so that q, k and v are not all of one."""
+    """A mix of types, in which q, k and v are not all the same."""
     if name.endswith("norm.weight"):
         return "F32"
     return {"token_embd": "Q8_0", "attn_v": "Q5_0", "ffn_down": "F16"}.get(name.split(".")[-2], "Q4_1")
@@ -83,7 +83,7 @@ def stored_type(name: str) -> str:
 
 @dataclass
 class Parts:
-    """What a file is made of, to be changed before it is written."""
+    """The parts of a file, which a test changes before it writes them."""
 
     architecture: str = "llama"
     metadata: dict[str, Any] = field(default_factory=metadata)
@@ -91,7 +91,7 @@ class Parts:
     types: dict[str, str] = field(default_factory=lambda: {name: stored_type(name) for name in shapes()})
 
     def write(self, path: Path, *, split_max_tensors: int = 0) -> Path:
-        """``split_max_tensors``: of each file of a split set; 0 for one file."""
+        """``split_max_tensors``: tensors per file of a split set; 0 for one file."""
         writer = GGUFWriter(path, self.architecture, split_max_tensors=split_max_tensors)
         for name, value in self.metadata.items():
             _add(writer, name, value)

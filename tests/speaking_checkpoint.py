@@ -11,7 +11,7 @@ from small_checkpoint import HIDDEN, TOKENS, VOCABULARY, Parts
 
 
 def speaking(path: Path, text: str, **changes: Any) -> str:
-    """Write a checkpoint that says the one token ``text`` again and again, whatever it is asked; its path as text."""
+    """Write a checkpoint whose every answer is the token ``text``, repeated. Returns its path."""
     parts = Parts()
     parts.metadata |= {
         "tokenizer.ggml.tokens": [*TOKENS, text],

@@ -1,4 +1,4 @@
-"""What the property tests draw: sizes and a seed, never arrays; the data is made from the seed."""
+"""What the property tests draw: sizes and a seed. The arrays are made from the seed."""
 
 from __future__ import annotations
 

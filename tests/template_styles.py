@@ -1,4 +1,4 @@
-"""Chat templates in the manner of the published families: the constructs that theirs are made of, in our own words."""
+"""Chat templates in the style of the published families: their constructs, in our own words."""
 
 SYSTEM_FIRST = """
 {%- if messages and messages[0]['role'] == 'system' %}

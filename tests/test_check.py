@@ -1,4 +1,4 @@
-"""``rooflama check``: a sound file passes, and each broken one has the broken thing named, in the right line."""
+"""``rooflama check``: a good file passes; for a broken file the right line names what is broken."""
 
 import itertools
 import json
@@ -130,7 +130,7 @@ def sound(tmp_path_factory):
 
 
 def test_a_sound_file_fails_nowhere(sound, numpy_backend):
-    """Random weights know no English, and that is all the list finds."""
+    """The one finding is that random weights predict English no better than chance."""
     report = check(sound, device="cpu")
     assert [result.name for result in report.results] == [item.name for item in CHECKS]
     assert {result.status for result in report.results if result.name != "forward"} == {"PASS"}
@@ -174,7 +174,7 @@ def test_a_memory_limit_is_held_against_the_plan(sound, numpy_backend):
     ("context", "forward", "generation"), [(1, "PASS", "WARN"), (2, "PASS", "PASS"), (3, "WARN", "PASS")]
 )
 def test_contexts_of_a_few_tokens(context, forward, generation, tmp_path, numpy_backend):
-    """Too few to have a figure for English, or to continue a prompt, is said and is no error."""
+    """Too few to measure English or to continue a prompt: the line says so, and that is no error."""
     report = check(write_small(tmp_path / "small.gguf", {"llama.context_length": context}), device="cpu")
     said = report.of("forward").reason
     assert ("too short" in said, "nats per token" in said) == (context < 3, context >= 3), said
@@ -211,7 +211,7 @@ def off_by(factor: float, layer: int):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_layer_that_errs_is_named(sound, layer, monkeypatch, numpy_backend):
-    """One product in one layer off by 0.1%: smaller than any eye sees, larger than float32 explains."""
+    """One product in one layer is off by 0.1%, which is more than float32 explains."""
     monkeypatch.setattr(Projection, "__call__", off_by(1.001, layer))
     found = check(sound, device="cpu").of("forward")
     assert found.status == "FAIL"
@@ -235,7 +235,7 @@ def test_logits_that_err_are_named(sound, monkeypatch, numpy_backend):
 
 
 def test_decoding_that_errs_is_named(sound, monkeypatch, numpy_backend):
-    """Decode rotates by a position too many: every layer of a prefill pass is right, generation is not."""
+    """Decode rotates by one position too many. Every layer of a prefill pass is right, generation is not."""
     from rooflama.models.serving import runner
 
     original = runner.Step
@@ -286,7 +286,7 @@ def test_a_run_that_is_killed_leaves_the_report_of_what_came_before(sound, tmp_p
 
 @pytest.mark.parametrize("target", ["none/report.md", ".", "small.gguf", "x" * 300, "/proc/report.md"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(target, tmp_path, monkeypatch):
-    """No folder, a folder, the checkpoint itself, which stays as it is, a name too long, and no place for files."""
+    """A missing folder, a folder, the checkpoint itself (which stays unchanged), too long a name, a device."""
     path = Parts().write(tmp_path / "small.gguf")
     before = path.read_bytes()
     monkeypatch.setattr(sys.modules["rooflama.checks.checklist"], "check", lambda *_, **__: pytest.fail("the list ran"))
@@ -374,7 +374,7 @@ def refuse_constant(name: str) -> float:
 
 
 def test_numbers_that_json_has_not_are_texts(tmp_path, monkeypatch, numpy_backend):
-    """Those of the metadata, and the error of a layer that computes NaN."""
+    """In the metadata, and as the error of a layer that computes NaN."""
     monkeypatch.setattr(Projection, "__call__", off_by(float("nan"), 0))
     odd = {"general.weight": float("nan"), "general.bound": float("-inf")}
     path, target = write_small(tmp_path / "small.gguf", odd), tmp_path / "report.md"

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints, and its exit status."""
+"""The command line: what it prints, and its exit status."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def test_brackets_in_a_name_are_text(tmp_path, name):
 
 @pytest.mark.parametrize("command", ["inspect", "plan"])
 def test_a_models_own_name_is_text(tmp_path, command):
-    """Neither markup nor a terminal's escape codes come through from a file."""
+    """Markup and escape codes in a file's metadata are printed as text."""
     path = write_small(tmp_path / "small.gguf", {"general.name": "a[/b]\x1b[2J\x07c"})
     result = rooflama(command, str(path))
     assert result.status == 0, result.stderr
@@ -122,7 +122,7 @@ def test_help_and_version_do_not_wait_for_torch():
 
 
 def test_the_folder_above_a_clone(tmp_path):
-    """A clone named rooflama hides the installed package there, and stands in for it."""
+    """There a clone named rooflama hides the installed package, and must work in its place."""
     root = Path(__file__).parents[1]
     (tmp_path / "rooflama").symlink_to(root)
     code = "import rooflama, rooflama.json_text; from importlib.util import find_spec; print(rooflama.__file__)"
@@ -181,7 +181,7 @@ def test_tables_into_a_pipe_are_not_cut(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_no_encoding_ends_a_table(tmp_path, encoding):
-    """What an encoding lacks comes out as a question mark, in errors escaped."""
+    """A character that the encoding lacks is printed as a question mark, or escaped in errors."""
     path = write_small(tmp_path / "small.gguf", {"general.name": "naïve 🙂 \u4e16"})
     shown = "naïve 🙂 \u4e16".encode(encoding, "replace").decode(encoding)
     for command in ("inspect", "plan"):

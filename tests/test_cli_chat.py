@@ -1,4 +1,4 @@
-"""``rooflama chat``: what is remembered, what a full context does, and what Ctrl-C does in a real terminal."""
+"""``rooflama chat``: the conversation, a full context, and Ctrl-C in a real terminal."""
 
 import os
 import pty
@@ -90,7 +90,7 @@ def test_the_answer_so_far_stays_after_ctrl_c(model, conversations, monkeypatch)
 
 
 def test_ctrl_c_twice_in_a_terminal(tmp_path):
-    """The first ends an answer that would go on for 100,000 tokens, the second the program."""
+    """The first ends an answer of up to 100,000 tokens, the second ends the program."""
     path = speaking(tmp_path / "m.gguf", "<x>", **{"llama.context_length": 100_000})
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process, terminal = pty.fork()

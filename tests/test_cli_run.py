@@ -20,7 +20,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture
 def prompts(monkeypatch):
-    """What ``Model.stream`` is given, in place of running the model."""
+    """The prompts that ``Model.stream`` gets; the model does not run."""
     given = []
     stream = Model.stream
 

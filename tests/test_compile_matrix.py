@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def compile_matrix(*options):
-    """In a process of its own: this one has its kernels decorated for the interpreter."""
+    """Run the script in a process of its own, since this one has its kernels decorated for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "benchmarks" / "compile_matrix.py"), *options]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)

@@ -1,4 +1,4 @@
-"""What ``rooflama.inspect`` says of a file of each family."""
+"""The summary of ``rooflama.inspect`` for a file of each family."""
 
 import re
 

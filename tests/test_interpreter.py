@@ -1,4 +1,4 @@
-"""The interpreter's tl.dot keeps what tests of single bits rely on, and no access beyond a tensor's ends passes."""
+"""The interpreter's tl.dot sums in order, and an access beyond a tensor's ends fails."""
 
 from typing import NamedTuple
 

@@ -26,7 +26,7 @@ def test_the_committed_page_is_current(name):
 
 @pytest.mark.parametrize("name", CARDS)
 def test_a_wheel_shows_the_same_card(name, tmp_path, monkeypatch):
-    """There the tables come from the one file that it carries."""
+    """In a wheel the tables come from ``tables.json``."""
     here = kernel_card(name).markdown()
     monkeypatch.setattr("rooflama.kernel_card.COMPILE_MATRIX", tmp_path / "not in a wheel")
     monkeypatch.setattr("rooflama.kernel_card.SHIPPED", ROOT / "docs" / "kernels" / "tables.json")

@@ -1,4 +1,4 @@
-"""What ``make mutants`` plants still fits the kernels; running its mutants takes minutes and is not done here."""
+"""The mutants of ``make mutants`` still fit the kernels. They are not run here, since that takes minutes."""
 
 import ast
 import subprocess
@@ -21,7 +21,7 @@ def test_a_mutant_replaces_text_that_is_there_once(mutant):
 
 
 def test_a_group_is_run_alone(monkeypatch, capsys):
-    """Also where the name of another group's mutant contains the word."""
+    """Even if the name of another group's mutant contains the word."""
     monkeypatch.setattr(mutants.Runner, "run", lambda *_: (Outcome("killed", "", 0.0), []))
     monkeypatch.setattr(sys, "argv", ["mutants.py", "--no-baseline", "norm"])
     assert mutants.main() == 0
@@ -73,7 +73,7 @@ def test_an_equivalent_mutant_is_still_generated(entry):
 
 
 def test_generated_changes_are_judged_by_the_suite_of_their_file(monkeypatch, capsys):
-    """All but those known to be equivalent; a timeout counts as killed, what was not run does not count."""
+    """Except those known to be equivalent. A timeout counts as killed; a change that was not run does not count."""
     verdicts, ran = iter(["killed"] * 6 + ["timeout", "not run", "SURVIVED"]), []
 
     def run(self, tests, file, text):

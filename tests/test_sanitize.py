@@ -1,4 +1,4 @@
-"""What ``benchmarks/sanitize.py`` reads out of a run under compute-sanitizer."""
+"""What ``benchmarks/sanitize.py`` reads from the output of compute-sanitizer."""
 
 import importlib.util
 import sys

@@ -1,9 +1,9 @@
 """Tiny random checkpoints of every family and edge case, as transformers modules, GGUF files and Hugging Face folders.
 
-The modules are transformers' own, with random weights large enough that attention is far from uniform; they are the
-oracle. ``gguf_metadata`` and ``gguf_tensors`` follow llama.cpp's converter: its keys, its names, its order of q and k
-rows for architecture ``llama``, its divisors for Llama 3.1's scaling. ``MemoryCheckpoint`` holds the same without a
-file, for tests of what a config reader makes of it.
+The oracle is transformers' modules, with random weights large enough that attention is far from uniform.
+``gguf_metadata`` and ``gguf_tensors`` follow llama.cpp's converter: its keys, its names, its order of q and k rows for
+architecture ``llama``, its divisors for Llama 3.1's scaling. ``MemoryCheckpoint`` has the same contents without a file,
+for tests of config readers.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A config, and what the tests must know of it.
+    """A config, and what the tests need to know about it.
 
     Attributes:
         config: makes the transformers config.
         lengths: sequence lengths to test; those at a boundary are both sides of it.
-        in_gguf: whether GGUF can express it.
+        in_gguf: whether GGUF can express the config.
         extra: metadata that a converter would not write but the reader takes.
         fused_qkv: whether the GGUF file holds q, k and v as one tensor where the module does not.
     """
