@@ -3,18 +3,17 @@
     out = softmax(cap(softmax_scale * q.K^T) + mask).V           (Vaswani et al., 2017)
     running maximum, sum and weighted values, one tile of keys at a time (Milakov and Gimelshein, 2018)
 
-Layout: K and V lie only in pages [num_pages, page_size, num_kv_heads, head_dim]; key j of a sequence is slot
-j % page_size of page block_table[j // page_size]. Tiles of BLOCK_N keys start at multiples of BLOCK_N counted from the
-sequence's key 0, whatever the page size, chunk or batch, so a row always meets the same keys in the same order. A tile
-in which a row sees nothing changes no bit of its state: the factor is exp2(0) = 1 and what is added is 0 times V, which
-is 0 where V is finite.
-A head_dim that is no power of two is padded to the next one, in registers only. Two parts (96 = 64 + 32) would multiply
-less, but Triton 3.6 compiled them to wrong values and reads past shared memory (docs/LOG.md, 2026-11-23).
-Quantised pages hold float8 e4m3 or int8 codes; each code is widened exactly to the dtype of q, and the scale of its
+Layout: K and V lie in pages [num_pages, page_size, num_kv_heads, head_dim]. Key j of a sequence lies in page
+block_table[j // page_size], at slot j % page_size.
+Order: tiles of BLOCK_N keys start at multiples of BLOCK_N, counted from the sequence's key 0. So a row meets the same
+keys in the same order whatever the page size, the chunk or the batch. A tile in which a row sees no key changes no bit
+of the row's state: the state is multiplied by exp2(0) = 1, and what is added is 0 times V, which is 0 for finite V.
+Padding: a head_dim that is not a power of two is padded to the next one, in registers only. Two parts (96 = 64 + 32)
+would multiply less, but Triton 3.6 compiles them to wrong values and reads past shared memory (docs/LOG.md).
+Codes: quantised pages hold float8 e4m3 or int8 codes. Each code is widened exactly to the dtype of q. The scale of its
 token and head multiplies the key's score and the value's weight.
-Numerics: scores, softmax and sums in float32, in base 2 with log2(e) folded into the scale; weights rounded to the
-dtype of q before they meet V. Keys outside [first_key, end_key) are not read, so that what lies there, NaN too, is
-without effect.
+Numerics: scores, softmax and sums are float32, in base 2 with log2(e) folded into the scale. Weights are rounded to the
+dtype of q before they multiply V. Keys outside [first_key, end_key) are not read, so NaN there has no effect.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ LOG2_E = 1.4426950408889634
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# Scaled weights p * v_scale can be as small as 1e-7, where float16 runs out of bits; 64 * 65504 / 127 still fits it.
+# Scaled weights p * v_scale can be as small as 1e-7, where float16 loses bits. 64 * 65504 / 127 still fits float16.
 _HALF_LIFT = tl.constexpr(64.0)
 
 
@@ -64,15 +63,15 @@ def tanh(x):
 
 @triton.constexpr_function
 def block_dim(head_dim):
-    """BLOCK_D, the columns of a tile: the power of two, 16 at least, that holds a head; the rest is padding."""
+    """BLOCK_D, the columns of a tile: the least power of two from 16 on that holds a head."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 @triton.jit
 def widen(tile, dtype: tl.constexpr):
-    """Values or codes of a page as ``dtype``, exactly. uint8 stands for e4m3 where the device cannot convert that."""
+    """Values or codes of a page as ``dtype``, exactly. uint8 holds e4m3's bits, for devices that cannot convert e4m3."""
     if tile.dtype == tl.uint8:
-        # e4m3's bits, moved to float16's places, read as value / 2^8; only its NaN, which no writer stores, is lost.
+        # e4m3's bits, moved to where float16 has them, are value / 2^8. Only NaN is lost, which no writer stores.
         bits = tile.to(tl.uint16)
         tile = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
     return tile.to(dtype)
@@ -87,7 +86,7 @@ def load_columns(
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """[N, BLOCK_D] the rows' HEAD_DIM columns; 0 in masked rows and in the columns of padding."""
+    """[N, BLOCK_D] the HEAD_DIM columns of each row. Masked rows and the padding are 0."""
     offs = tl.arange(0, block_dim(HEAD_DIM))
     ptrs = ptr + rows[:, None] + offs[None, :]
     if block_dim(HEAD_DIM) > HEAD_DIM:
@@ -132,7 +131,7 @@ class Softmax(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Where results go: attention over all keys of a sequence, or over those of one split."""
+    """Where results are stored: attention over all keys of a sequence, or over the keys of one split."""
 
     out: Tensor  # [num_tokens, num_heads, head_dim], contiguous; of splits [num_seqs, num_heads, splits, head_dim]
     lse: Tensor  # [num_tokens, num_heads] float32, natural log; of splits [num_seqs, num_heads, splits], log2
@@ -207,7 +206,7 @@ def attend(
                 visible = visible & (positions[:, None] - keys[None, :] < rule.window)
             scores = tl.where(visible, scores, float("-inf"))
 
-        # fma by name: masked and unmasked tiles must round alike
+        # An explicit fma, because masked and unmasked tiles must round alike.
         new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
@@ -228,9 +227,9 @@ def attend(
 
 @triton.jit
 def normalized(state, dtype: tl.constexpr, SCALED: tl.constexpr):
-    """[M, BLOCK_D] the weighted mean of the values at the end; 0 for a row that saw no key.
+    """[M, BLOCK_D] the weighted mean of the values; 0 for a row that saw no key.
 
-    Such a row's acc may be NaN: 0 times what another row of the block sees.
+    The acc of such a row may be NaN: 0 times a NaN that another row of the block sees.
     """
     total = state.row_sum
     if SCALED and dtype == tl.float16:
@@ -241,7 +240,7 @@ def normalized(state, dtype: tl.constexpr, SCALED: tl.constexpr):
 
 @triton.jit
 def log2_sum(row_max, row_sum):
-    """[M] log2 of the sum of the exponentials of the scores; -inf for a row that saw no key."""
+    """[M] log2 of the sum of 2^score; -inf for a row that saw no key."""
     return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(tl.where(row_sum == 0.0, 1.0, row_sum)))
 
 
@@ -253,7 +252,7 @@ def natural(lse):
 
 @functools.cache
 def converts_float8(device: torch.device) -> bool:
-    """Whether Triton can convert e4m3 there: Nvidia's from compute capability 8.9 on. Elsewhere ``widen`` does it."""
+    """Whether Triton converts e4m3: on Nvidia's devices from compute capability 8.9 on. Elsewhere ``widen`` does."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -282,7 +281,7 @@ def check_attention(
     sliding_window: int,
     softcap: float,
 ) -> None:
-    """Everything that can be known without reading the tensors."""
+    """All checks that read no element of a tensor."""
     check_shape("q", q, (None, None, None))
     num_heads, head_dim = q.shape[1:]
     check_dtype("q", q, FLOATS)
@@ -318,6 +317,6 @@ def check_attention(
 
 
 def check_reach(q_lens: Tensor | int, seq_lens: Tensor, block_table: Tensor, k_pages: Tensor, window: int) -> None:
-    """That every key in reach of the queries lies in a page. Reads the tensors: for those on the CPU."""
+    """Every key in reach of the queries must lie in a page. Reads the tensors, so it is for tensors on the CPU."""
     first_keys = (seq_lens - q_lens - window + 1).clamp(min=0) if window else torch.zeros_like(seq_lens)
     check_keys_in_pages(block_table, seq_lens, first_keys, k_pages.shape[0], k_pages.shape[1])

@@ -1,18 +1,19 @@
-"""Attention of one new token a sequence over its paged K/V: split over the keys, then merged by log-sum-exp.
+"""Attention of one new token per sequence over its paged K/V: split over the keys, then merged by log-sum-exp.
 
     split s:  o_s = softmax(scores_s).V_s,  lse_s = log2(sum_j 2^score_j)
     merge:    out = sum_s 2^(lse_s - max) o_s / sum_s 2^(lse_s - max),   lse = max + log2(sum_s 2^(lse_s - max))
 
-Layout: q [num_seqs, num_heads, head_dim], the newest token of each sequence, at position seq_len - 1; K/V in pages as
-``attention_common`` says.
-A split's length is a power of two that follows from the sequence's own length (its reach, with a window): MIN_SPLIT
-tokens, doubled until MAX_SPLITS splits suffice. So a sequence is cut alike in every batch and merged in the same order,
-and its bits depend on nothing else. The grid follows from shapes alone (the table's width bounds the length), so a
-CUDA graph can be replayed with other lengths; programs past a sequence's last split leave at once.
-One program of the first kernel owns one split, one K/V head and up to 64 of its query heads; a sequence of one split is
-finished there. One program of the second owns one query head of one sequence.
-Numerics: partial values and sums in float32; one rounding at the end.
-Moves: K/V once, and 8 x head_dim bytes a query head and split for the partial results: bandwidth-bound.
+Layout: q [num_seqs, num_heads, head_dim] holds the newest token of each sequence, at position seq_len - 1. K/V lie in
+pages as in ``attention_common``.
+Splits: a split is MIN_SPLIT tokens long, doubled until MAX_SPLITS splits hold all keys in reach. The length depends on
+the sequence's own length and on the head counts alone. So a sequence is cut the same way in every batch and merged in
+the same order, and its bits do not depend on its neighbours.
+Grid: it follows from shapes alone (the table's width bounds the length), so a CUDA graph can be replayed with other
+lengths. Programs past a sequence's last split exit at once.
+One program of the first kernel owns one split, one K/V head and up to 64 of its query heads. It also finishes a
+sequence of one split. One program of the second kernel owns one query head of one sequence.
+Numerics: partial values and sums are float32, rounded once at the end.
+Moves: K/V once, and 8 x head_dim bytes per query head and split for the partial results: bandwidth-bound.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from .kernel import Launch, kernel, launch, scratch
 from .launch import configuration, overlapped
 from .paged_common import heads_of, read_by_definition
 
-MERGE_SPLITS = 16  # partial results that the merge holds at once
+MERGE_SPLITS = 16  # partial results that one step of the merge adds
 
 
 @triton.jit
@@ -133,7 +134,7 @@ def _merge_splits_kernel(
     BLOCK_N: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # splits added at once: fixed, so that the order of addition is
+    BLOCK_S: tl.constexpr,  # splits per step; fixed, since it determines the order of addition
     OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):
     if OVERLAP:
@@ -167,7 +168,7 @@ def _merge_splits_kernel(
 
 
 def most_splits(keys: int, num_kv_heads: int, device: torch.device | None = None) -> int:
-    """How many splits a sequence of up to ``keys`` keys may have; without a device, on a data-centre GPU."""
+    """The most splits that a sequence of ``keys`` keys can have. Without a device, for a data-centre GPU."""
     splits = configuration("attention_splits", device, num_kv_heads=num_kv_heads)
     return max(1, min(splits["MAX_SPLITS"], triton.cdiv(keys, splits["MIN_SPLIT"])))
 
@@ -208,21 +209,21 @@ def attention_decode(
         k_pages: [num_pages, page_size, num_kv_heads, head_dim]; page_size 16 to 256, a power of two; the dtype of q
             (any float if q is float32), or int8 or float8_e4m3fn codes.
         v_pages: the same shape, dtype and strides.
-        block_table: int32 [num_seqs, max_pages_per_seq]; entries the query cannot reach may be anything. Its width
-            bounds the grid and the workspace (num_seqs x num_heads x splits x head_dim float32, 32 splits at most).
-        seq_lens: int32 [num_seqs], keys present in tokens, the newest included; 0 for a sequence that sits out.
+        block_table: int32 [num_seqs, max_pages_per_seq]. Entries that the query cannot reach may be anything. The
+            table's width bounds the grid and the workspace (num_seqs x num_heads x splits x head_dim float32).
+        seq_lens: int32 [num_seqs], number of keys, the newest token's included; 0 for a sequence without a query.
         k_scale: float32 [num_pages, page_size, num_kv_heads], contiguous; with codes only: value = code * scale.
         v_scale: the same for V.
         softmax_scale: multiplies every score; positive, commonly 1 / sqrt(head_dim).
-        sliding_window: keys the query sees, its own included, in tokens; 0 for all.
-        softcap: scores are bent to softcap * tanh(score / softcap); 0 for none.
+        sliding_window: how many keys the query sees, its own included; 0 for all.
+        softcap: a score becomes softcap * tanh(score / softcap); 0 for none.
 
     Returns:
-        (out like q, contiguous; lse float32 [num_seqs, num_heads], natural log). Rows without a key: 0 and -inf.
+        (out like q, contiguous; lse float32 [num_seqs, num_heads], natural log). Rows without a key are 0 and -inf.
 
     Raises:
-        KernelInputError: shapes, dtypes, devices or numbers do not fit. That lengths and page numbers fit is checked
-            for CPU tensors only: on a GPU it would make every call wait for the device.
+        KernelInputError: shapes, dtypes, devices or numbers do not fit. Lengths and page numbers are checked for CPU
+            tensors only, since reading them from a GPU would make every call wait for the device.
     """
     num_seqs, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_pages.shape

@@ -3,19 +3,20 @@
     out = softmax(cap(softmax_scale * q.K^T) + mask).V     for a query at position p: keys p - window < j <= p
     lse = log(sum_j exp(score_j))
 
-Layout: q [num_tokens, num_heads, head_dim], the queries of all sequences one after another, cut by query_start_loc
-[num_seqs + 1]; K/V in pages as ``attention_common`` says. The Q queries of a sequence are its last: token i stands at
-position seq_len - Q + i, so a chunk of a longer prompt needs nothing but its seq_len.
-One program owns BLOCK_M rows of one sequence and one K/V head, where row r of the sequence is token r // group, head
-r % group of the group: any group fills the tile, and one load of K/V serves all its heads. It walks the keys in three
+Layout: q [num_tokens, num_heads, head_dim] holds the queries of all sequences one after another; query_start_loc
+[num_seqs + 1] says where each begins. K/V lie in pages as in ``attention_common``. The Q queries of a sequence are its
+last tokens: query i is at position seq_len - Q + i. So a chunk of a longer prompt needs nothing but its seq_len.
+One program owns BLOCK_M rows of one sequence and one K/V head. Row r of a sequence is token r // group, head r % group
+of the group, so any group fills the tile and one load of K/V serves all its heads. The program walks the keys in three
 stretches: tiles cut by the window, tiles that every row sees whole (no mask), tiles on the diagonal.
-The sequence is found on the device, by binary search in query_start_loc, and the grid follows from shapes alone, so a
-CUDA graph can be replayed with other lengths. Tokens past query_start_loc[-1] belong to no sequence: 0 and -inf.
-Programs are issued last block first, longest first within a sequence. Among finite values a row's bits depend on its
-own query and keys alone: not on the chunk, the batch, the pages' places or their size. A NaN or an infinity in V at a
-key that only other rows of the block see reaches it too, as it may in the definition: 0 times it is NaN.
-Moves: q and out once, K/V once for every BLOCK_M rows (mostly from L2), for 4 x head_dim flops a visible pair of query
-and key: compute-bound beyond a few hundred keys.
+Grid: it follows from shapes alone, and a program finds its sequence by binary search in query_start_loc. So a CUDA
+graph can be replayed with other lengths. Blocks are issued last first, which within a sequence is longest first.
+Tokens past query_start_loc[-1] belong to no sequence; their results are 0 and -inf.
+Bits: a row's bits depend on its own query and keys alone, not on the chunk, the batch, where its pages lie or their
+size. This holds for finite values: a NaN or an infinity in V that only other rows of the block see also reaches the
+row, since 0 times it is NaN.
+Moves: q and out once, K/V once per BLOCK_M rows (mostly from L2), for 4 x head_dim flops per visible pair of query and
+key: compute-bound beyond a few hundred keys.
 """
 
 from __future__ import annotations
@@ -54,13 +55,16 @@ from .paged_common import heads_of, read_by_definition
 
 @triton.jit
 def _first_block(query_start_loc_ptr, sequence, group, BLOCK_M: tl.constexpr):
-    """The block at which a sequence's rows start: never too close to the next, since floors differ by less than 1."""
+    """The block at which a sequence's rows start.
+
+    Adding the sequence's number leaves room for the block that is not full, so two sequences never share a block.
+    """
     return tl.load(query_start_loc_ptr + sequence) * group // BLOCK_M + sequence
 
 
 @triton.jit
 def _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M: tl.constexpr):
-    """The last sequence that starts at ``block`` or before; num_seqs for the tokens that belong to none."""
+    """The last sequence that starts at or before ``block``; num_seqs for tokens that belong to no sequence."""
     low = 0
     high = num_seqs + 1
     while high - low > 1:
@@ -209,21 +213,22 @@ def attention_prefill(
         k_pages: [num_pages, page_size, num_kv_heads, head_dim]; page_size 16 to 256, a power of two; the dtype of q
             (any float if q is float32), or int8 or float8_e4m3fn codes.
         v_pages: the same shape, dtype and strides.
-        block_table: int32 [num_seqs, max_pages_per_seq]; entries no query can reach may be anything.
-        seq_lens: int32 [num_seqs], keys present in tokens, those of these queries included.
-        query_start_loc: int32 [num_seqs + 1], starts at 0.
+        block_table: int32 [num_seqs, max_pages_per_seq]. Entries that no query can reach may be anything.
+        seq_lens: int32 [num_seqs], number of keys, those of these queries included.
+        query_start_loc: int32 [num_seqs + 1]. Sequence i owns the tokens query_start_loc[i] to
+            query_start_loc[i + 1] - 1.
         k_scale: float32 [num_pages, page_size, num_kv_heads], contiguous; with codes only: value = code * scale.
         v_scale: the same for V.
         softmax_scale: multiplies every score; positive, commonly 1 / sqrt(head_dim).
-        sliding_window: keys a query sees, itself included, in tokens; 0 for all.
-        softcap: scores are bent to softcap * tanh(score / softcap); 0 for none.
+        sliding_window: how many keys a query sees, its own included; 0 for all.
+        softcap: a score becomes softcap * tanh(score / softcap); 0 for none.
 
     Returns:
-        (out like q, contiguous; lse float32 [num_tokens, num_heads], natural log). Rows without a key: 0 and -inf.
+        (out like q, contiguous; lse float32 [num_tokens, num_heads], natural log). Rows without a key are 0 and -inf.
 
     Raises:
-        KernelInputError: shapes, dtypes, devices or numbers do not fit. That lengths and page numbers fit is checked
-            for CPU tensors only: on a GPU it would make every call wait for the device.
+        KernelInputError: shapes, dtypes, devices or numbers do not fit. Lengths and page numbers are checked for CPU
+            tensors only, since reading them from a GPU would make every call wait for the device.
     """
     num_tokens, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_pages.shape

@@ -3,10 +3,10 @@
 Layout: k_pages, v_pages [num_pages, page_size, num_kv_heads, head_dim], page_size a power of two from 16 to 256. Slot s
 of the pool lies in page s // page_size, at s % page_size. Key j of a sequence lies in page block_table[j // page_size],
 at j % page_size. Quantised pages hold int8 or e4m3 codes and a scale per token and head (paged_common).
-One program owns: one token and a block of its heads (write); one page of one sequence (gather); a block of one page
+One program owns one token and a block of its heads (write), one page of one sequence (gather), or a block of one page
 (copy).
-Numerics: float pages hold the input rounded once; a gathered code is multiplied by its scale in float32.
-Moves: each value once in and once out: bandwidth-bound.
+Numerics: float pages hold the input, rounded once. A gathered code is multiplied by its scale in float32.
+Moves: reads and writes each value once: bandwidth-bound.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def _gather_kv_kernel(
     if first_key < seq_len:
         page = tl.load(block_table_ptr + seq * block_table_stride + index).to(tl.int64)
         out_key = first_key.to(tl.int64)
-        for start in range(0, seq, BLOCK_SEQS):  # after the keys of the sequences in front of this one
+        for start in range(0, seq, BLOCK_SEQS):  # add the lengths of the sequences in front of this one
             seqs = start + tl.arange(0, BLOCK_SEQS)
             out_key += tl.sum(tl.load(seq_lens_ptr + seqs, mask=seqs < seq, other=0).to(tl.int64), axis=0)
         out_row = out_key * kv.num_kv_heads
-        # none past the end of ``out``, which the host sized without seeing the lengths
+        # Nothing past the end of ``out``: the host chose its size without reading the lengths.
         keys = tl.minimum(tl.minimum(page_size, seq_len - first_key), num_keys - out_key)
         num_rows = tl.maximum(keys, 0).to(tl.int32) * kv.num_kv_heads
         offs = tl.arange(0, triton.next_power_of_2(HEAD_DIM))

@@ -1,7 +1,7 @@
-"""The checks of K/V pages, their scales, block tables and slots that the launchers over pages share.
+"""The checks of K/V pages, scales, block tables and slots that the kernels over pages share.
 
-Each raises KernelInputError before any launch. What stands in a table or a slot mapping is read for CPU tensors only:
-on a GPU it would make every call wait for the device.
+Each raises KernelInputError before any launch. The elements of a table or a slot mapping are read for CPU tensors only,
+since reading them from a GPU would make every call wait for the device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_pages(name: str, pages: Tensor, scale_name: str, scale: Tensor | None)
 
 
 def check_kv_pages(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    """The pools of keys and of values, which are laid out alike."""
+    """The pools of keys and of values, which must have the same layout."""
     check_pages("k_pages", k_pages, "k_scale", k_scale)
     check_pages("v_pages", v_pages, "v_scale", v_scale)
     check_shape("v_pages", v_pages, tuple(k_pages.shape))
@@ -72,7 +72,7 @@ def check_block_table(block_table: Tensor, seq_lens: Tensor) -> None:
 def check_keys_in_pages(
     block_table: Tensor, seq_lens: Tensor, first_keys: Tensor, num_pages: int, page_size: int
 ) -> None:
-    """That every key from ``first_keys`` on lies in a page. Reads the tensors: for those on the CPU."""
+    """Every key from ``first_keys`` on must lie in a page. Reads the tensors, so it is for tensors on the CPU."""
     table, lens = as_array(block_table), as_array(seq_lens)
     capacity = table.shape[1] * page_size
     check(
@@ -100,7 +100,7 @@ def check_write(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    """What writing k and v to pages needs. On the CPU, that the slots exist as well."""
+    """What writing k and v to pages needs. For CPU tensors the slots must exist, too."""
     check_kv_pages(k_pages, v_pages, k_scale, v_scale)
     check_shape("k", k, (None, *k_pages.shape[2:]))
     check_shape("v", v, tuple(k.shape))

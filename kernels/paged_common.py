@@ -1,9 +1,9 @@
-"""What the kernels over K/V pages share: the codes of quantised pages, and the route to the NumPy definitions.
+"""What the kernels over K/V pages share: their arguments, the codes of quantised pages, and how definitions are run.
 
 Quantised pages hold int8 or float8 e4m3 codes, with scales [num_pages, page_size, num_kv_heads], float32:
     scale = max|x| / limit, limit 127 or 448;  code = x / scale, rounded half to even;  value = code * scale
-A row of zeros has scale 0. A row with an infinity or a NaN gets scale NaN, so that it shows.
-Numerics: correctly rounded float32 divisions, as the NumPy definition has. e4m3 is encoded with integer arithmetic,
+A row of zeros has scale 0. A row with an infinity or a NaN has scale NaN, so that readers see it.
+Numerics: float32 divisions are correctly rounded, as in the NumPy definition. e4m3 is encoded with integer arithmetic,
 because not every target converts it and Triton's interpreter rounds it wrongly.
 """
 
@@ -59,7 +59,7 @@ def paged_kv(k_pages: Tensor, v_pages: Tensor | None, k_scale: Tensor | None, v_
 
 @triton.jit
 def largest_magnitude(x):
-    """[ROWS, COLUMNS] float32 -> [ROWS]; NaN if the row holds an infinity or a NaN, which tl.max may pass over."""
+    """[ROWS, COLUMNS] float32 -> [ROWS]; NaN if the row holds an infinity or a NaN, which tl.max may ignore."""
     return tl.max(tl.abs(x), axis=1) + tl.sum(x * 0.0, axis=1)
 
 
@@ -81,7 +81,7 @@ def encode(x, scale, LIMIT: tl.constexpr):
         magnitude = bits & 0x7FFFFFFF
         # From 2^-6 on: drop 20 of 23 fraction bits, rounding half to even, and take the exponent's bias from 127 to 7.
         normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
-        # Below, e4m3's step is 2^-9, float32's step at 2^14: adding that rounds, and the low bits are the code.
+        # Below, e4m3's step is 2^-9. That is float32's step at 2^14: adding 2^14 rounds, and the low bits are the code.
         subnormal = (tl.abs(ratio) + 16384.0).to(tl.uint32, bitcast=True) & 0xFF
         codes = (tl.where(magnitude < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
     return codes
@@ -136,19 +136,19 @@ def _pools(arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read_by_definition(one: Kernel, arguments: dict[str, Any]) -> Any:
-    """Run a definition that reads pages on the pages in its block table alone: a pool is too large to convert."""
+    """Run a definition that reads pages, on the pages in its block table alone: a pool is too large to convert."""
     pools = _pools(arguments)
     if not _needs_copies(pools):
         return run_definition(one, arguments)
     num_pages = next(iter(pools.values())).shape[0]
     used, table = torch.unique(arguments["block_table"].clamp(0, max(0, num_pages - 1)), return_inverse=True)
-    used = used[:num_pages]  # of an empty pool, none
+    used = used[:num_pages]  # none of an empty pool
     few = {name: as_codes(pool)[used].view(pool.dtype) for name, pool in pools.items()}
     return run_definition(one, {**arguments, **few, "block_table": table})
 
 
 def write_by_definition(one: Kernel, arguments: dict[str, Any]) -> Any:
-    """Run a definition that writes pages on pages of one slot, one per slot written, and copy them to the pools."""
+    """Run a definition that writes pages, on pages of one slot each, and copy what it wrote to the pools."""
     pools, slot_mapping = _pools(arguments), arguments["slot_mapping"]
     if not _needs_copies(pools):
         return run_definition(one, arguments)
@@ -164,11 +164,11 @@ def write_by_definition(one: Kernel, arguments: dict[str, Any]) -> Any:
 
 
 def write_blocks(num_heads: int, head_dim: int) -> tuple[int, int]:
-    """(BLOCK_HEADS, BLOCK_DIM): about WRITE_ELEMENTS elements a program; one head where there is none."""
+    """(BLOCK_HEADS, BLOCK_DIM) for about WRITE_ELEMENTS elements per program. No heads at all count as one."""
     block_dim = triton.next_power_of_2(head_dim)
     return min(triton.next_power_of_2(max(1, num_heads)), max(1, WRITE_ELEMENTS // block_dim)), block_dim
 
 
 def as_codes(pages: Tensor) -> Tensor:
-    """e4m3 as its bits, which Triton, unlike its own type, handles on every device; other dtypes as they are."""
+    """e4m3 pages as their bits, since Triton does not handle e4m3 on every device; other pages as they are."""
     return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages

@@ -3,12 +3,12 @@
     (a, b) -> (a cos - b sin, b cos + a sin)                    (Su et al., 2021)
     pair j of rotary_dim / 2: dimensions (j, j + rotary_dim / 2), or (2j, 2j + 1) if interleaved
 
-Layout: x [num_tokens, num_heads, head_dim], any token and head strides, so q, k and v may be parts of one projection.
-cos, sin float32 [max_positions, rotary_dim / 2]; row p holds the angles of position p. Dimensions from rotary_dim on
-pass through. head_dim is padded to powers of two in registers only.
+Layout: x [num_tokens, num_heads, head_dim] has any token and head strides, so q, k and v may be parts of one
+projection. cos and sin are float32 [max_positions, rotary_dim / 2]; row p holds the angles of position p. Dimensions
+from rotary_dim on are copied. head_dim is padded to powers of two in registers only.
 One program owns one token and a block of its heads.
-Numerics: rotation in float32; one rounding on the way out.
-Moves: 2 x head_dim x itemsize bytes a head for about 3 flops an element: bandwidth-bound.
+Numerics: the rotation is float32, rounded once.
+Moves: 2 x head_dim x itemsize bytes per head for about 3 flops per element: bandwidth-bound.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .paged_common import heads_of, write_blocks
 
 
 class Angles(NamedTuple):
-    """Where a kernel finds the angles of a token."""
+    """The tables of angles, and each token's row in them."""
 
     cos: Tensor  # [max_positions, HALF]
     sin: Tensor  # the same
@@ -98,7 +98,7 @@ def store_parts(
 
 @triton.jit
 def rotate(parts, cos, sin):
-    """fma by name, so that every kernel rounds alike."""
+    """An explicit fma, so that every kernel rounds alike."""
     first, second, tail = parts
     return Parts(tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin), tail)
 
@@ -125,7 +125,7 @@ def _rope_kernel(
 
 
 def check_rope(name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    """On the CPU, that the tables hold the positions as well."""
+    """What rotating ``x``, named ``name``, needs. For CPU tensors the tables must hold the positions, too."""
     check_shape(name, x, (None, None, None))
     num_tokens, _, head_dim = x.shape
     check(0 < head_dim <= 256, f"head_dim is {head_dim}", "head_dim must be 1 to 256", "Use a model with smaller heads")

@@ -2,11 +2,12 @@
 
     q = rope(norm(q)),  pages[slot] = rope(norm(k)), v          norm(x) = x * weight / sqrt(mean(x^2) + eps)
 
-Layout: as ``rope`` and ``paged_cache`` have it. A token's slot is slot_mapping[token]; a negative one is not written.
-One program owns one token and a block of its heads: the first blocks rotate q, the others norm and rotate k and write
-it with v to the token's slot, quantised where the pages are (paged_common).
-Numerics: norm and rotation in float32; one rounding on the way out, or into the codes of quantised pages.
-Moves: 2 x head_dim x itemsize bytes a head for about 3 flops an element (8 with the norm): bandwidth-bound.
+Layout: as in ``rope`` and ``paged_cache``. A token's slot is slot_mapping[token]; a token of negative slot is not
+written.
+One program owns one token and a block of its heads. The first blocks norm and rotate q. The other blocks norm and
+rotate k and write it with v to the token's slot, as codes where the pages hold codes (paged_common).
+Numerics: norm and rotation are float32, rounded once: to the dtype of the result or the pages, or to codes.
+Moves: 2 x head_dim x itemsize bytes per head for about 3 flops per element (8 with the norm): bandwidth-bound.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _largest(parts, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _larger(a, b):
-    """The maximum, NaN if either is: tl.maximum may pass over a NaN, but 0 * NaN is one."""
+    """The maximum, NaN if either is NaN: tl.maximum may ignore a NaN, but 0 * NaN is NaN."""
     return tl.maximum(a, b) + (a + b) * 0.0
 
 

@@ -4,7 +4,7 @@ Pages of floats hold the values. Quantised pages hold codes, and [num_pages, pag
     scale = max|x| / limit over the head_dim values of one token and head, rounded to float32
     code  = x / scale, rounded half to even: to an integer (int8, limit 127) or to an e4m3 number (limit 448)
     value = code * scale
-NumPy has no e4m3, so here such pages are floats that e4m3 can hold. A row with an infinity or a NaN gets scale NaN.
+NumPy has no e4m3, so here such pages are floats that e4m3 can hold. A row with an infinity or a NaN has scale NaN.
 """
 
 import numpy as np
