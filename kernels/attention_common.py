@@ -69,7 +69,7 @@ def block_dim(head_dim):
 
 @triton.jit
 def widen(tile, dtype: tl.constexpr):
-    """Values or codes of a page as ``dtype``, exactly. uint8 holds e4m3's bits, for devices that cannot convert e4m3."""
+    """Values or codes of a page as ``dtype``, exactly. uint8 is e4m3's bits, for devices that cannot convert e4m3."""
     if tile.dtype == tl.uint8:
         # e4m3's bits, moved to where float16 has them, are value / 2^8. Only NaN is lost, which no writer stores.
         bits = tile.to(tl.uint16)
