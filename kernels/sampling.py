@@ -94,7 +94,7 @@ def _choose_kernel(
             z = relative(score, row_max(maxima_ptr, row, num_chunks, BLOCK_CHUNKS), temperature)
             kept = offs < vocab_size
             if floor_ptr is not None:
-                kept = kept & (image_of(score) >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
+                kept = kept & (image_of(score) >= tl.load(floor_ptr + row).to(tl.uint32))
             if min_p_ptr is not None:
                 kept = kept & (z >= tl.log(tl.load(min_p_ptr + row)))
             noise = -tl.log(_exponential(tl.load(seeds_ptr + row), tl.load(steps_ptr + row), offs))

@@ -102,7 +102,7 @@ def _resume_search(
         offs = (before * num_chunks + chunks[:, None]) * _DIGITS + digits[None, :]
         weights = tl.sum(tl.load(search.sums + offs, mask=(chunks < num_chunks)[:, None], other=0.0), axis=0)
         if LEVEL > 1:
-            prefix = tl.load(search.prefix + before).to(tl.uint32, bitcast=True)
+            prefix = tl.load(search.prefix + before).to(tl.uint32)
             above = tl.load(search.above + before)
             bound = tl.load(search.bound + before)
         else:
@@ -141,14 +141,14 @@ def _narrow_kernel(
         )
         if chunk == 0:
             here = LEVEL * num_seqs + row
-            tl.store(search.prefix + here, prefix.to(tl.int32, bitcast=True))
+            tl.store(search.prefix + here, prefix.to(tl.int32))
             tl.store(search.above + here, above)
             tl.store(search.bound + here, bound)
 
         offs = chunk * CHUNK + tl.arange(0, CHUNK)
         logits = load_chunk(logits_ptr, logits_stride, row, offs, vocab_size)
         image = image_of(logits)
-        candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))
+        candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32))
         if LEVEL > 0:
             candidate = candidate & (image >> (32 - LEVEL * BITS) == prefix)
         weight = tl.full([CHUNK], 1.0, tl.float32)
@@ -177,8 +177,8 @@ def _raise_floor_kernel(
     row = tl.program_id(0).to(tl.int64)
     if _is_on(limit_ptr, temperature_ptr, row, WEIGHTED):
         found, _, _ = _resume_search(search, limit_ptr, row, num_seqs, num_chunks, LEVELS, WEIGHTED, BLOCK_CHUNKS)
-        floor = tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)
-        tl.store(floor_ptr + row, tl.maximum(floor, found).to(tl.int32, bitcast=True))
+        floor = tl.load(floor_ptr + row).to(tl.uint32)
+        tl.store(floor_ptr + row, tl.maximum(floor, found).to(tl.int32))
 
 
 def raise_floor(

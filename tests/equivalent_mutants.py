@@ -316,8 +316,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("_narrow_kernel", "if LEVEL > 0:", "if LEVEL >= 0:"): "All 32 bits shifted out leave 0, the prefix of level 0.",
     (
         "_narrow_kernel",
-        "candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
-        "candidate = (offs <= vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
+        "candidate = (offs < vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32))",
+        "candidate = (offs <= vocab_size) & (image >= tl.load(floor_ptr + row).to(tl.uint32))",
     ): "-inf stands there: it adds to no weight above another value.",
     (
         "_penalise_kernel",

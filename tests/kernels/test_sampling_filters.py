@@ -1,5 +1,7 @@
 """What top-k, top-p and min-p keep: against transformers, the definition and exact distributions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from assertions import assert_bit_equal, assert_guards_intact
 from rooflama.kernels import reference, sample, sampling, use_backend
 from rooflama.kernels.kernel import run
 from rooflama.kernels.reference.sampling import allowed_tokens, relative
-from rooflama.kernels.sampling_filters import raise_floor, search_memory
+from rooflama.kernels.sampling_filters import LEVELS, Search, _raise_floor_kernel, raise_floor, search_memory
 from sampling_cases import chunks_of, column, few_if_interpreted, random_parameters, randomness, warped_by_transformers
 from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
@@ -102,6 +104,41 @@ def test_top_k_keeps_k(top_k):
     one = column([1.0], torch.float32)
     floor = kernel_floor(logits, column([top_k], torch.int32), one, one)
     assert (image(logits[0].cpu().numpy()) >= floor[0]).sum() == min(top_k, 40)
+
+
+def test_what_is_off_keeps_every_token():
+    """Also tokens whose probability underflows; in a greedy row both limits are off."""
+    logits = torch.tensor([[0.0, -200.0, 1.0, -torch.inf]] * 3, device=DEVICE)
+    temperature = column([0.5, 0.5, 0.0], torch.float32)
+    floor = kernel_floor(logits, column([0, 0, 1], torch.int32), column([1.0, 2.0, 0.5], torch.float32), temperature)
+    assert floor.tolist() == [0, 0, 0]
+
+
+def zeros_without_memory(*shape, dtype):
+    """On the CPU no page of it takes memory before it is written."""
+    numel = math.prod(shape)
+    if DEVICE.type == "cpu":
+        zeros = np.memmap("/dev/zero", dtype=np.uint8, mode="c", shape=(numel * dtype.itemsize,))
+        return torch.from_numpy(zeros).view(dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+def test_sums_beyond_int32():
+    """The last digit of a search: row 0 of more sequences than a call takes, all of one chunk."""
+    num_seqs = 2**31 // (7 * 16) + 1
+    sums = zeros_without_memory(LEVELS, num_seqs, 1, 16, dtype=torch.float32)
+    search = Search(
+        sums,
+        zeros_without_memory(LEVELS, num_seqs, dtype=torch.int32),
+        *(zeros_without_memory(LEVELS, num_seqs, dtype=torch.float32) for _ in range(2)),
+    )
+    sums[7, 0, 0, :6] = 1.0
+    search.prefix[7, 0], search.bound[7, 0] = 0x7123456, 3.0
+    floor, one = column([0], torch.int32), column([1.0], torch.float32)
+    _raise_floor_kernel[(1,)](
+        one, column([3], torch.int32), floor, search, num_seqs, 1, WEIGHTED=False, LEVELS=LEVELS, BLOCK_CHUNKS=1
+    )
+    assert floor.item() == 0x71234563  # the largest three of digits 0 to 5 are 5, 4 and 3
 
 
 # ---- tokens

@@ -11,8 +11,8 @@ MUTANTS = [
     ),
     (
         "sampling: top-p weighs what top-k dropped",
-        "(image >= tl.load(floor_ptr + row).to(tl.uint32, bitcast=True))",
-        "(image >= (0 if WEIGHTED else tl.load(floor_ptr + row).to(tl.uint32, bitcast=True)))",
+        "(image >= tl.load(floor_ptr + row).to(tl.uint32))",
+        "(image >= (0 if WEIGHTED else tl.load(floor_ptr + row).to(tl.uint32)))",
         MIXED,
     ),
     (
