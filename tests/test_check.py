@@ -286,7 +286,7 @@ def test_a_run_that_is_killed_leaves_the_report_of_what_came_before(sound, tmp_p
 
 @pytest.mark.parametrize("target", ["none/report.md", ".", "small.gguf", "x" * 300, "/proc/report.md"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(target, tmp_path, monkeypatch):
-    """A missing folder, a folder, the checkpoint itself (which stays unchanged), too long a name, a device."""
+    """A missing folder, a folder, the checkpoint itself (which stays unchanged), too long a name, and /proc."""
     path = Parts().write(tmp_path / "small.gguf")
     before = path.read_bytes()
     monkeypatch.setattr(sys.modules["rooflama.checks.checklist"], "check", lambda *_, **__: pytest.fail("the list ran"))
