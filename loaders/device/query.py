@@ -26,32 +26,23 @@ def find_device(spec: str) -> tuple[torch.device, str]:
         return torch.device("cpu"), "cpu"
     kind, _, number = spec.partition(":")
     if kind not in ("cuda", "hip") or (":" in spec and not (number.isascii() and number.isdigit())):
-        raise DeviceUnavailable(
-            f"device {spec!r}",
-            rule="devices are 'auto', 'cpu', 'cuda', 'cuda:N', 'hip' and 'hip:N'",
-            remedy="Name one of them",
-        )
+        rule = "devices are 'auto', 'cpu', 'cuda', 'cuda:N', 'hip' and 'hip:N'"
+        raise DeviceUnavailable(f"device {spec!r}", rule=rule, remedy="Name one of them")
+    with_torch = f"device {spec!r} with torch {torch.__version__}"
     if torch.version.hip is None and torch.version.cuda is None:
-        raise DeviceUnavailable(
-            f"device {spec!r} with torch {torch.__version__}",
-            rule="this torch was built for the CPU only",
-            remedy="Install a CUDA or ROCm build of torch, or use device='cpu'",
-        )
+        remedy = "Install a CUDA or ROCm build of torch, or use device='cpu'"
+        raise DeviceUnavailable(with_torch, rule="this torch was built for the CPU only", remedy=remedy)
     if kind == "hip" and built == "cuda":
-        raise DeviceUnavailable(
-            f"device {spec!r} with torch {torch.__version__}",
-            rule="this torch was built for CUDA",
-            remedy="Install a ROCm build of torch, or use device='cuda'",
-        )
+        remedy = "Install a ROCm build of torch, or use device='cuda'"
+        raise DeviceUnavailable(with_torch, rule="this torch was built for CUDA", remedy=remedy)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(number) if number else torch.cuda.current_device() if count else 0
     if index >= count:
+        remedy = "Check the driver with nvidia-smi or rocm-smi, and CUDA_VISIBLE_DEVICES; or use device='cpu'"
         raise DeviceUnavailable(
             f"device {spec!r}, where the driver shows {count} devices",
             rule="devices are numbered from 0",
-            remedy=f"Use a number below {count}"
-            if count
-            else "Check the driver with nvidia-smi or rocm-smi, and CUDA_VISIBLE_DEVICES; or use device='cpu'",
+            remedy=f"Use a number below {count}" if count else remedy,
         )
     return torch.device("cuda", index), built
 
