@@ -48,9 +48,9 @@ def _cards() -> dict[str, dict[str, Kernel]]:
 
 CARDS = _cards()
 
-ROOFLINE = """Of roofline: the least time divided by the time taken. The least time is bytes over the memory rate, or operations
-over the matrix rate if that is longer; both rates were measured in the same run. Why a kernel may exceed 100% is in
-`benchmarks/results/README.md`."""
+ROOFLINE = """Of roofline: the least time divided by the time taken. The least time is bytes over the memory rate, or
+operations over the matrix rate if that is longer; both rates were measured in the same run. Why a kernel may exceed
+100% is in `benchmarks/results/README.md`."""
 
 
 @dataclass(frozen=True)
