@@ -208,6 +208,21 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "columns and BLOCK_K are multiples of 32.",
     (
         "_fixed_point_kernel",
+        "x *= tl.load(activations.norm + offs_k, mask=mask_k, other=0.0).to(tl.float32)",
+        "x *= tl.load(activations.norm + offs_k, mask=mask_k, other=1.0).to(tl.float32)",
+    ): "x is 0 there.",
+    (
+        "_load_per_group",
+        "if PER_BLOCK > 1 and BLOCK_K % LAYOUT.quant_block == 0:",
+        "if PER_BLOCK >= 1 and BLOCK_K % LAYOUT.quant_block == 0:",
+    ): "With one group per block both branches load the same.",
+    (
+        "_load_per_group",
+        "if PER_BLOCK > 1 and BLOCK_K % LAYOUT.quant_block == 0:",
+        "if PER_BLOCK > 2 and BLOCK_K % LAYOUT.quant_block == 0:",
+    ): "PER_BLOCK is 1, 8 or 16.",
+    (
+        "_fixed_point_kernel",
         "offs_m = tl.full([1], token, tl.int64)",
         "offs_m = tl.full([1], token, tl.int32)",
     ): "The token is 0 or 1, times less than 2^31 rows.",

@@ -140,6 +140,21 @@ def test_the_largest_number_fits_sixteen_bits(largest):
     np.testing.assert_allclose(exact(got)[0], expected, rtol=1e-5, atol=2.0**-23 * 8 * np.abs(expected).max())
 
 
+def test_the_largest_exponent_is_a_number():
+    """Up to float32's last octave; beyond (2 - 2^-14) 2^127 there is none."""
+    weight = random_weight(np.random.default_rng(0), "Q8_0", 4, 32)
+    one = torch.ones(1, 32, device=DEVICE, dtype=torch.float16)
+    for largest, is_number in ((2.0**127, True), (JUST_BELOW * 2.0**127, True), ((2 - 2**-14) * 2.0**127, False)):
+        group = np.zeros((1, 32), np.float32)
+        group[0, 5] = largest
+        out = fixed_point(group)[0]
+        assert np.isfinite(out).all() == is_number
+        norm_weight = torch.from_numpy(group)[0].to(DEVICE)
+        got = quantized_matmul(one, weight, norm_weight=norm_weight, eps=0.0, out_dtype=torch.float32)
+        expected = reference.dequantize(weight.numpy(), np.float64) @ out
+        np.testing.assert_allclose(exact(got)[0], expected, rtol=1e-5)
+
+
 def test_what_is_exact_in_fifteen_bits_passes_unrounded():
     rng = np.random.default_rng(0)
     whole = rng.integers(-(2**14), 2**14, (3, 64)).astype(np.float64)
