@@ -65,18 +65,45 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
+class Bindable:
+    """A record of tensors that never change: what ``signature_of`` and ``addresses_of`` say of it is remembered."""
+
+    @functools.cached_property
+    def signature(self) -> tuple:
+        return signature_of(tuple(self))  # type: ignore[call-overload]  # of a class that is a tuple, too
+
+    @functools.cached_property
+    def addresses(self) -> list[int]:
+        return addresses_of(tuple(self))  # type: ignore[call-overload]
+
+
 def signature_of(values: tuple | list) -> tuple:
     """All that the launches of a call depend on, apart from addresses; hashable."""
     return tuple(
         [
             (value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15)
             if isinstance(value, Tensor)
-            else signature_of(value)
-            if isinstance(value, (tuple, list))
             else value
+            if not isinstance(value, (tuple, list))
+            else value.signature
+            if isinstance(value, Bindable)
+            else signature_of(value)
             for value in values
         ]
     )
+
+
+def addresses_of(values: Iterable[Any]) -> list[int]:
+    """The address of each tensor, in the order of ``tensors_in``."""
+    found: list[int] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value.data_ptr())
+        elif isinstance(value, Bindable):
+            found += value.addresses
+        elif isinstance(value, (tuple, list)):
+            found += addresses_of(value)
+    return found
 
 
 class _Address(NamedTuple):
@@ -108,17 +135,24 @@ class BoundLaunches:
             if any(_is_unknown(entry) for entry in template):
                 return None
             grid = (*one.grid, 1, 1)[:3]
-            filled = [(i, entry) for i, entry in enumerate(template) if isinstance(entry, tuple)]
-            runs.append((kernel[grid], template, filled))
+            pointers = [(i, entry.source, entry.offset) for i, entry in enumerate(template) if type(entry) is _Address]
+            tuples = [(i, entry) for i, entry in enumerate(template) if _holds_address(entry)]
+            runs.append((kernel[grid], template, pointers, tuples))
         return cls(results, isinstance(out, tuple), scratches, runs)
 
-    def __call__(self, values: tuple) -> Any:
-        results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._results]
+    def __call__(self, values: tuple, out: Any = None) -> Any:
+        """Launch, into ``out`` if it is given."""
+        if out is None:
+            results = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._results]
+        else:
+            results = list(out) if isinstance(out, tuple) else [out]
         scratches = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self._scratches]
-        addresses = [tensor.data_ptr() for tensor in (*tensors_in(values), *results, *scratches)]
-        for run, template, filled in self._runs:
+        addresses = addresses_of((*values, *results, *scratches))
+        for run, template, pointers, tuples in self._runs:
             args = template.copy()
-            for position, entry in filled:
+            for position, source, offset in pointers:
+                args[position] = addresses[source] + offset
+            for position, entry in tuples:
                 args[position] = _filled(entry, addresses)
             run(*args)
         if self._is_tuple:
@@ -148,6 +182,15 @@ def _templated(value: Any, sources: list[Tensor]) -> Any:
 
 def _is_unknown(entry: Any) -> bool:
     return entry is _UNKNOWN or (isinstance(entry, tuple) and any(map(_is_unknown, entry)))
+
+
+def _holds_address(entry: Any) -> bool:
+    """Whether it is a tuple with an address somewhere in it."""
+    return (
+        type(entry) is not _Address
+        and isinstance(entry, tuple)
+        and any(type(one) is _Address or _holds_address(one) for one in entry)
+    )
 
 
 def _filled(entry: Any, addresses: list[int]) -> Any:

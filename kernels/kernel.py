@@ -109,25 +109,29 @@ class Kernel(Generic[P, Out]):
         with swapped_only({name: function for name, function in swapped.items() if name != self.name}):
             return swapped[self.name](*args, **kwargs)
 
-    def run(self, values: tuple) -> Any:
-        """Check, then compute, whatever is current: device, gradients, swaps."""
+    def run(self, values: tuple, out: Any = None) -> Any:
+        """Check, then compute, whatever is current: device, gradients, swaps.
+
+        Into ``out``, if another kernel's body has allocated it as ``output`` would.
+        """
         device = next(tensors_in(values)).device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return self._run(values, device)
+            return self._run(values, out, device)
         with torch.cuda.device(device):  # Triton launches on the current device
-            return self._run(values, device)
+            return self._run(values, out, device)
 
-    def _run(self, values: tuple, device: torch.device) -> Any:
-        signature = (configurations.version, signature_of(values)) if replays(device) else None
+    def _run(self, values: tuple, out: Any, device: torch.device) -> Any:
+        signature = (configurations.version, signature_of((*values, out))) if replays(device) else None
         if bound := self._bound.get(signature):
-            return bound(values)
+            return bound(values, out)
         arguments = dict(zip(self._names, values, strict=True))
         if signature not in self._bound:
             self.checks(**arguments)
-        out = self.output(**arguments)
+        given, out = out, self.output(**arguments) if out is None else out
         computed = [value for value in values if not _is_record(type(value))]  # a weight's planes are read as bits
         if runs_numpy(*tensors_in((*computed, out)), computes=not self.moves_bits):
-            return self._by_definition(self, arguments)
+            result = self._by_definition(self, arguments)
+            return result if given is None else given.copy_(result)
         scratch.taken = []
         launches = self.body(out, **arguments)
         scratches, scratch.taken = scratch.taken, []
@@ -282,15 +286,11 @@ def _register(made: Kernel) -> Callable[..., Any]:
     names, positional_count = made._names, made._positional
     flat: list[inspect.Parameter] = []
     for parameter in made.__signature__.parameters.values():
-        if (
-            fields := getattr(parameter.annotation, "__annotations__", None)
-            if _is_record(parameter.annotation)
-            else None
-        ):
+        if _is_record(parameter.annotation):
             hints = typing.get_type_hints(parameter.annotation)
             flat += [
                 parameter.replace(name=f"{parameter.name}_{field}", annotation=_schema_type(hints[field]))
-                for field in fields
+                for field in parameter.annotation._fields
             ]
         else:
             flat.append(parameter)
@@ -313,7 +313,7 @@ def _register(made: Kernel) -> Callable[..., Any]:
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         values = unflatten(args, kwargs)
-        if swapped := _swapped.get():
+        if made.name in (swapped := _swapped.get()):
             keywords = zip(names[positional_count:], values[positional_count:], strict=True)
             return made._call_swapped(swapped, values[:positional_count], dict(keywords))
         return made.run(values)

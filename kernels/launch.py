@@ -142,7 +142,7 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     # Facts: hidden. One program holds a row.
     "norm": {
         "any": [
-            row({"hidden": 1023}, num_warps=1),
+            row({"hidden": 512}, num_warps=1),
             row({"hidden": 1024}, num_warps=2),
             row({"hidden": 2048}, num_warps=4),
             row({"hidden": 4096}, num_warps=8),

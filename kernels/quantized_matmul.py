@@ -48,7 +48,7 @@ from .checks import (
     check_shape,
 )
 from .dequantize import dequantize
-from .kernel import Launch, kernel, launch, run, scratch
+from .kernel import Launch, kernel, launch, scratch
 from .launch import configuration
 from .mlp import swiglu as gated
 from .norm import rms_norm
@@ -132,6 +132,9 @@ def _matmul(out: Tensor, x: Tensor, weight: Weight, bias: Tensor | None, residua
         _add_product(x, weight.planes[0], addend, out)
         return
     step = rows_per_pass(columns, x.element_size(), x.device)
+    if rows <= step:
+        _add_product(x, dequantize.run((weight, x.dtype)), addend, out)
+        return
     for start in range(0, rows, step):
         rows_now = slice(start, start + step)
         part = dequantize.run((weight.slice_rows(start, start + step), x.dtype))
@@ -251,5 +254,5 @@ def quantized_matmul(
         return None
     gate_up = torch.empty((num_tokens, rows), dtype=out.dtype, device=x.device)
     _matmul(gate_up, x, weight, bias, None)
-    run(gated.body(out, *gate_up.chunk(2, dim=1)))
+    gated.run(tuple(gate_up.chunk(2, dim=1)), out)
     return None

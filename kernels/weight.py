@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import as_array, backend_for
+from .bound import Bindable
 from .checks import check
 from .errors import KernelInputError
 from .reference.quant_layouts import LAYOUTS, QuantLayout
@@ -19,17 +20,19 @@ __all__ = ["LAYOUTS", "QuantLayout", "Weight", "check_weight", "resident_form"]
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int8", "uint8")}
 
 
-class Weight(NamedTuple):
+class _Fields(NamedTuple):
+    ggml_type: str
+    planes: tuple[Tensor, ...]
+    shape: tuple[int, int]
+
+
+class Weight(_Fields, Bindable):
     """A matrix [rows, columns] as planes. Make one with ``Weight.make``, which checks them.
 
     ggml_type: "Q4_1", "F16", ...: a key of ``LAYOUTS``.
     planes: in the order of ``LAYOUTS[ggml_type].planes``; plane p is [rows, columns / p.elements], contiguous.
     shape: (rows, columns) in weights.
     """
-
-    ggml_type: str
-    planes: tuple[Tensor, ...]
-    shape: tuple[int, int]
 
     @staticmethod
     def make(ggml_type: str, planes: Iterable[Tensor], shape: Sequence[int]) -> Weight:
