@@ -65,7 +65,7 @@ class KernelCard:
         for name, kernel in CARDS[self.name].items():
             parts += [f"## {name}", f"    {name}{_signature(kernel)}", _docstring(kernel), _replacement(kernel)]
             parts += ["### Definition", f"```python\n{_definition(kernel.definition)}\n```"]
-        tables = self._tables()
+        tables = self.tables()
         laws = [f"- {law['law']}" + (f": {law['says']}" if law["says"] else "") for law in tables["laws"]]
         parts += ["## Laws tested", "\n".join(laws)]
         parts += ["## What it compiles to", _table(tables["compiled"]) or "Not in the compile matrix."]
@@ -87,7 +87,7 @@ class KernelCard:
                 }
                 for name, kernel in CARDS[self.name].items()
             ],
-            **self._tables(),
+            **self.tables(),
         }
 
     def _modules(self) -> list[ModuleType]:
@@ -95,14 +95,14 @@ class KernelCard:
         own = [name for name in names if name == self.name or name.startswith(f"{self.name}_")]
         return [importlib.import_module(f"rooflama.kernels.{name}") for name in own]
 
-    def _tables(self) -> dict[str, list[dict[str, str]]]:
+    def tables(self) -> dict[str, list[dict[str, str]]]:
         """Laws tested, what it compiles to, measured: gathered in the repository, else as the wheel carries them."""
         if not COMPILE_MATRIX.exists():
             return json.loads(SHIPPED.read_text(encoding="utf-8"))[self.name]
         return {
             "laws": list(self._laws()),
             "compiled": list(self._compiled()),
-            "measured": list(self.measured()),
+            "measured": list(self._measured()),
         }
 
     def _laws(self) -> Iterator[dict[str, str]]:
@@ -136,7 +136,7 @@ class KernelCard:
                 "matrix instruction": ", ".join(instructions),
             }
 
-    def measured(self) -> Iterator[dict[str, str]]:
+    def _measured(self) -> Iterator[dict[str, str]]:
         for row in _rows(MEASUREMENTS):
             if row["kernel"] == self.name:
                 yield {
@@ -209,7 +209,7 @@ def _table(rows: list[dict[str, str]]) -> str:
 
 def shipped_tables() -> str:
     """The tables of every card as JSON, which a wheel carries in place of tests and benchmarks."""
-    return json_text({name: KernelCard(name)._tables() for name in CARDS}, indent=1) + "\n"
+    return json_text({name: KernelCard(name).tables() for name in CARDS}, indent=1) + "\n"
 
 
 def write_pages() -> None:

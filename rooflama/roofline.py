@@ -74,7 +74,7 @@ def measurements() -> list[Measured]:
     """Every committed case that measures a kernel of rooflama as users call it."""
     found: dict[tuple[str, str, str], Measured] = {}
     for kernel in CARDS:
-        for row in KernelCard(kernel).measured():
+        for row in KernelCard(kernel).tables()["measured"]:
             key = (kernel, row["case"], row["on"])
             case = found.setdefault(key, Measured(kernel, row["case"], {}, {}, row["on"]))
             case.fractions[row["implementation"]] = float(row["of roofline"].rstrip("%")) / 100

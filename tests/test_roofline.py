@@ -53,6 +53,14 @@ def test_every_measured_case_is_shown():
         assert row["commit"] in case.run
 
 
+def test_a_wheel_has_the_same_figures(tmp_path, monkeypatch):
+    here = table(measurements())
+    for name in ("COMPILE_MATRIX", "MEASUREMENTS"):
+        monkeypatch.setattr(f"rooflama.kernel_card.{name}", tmp_path / "not in a wheel")
+    monkeypatch.setattr("rooflama.kernel_card.SHIPPED", PICTURE.parent / "kernels" / "tables.json")
+    assert table(measurements()) == here
+
+
 def bars(svg):
     """The right end of each bar, as drawn: the blue rectangles."""
     return [
