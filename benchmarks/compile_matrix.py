@@ -150,6 +150,7 @@ def pretend_device(target: Target) -> Iterator[None]:
         mock.patch.object(triton.runtime.driver, "_active", driver),
         mock.patch("torch.version.hip", "6.4" if target.gpu.backend == "hip" else None),
         mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch._subclasses.fake_tensor.init_gpu_context"),  # of torch 2.11, which asks is_available
         mock.patch("torch.cuda.current_device", return_value=0),
         mock.patch("rooflama.kernels.kernel.is_traced", return_value=False),
         mock.patch("rooflama.kernels.kernel.signature_of", return_value=None),  # a fake tensor has no address
