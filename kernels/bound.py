@@ -65,16 +65,16 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-class Bindable:
+class Bindable(tuple):
     """A record of tensors that never change: what ``signature_of`` and ``addresses_of`` say of it is remembered."""
 
     @functools.cached_property
     def signature(self) -> tuple:
-        return signature_of(tuple(self))  # type: ignore[call-overload]  # of a class that is a tuple, too
+        return signature_of(tuple(self))
 
     @functools.cached_property
     def addresses(self) -> list[int]:
-        return addresses_of(tuple(self))  # type: ignore[call-overload]
+        return addresses_of(tuple(self))
 
 
 def signature_of(values: tuple | list) -> tuple:
