@@ -2,12 +2,12 @@
 
     token = argmax over the tokens kept of (logit - largest) / temperature - log(e),  e = -log(1 - u)   (Gumbel, 1954)
 
-u comes from Philox4x32-10, keyed by (seed, step, token): a sequence's token depends on nothing beside it. The NumPy
-definition, which states the filters, draws the same numbers.
+u comes from Philox4x32-10 of (seed, step, token), so a sequence's token does not depend on the other sequences. The
+NumPy definition, which states the filters, draws the same numbers.
 Layout: logits [num_seqs, vocab], last dimension contiguous; every parameter a tensor [num_seqs] on the device, so that
 a captured graph can be replayed with other values.
-One program owns a chunk of CHUNK tokens of one row; a last program for each row compares the chunks' winners.
-Top-k and top-p become one number per row, the smallest value kept: ``sampling_filters`` finds it without a sort.
+One program owns a chunk of CHUNK tokens of one row; one more program per row compares the chunks' winners.
+Top-k and top-p become one number per row, the smallest value kept, which ``sampling_filters`` finds without a sort.
 Numerics: float32 throughout; sums in a fixed order, so the same call gives the same token.
 Moves: the logits once when greedy, twice when drawing, and 8 times more from L2 for each of top-k and top-p that is on.
 """
@@ -40,7 +40,7 @@ CHUNK = 1024  # tokens per program
 def _max_kernel(
     logits_ptr,  # [num_seqs, vocab]
     maxima_ptr,  # [num_seqs, num_chunks]
-    floor_ptr,  # [num_seqs], or None; every row's becomes 0, which keeps every token
+    floor_ptr,  # [num_seqs], or None; set to 0, which keeps every token
     logits_stride,
     vocab_size,
     CHUNK: tl.constexpr,
@@ -198,7 +198,7 @@ def sample(
     *,
     vocab_size: int | None = None,
 ) -> list[Launch]:
-    """Draw one token for each sequence. A parameter that is None is off for every sequence, and costs nothing.
+    """Draw one token per sequence. A parameter that is None is off for every sequence and costs nothing.
 
     Args:
         logits: [num_seqs, vocab], float32, float16 or bfloat16.
@@ -212,9 +212,9 @@ def sample(
 
     Returns:
         int32 [num_seqs]; -1 for a row with a NaN among its logits. On a GPU the parameters' values are not checked,
-        which would stall the stream. Outside their ranges they do this: a temperature below 0 or NaN is greedy, an
-        infinite one gives any number at all, top_k below 0 and top_p above 1 or NaN are off, top_p below 0 is 0, and a
-        min_p that keeps no token gives token 0.
+        because reading them would stall the stream. There a temperature below 0 or NaN is greedy; an infinite one may
+        give any number; top_k below 0 and top_p above 1 or NaN are off; top_p below 0 is 0; a min_p that keeps no token
+        gives token 0.
 
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit, a parameter lacks the one it needs, or (on the CPU

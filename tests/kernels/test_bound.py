@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from rooflama.kernels.bound import BoundLaunches, constant, launch, scratch, signature_of, tensors_in
+from rooflama.kernels.bound import (
+    Bindable,
+    BoundLaunches,
+    addresses_of,
+    constant,
+    launch,
+    scratch,
+    signature_of,
+    tensors_in,
+)
 from strategies import DEVICE
 
 
@@ -28,6 +37,9 @@ class Compiled:
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+X, BOTH = empty(8), empty(2, 8)
 
 
 def bind(values, *args, out=None, scratches=(), grid=(2,), **options):
@@ -95,6 +107,34 @@ def test_launches_run_in_order_and_the_result_is_as_the_body_has_it():
     assert runs == [(1, x.data_ptr()), (2, x.data_ptr())] * 2
 
 
+def test_a_replay_writes_into_the_result_that_it_is_given(allocated):
+    x, one, two = empty(3), empty(3), (empty(4), empty(5))
+    for out in (one, two):
+        bound, compiled = bind((x,), x, *(out if out is two else [out]), out=out)
+        given = (empty(4), empty(5)) if out is two else empty(3)
+        allocated.clear()
+        result = bound((x,), given)
+        assert not allocated
+        for tensor, wanted in zip(tensors_in([result]), tensors_in([given]), strict=True):
+            assert tensor is wanted
+        assert compiled.runs == [((2, 1, 1), tuple(t.data_ptr() for t in tensors_in([x, given])))]
+
+
+class Kept(Pair, Bindable):
+    """A record as a weight is one."""
+
+
+def test_what_is_remembered_of_a_record_is_what_it_is():
+    values = (X, Kept(X[1:], ("Q4_0", [X[2:]])), 3)
+    plain = tuple(Pair(*value) if isinstance(value, Kept) else value for value in values)
+    for _ in range(2):
+        assert signature_of(values) == signature_of(plain)
+        assert addresses_of(values) == addresses_of(plain) == [X.data_ptr() + 4 * i for i in range(3)]
+    bound, compiled = bind((Kept(X, 1), BOTH), X, BOTH)
+    bound((Kept(BOTH, 1), X))
+    assert compiled.runs == [((2, 1, 1), (BOTH.data_ptr(), X.data_ptr()))]
+
+
 def test_two_arguments_in_one_storage_are_told_apart():
     """Replayed for arguments in two storages, each launch argument comes from its own."""
     values = tuple(empty(2, 8))
@@ -102,9 +142,6 @@ def test_two_arguments_in_one_storage_are_told_apart():
     apart = (empty(8), empty(8))
     bound(apart)
     assert compiled.runs == [((2, 1, 1), tuple(t.data_ptr() for t in apart))]
-
-
-X, BOTH = empty(8), empty(2, 8)
 
 
 @pytest.mark.parametrize(

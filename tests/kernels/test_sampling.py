@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from assertions import assert_bit_equal
+from replaying import replay_on_the_cpu
 from rooflama.kernels import KernelInputError, reference, sample, sampling, use_backend
 from rooflama.kernels.reference.sampling import philox_4x32, uniforms
 from sampling_cases import chunks_of, column, few_if_interpreted, random_parameters, randomness
@@ -109,6 +110,24 @@ def test_batch_invariance_and_reproducibility(num_seqs, dtype, seed):
         alone = {name: tensor[i : i + 1] for name, tensor in parameters.items()}
         assert_bit_equal(sample(logits[i : i + 1], **alone), together[i : i + 1])
     assert_bit_equal(sample(logits, **parameters), together)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_replayed_call_draws_what_the_definition_draws(monkeypatch):
+    """Nothing that a launch reads is left from the first call: memory between launches is new and poisoned."""
+    if DEVICE.type == "cpu":
+        replay_on_the_cpu(monkeypatch)
+    rng = np.random.default_rng(0)
+    calls = [{"logits": normal(rng, 3, 40, scale=2.0) - 10, **random_parameters(rng, 3, 40)} for _ in range(3)]
+    for names in (("logits",), ("logits", "temperature", "seeds", "steps"), tuple(calls[0])):
+        for number, call in enumerate(calls):
+            arguments = {name: call[name] for name in names}
+            arrays = {name: tensor.cpu().numpy() for name, tensor in arguments.items()}
+            want = reference.sample(**arrays | {"logits": exact(call["logits"])})
+            with monkeypatch.context() as patch:
+                if number > 0:
+                    patch.setattr(sample, "body", None)
+                assert sample(**arguments).tolist() == want.tolist()
 
 
 def test_seeds_and_steps_change_the_draw():
