@@ -128,10 +128,11 @@ class Kernel(Generic[P, Out]):
         if signature not in self._bound:
             self.checks(**arguments)
         given, out = out, self.output(**arguments) if out is None else out
-        computed = [value for value in values if not _is_record(type(value))]  # a weight's planes are read as bits
-        if runs_numpy(*tensors_in((*computed, out)), computes=not self.moves_bits):
-            result = self._by_definition(self, arguments)
-            return result if given is None else given.copy_(result)
+        if signature is None:
+            computed = [value for value in values if not _is_record(type(value))]  # a weight's planes are read as bits
+            if runs_numpy(*tensors_in((*computed, out)), computes=not self.moves_bits):
+                result = self._by_definition(self, arguments)
+                return result if given is None else given.copy_(result)
         scratch.taken = []
         launches = self.body(out, **arguments)
         scratches, scratch.taken = scratch.taken, []

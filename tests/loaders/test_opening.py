@@ -1,5 +1,6 @@
 """Opening every kind of checkpoint, and refusing what is not a checkpoint."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -98,3 +99,9 @@ def test_nothing_else_in_the_public_room_asks_for_the_kind():
     readers = re.compile(r"read_gguf|GGUFFile|read_safetensors|SafetensorsCheckpoint|is_dir\(|isinstance\(checkpoint")
     room = Path(__file__).parents[2] / "rooflama"
     assert not [path.name for path in room.glob("*.py") if readers.search(path.read_text())]
+
+
+@pytest.mark.parametrize(("module", "name"), [("tokenizer", "Tokenizer"), ("chat_template", "ChatTemplate")])
+def test_names_are_importable_from_where_they_were(module, name):
+    old, new = (importlib.import_module(f"rooflama.loaders.{path}{module}") for path in ("", "text."))
+    assert getattr(old, name) is getattr(new, name)
