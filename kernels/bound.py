@@ -76,6 +76,9 @@ class Bindable(tuple):
     def addresses(self) -> list[int]:
         return addresses_of(tuple(self))
 
+    def __getstate__(self) -> None:
+        """A copy or a pickle has tensors of its own, so what is remembered of these stays behind."""
+
 
 def signature_of(values: tuple | list) -> tuple:
     """All that the launches of a call depend on, apart from addresses; hashable."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import launch as configurations
-from .backend import as_array, as_tensor, forced_backend, runs_numpy
+from .backend import INTERPRETED, as_array, as_tensor, forced_backend, runs_numpy
 from .bound import BoundLaunches, Launch, launch, scratch, signature_of, tensors_in
 from .checks import check
 from .errors import KernelInputError
@@ -114,7 +114,12 @@ class Kernel(Generic[P, Out]):
 
         Into ``out``, if another kernel's body has allocated it as ``output`` would.
         """
-        device = next(tensors_in(values)).device
+        first = next(tensors_in(values), None)
+        if first is None:
+            raise KernelInputError(
+                f"{self.name} of no tensor", rule="kernels take tensors", remedy="Convert the arrays"
+            )
+        device = first.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return self._run(values, out, device)
         with torch.cuda.device(device):  # Triton launches on the current device
@@ -133,9 +138,11 @@ class Kernel(Generic[P, Out]):
             if runs_numpy(*tensors_in((*computed, out)), computes=not self.moves_bits):
                 result = self._by_definition(self, arguments)
                 return result if given is None else given.copy_(result)
-        scratch.taken = []
-        launches = self.body(out, **arguments)
-        scratches, scratch.taken = scratch.taken, []
+        scratch.taken = scratches = []
+        try:
+            launches = self.body(out, **arguments)
+        finally:
+            scratch.taken = []
         bound = None
         if launches is not None:
             launches = [one for one in ([launches] if isinstance(launches, Launch) else launches) if all(one.grid)]
@@ -259,7 +266,7 @@ def swapped_only(replacements: Mapping[str, Callable[..., Any]]) -> Iterator[Non
 
 def replays(device: torch.device) -> bool:
     """Whether calls for tensors on this device are bound and replayed."""
-    return device.type == "cuda" and forced_backend() != "numpy"
+    return device.type == "cuda" and not INTERPRETED and forced_backend() != "numpy"
 
 
 def run(one: Launch) -> Any:

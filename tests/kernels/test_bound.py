@@ -1,5 +1,7 @@
 """Bound launches, with a compiled kernel that writes down what it is run with: which addresses a replay passes."""
 
+import copy
+import pickle
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rooflama.kernels import Weight
 from rooflama.kernels.bound import (
     Bindable,
     BoundLaunches,
@@ -190,6 +193,21 @@ def test_scratch_is_noted():
     assert (taken.shape, taken.dtype, taken.device.type) == ((3, 4), torch.int32, DEVICE.type)
     assert scratch.taken == [taken]
     scratch.taken = []
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda weight: pickle.loads(pickle.dumps(weight))])
+def test_what_a_weight_remembers_is_of_its_own_planes(copied):
+    """Not of those that it was copied from, which may be freed."""
+    weight = Weight.make("F32", (empty(4, 8),), (4, 8))
+    values = (weight, empty(2))
+    for _ in range(2):
+        assert addresses_of(values) == [weight.planes[0].data_ptr(), values[1].data_ptr()]
+        signature = signature_of(values)
+    other = copied(weight)
+    assert addresses_of((other,)) == [other.planes[0].data_ptr()]
+    half = weight.slice_rows(2, 4)
+    assert addresses_of((half,)) == [weight.planes[0].data_ptr() + 2 * 8 * 4]
+    assert signature_of((half, values[1])) != signature
 
 
 def test_tensors_are_found_in_order():

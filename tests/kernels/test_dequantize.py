@@ -59,6 +59,19 @@ def test_output_beyond_int32():
     assert_bit_equal(out[:, :32], weight.planes[0][:, :32])
 
 
+def test_codes_beyond_int32():
+    """The words of row 64 start past 2^31. Only the first program of 65 rows runs; both storages are virtual."""
+    rows, columns = 65, 2**27 + 32
+    weight, out = virtual_rows(rows, columns, "Q8_0"), virtual_rows(rows, columns).planes[0]
+    few = random_weight(np.random.default_rng(0), "Q8_0", rows, 64)
+    for plane, values in zip(weight.planes, few.planes, strict=True):
+        plane[:, : values.shape[1]] = values
+    assert 64 * weight.planes[0].shape[1] > 2**31
+    tile = {"LAYOUT": weight.layout, "BLOCK_N": 128, "BLOCK_K": 32}
+    _dequantize_kernel[(1, 1)](planes_of(weight), out, rows, columns, columns // 32, **tile)
+    assert_bit_equal(out[:, :32], dequantize(few, torch.float16)[:, :32])
+
+
 @pytest.mark.parametrize("ggml_type", TYPES)
 def test_resident_form_on_a_cpu_is_float32_rows(ggml_type, numpy_backend):
     weight = random_weight(np.random.default_rng(0), ggml_type, 5, 256).to("cpu")

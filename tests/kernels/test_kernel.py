@@ -17,6 +17,7 @@ from replaying import replay_on_the_cpu
 from rooflama.kernels import KernelInputError, use_backend
 from rooflama.kernels import kernel as module
 from rooflama.kernels import launch as configurations
+from rooflama.kernels.backend import INTERPRETED
 from rooflama.kernels.bound import scratch
 from rooflama.kernels.checks import check
 from rooflama.kernels.kernel import KERNELS, Launch, kernel, launch, like, swap
@@ -57,7 +58,13 @@ def scaled_by_torch(out: Tensor, x: Tensor, factor: float, *, shift: float = 0.5
     torch.add(x * factor, shift, out=out)
 
 
-for one in (scaled, scaled_by_torch):
+@kernel(checks=_check, output=like("x"), definition=_definition)
+def scaled_without_end(out: Tensor, x: Tensor, factor: float, *, shift: float = 0.5) -> Launch:
+    scratch(3, dtype=torch.float32, device=x.device)
+    raise MemoryError
+
+
+for one in (scaled, scaled_by_torch, scaled_without_end):
     del KERNELS[one.name]  # no other test is to meet them
 
 
@@ -130,6 +137,21 @@ def test_nothing_is_launched_for_no_elements(monkeypatch):
 def test_scratch_is_let_go():
     scaled(X, 2.0)
     assert scratch.taken == []
+    with pytest.raises(MemoryError):
+        scaled_without_end(X, 2.0)
+    assert scratch.taken == []
+
+
+def test_what_is_no_tensor_is_refused():
+    for array in (X.cpu().numpy(), None):
+        with pytest.raises(KernelInputError, match="scaled of no tensor: kernels take tensors"):
+            scaled(array, 2.0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton is compiled")
+def test_the_interpreter_compiles_nothing_to_replay():
+    """On a GPU's tensors neither."""
+    assert not module.replays(torch.device("cuda"))
 
 
 # ---- what is remembered
