@@ -138,7 +138,8 @@ class Kernel(Generic[P, Out]):
             if runs_numpy(*tensors_in((*computed, out)), computes=not self.moves_bits):
                 result = self._by_definition(self, arguments)
                 return result if given is None else given.copy_(result)
-        scratch.taken = scratches = []
+        scratches: list[Tensor] = []
+        scratch.taken = scratches
         try:
             launches = self.body(out, **arguments)
         finally:
