@@ -90,6 +90,10 @@ class Kernel(Generic[P, Out]):
     def __repr__(self) -> str:
         return f"<kernel {self.name}{self.__signature__}>"
 
+    def __reduce__(self) -> str:
+        """Copied and pickled by name, as a function is."""
+        return self.name
+
     def _values(self, args: tuple, kwargs: dict[str, Any]) -> tuple:
         """Every argument in the signature's order, defaults filled in. Raises TypeError as a function would."""
         if len(args) <= self._positional:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from .backend import INTERPRETED
+
 WHOLE = 4096  # BLOCK_K that holds a whole row of most models: the launchers cut it to the row's own power of two
 
 
@@ -208,7 +210,7 @@ def overlaps(device: torch.device) -> bool:
     This is programmatic dependent launch, from Hopper on. Such a kernel calls ``gdc_wait`` before it reads or writes
     what another kernel writes or reads.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
 

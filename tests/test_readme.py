@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rooflama.cli.commands import app
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -95,3 +97,12 @@ def test_files_that_are_named_exist(page):
     named = re.findall(rf"`((?:{folders})/[\w/.-]+\.\w+)`", page.read_text())
     invented = re.compile("NAME|GPU|softcap|granite|gemma2|olmo2")
     assert [name for name in named if not invented.search(name) and not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "LOG.md"], ids=lambda page: page.name)
+def test_commands_that_are_named_exist(page):
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", page.read_text(), re.DOTALL))
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bmake ([a-z][\w-]*)", code)) <= set(targets)
+    commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+    assert set(re.findall(r"(?:^|[`/])rooflama ([a-z]\w*)", code, re.MULTILINE)) <= set(commands)

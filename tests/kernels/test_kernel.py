@@ -1,6 +1,8 @@
 """What ``@kernel`` makes of a body, on a kernel of this file: arguments, what is remembered per signature, tracing."""
 
+import copy
 import inspect
+import pickle
 from collections import Counter
 
 import pytest
@@ -149,9 +151,16 @@ def test_what_is_no_tensor_is_refused():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton is compiled")
-def test_the_interpreter_compiles_nothing_to_replay():
-    """On a GPU's tensors neither."""
+def test_the_interpreter_neither_replays_nor_overlaps():
+    """On a GPU's tensors neither: it compiles nothing, and it knows no instruction to wait."""
     assert not module.replays(torch.device("cuda"))
+    assert not configurations.overlaps(torch.device("cuda"))
+
+
+def test_a_kernel_is_copied_and_pickled_by_name():
+    for one in KERNELS.values():
+        assert copy.deepcopy([one])[0] is one
+        assert pickle.loads(pickle.dumps(one)) is one
 
 
 # ---- what is remembered
