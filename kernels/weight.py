@@ -30,7 +30,8 @@ class Weight(_Fields, Bindable):
     """A matrix [rows, columns] as planes. Make one with ``Weight.make``, which checks them.
 
     ggml_type: "Q4_1", "F16", ...: a key of ``LAYOUTS``.
-    planes: in the order of ``LAYOUTS[ggml_type].planes``; plane p is [rows, columns / p.elements], contiguous.
+    planes: in the order of ``LAYOUTS[ggml_type].planes``; plane p is [rows, columns / p.elements], contiguous. Kernels
+        remember where a plane lies: write other numbers into it, but give it no other memory (``.data``, ``set_``).
     shape: (rows, columns) in weights.
     """
 

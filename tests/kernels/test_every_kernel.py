@@ -91,6 +91,7 @@ def test_an_epsilon_that_is_none_is_refused(eps):
 def test_rows_that_no_program_holds_are_refused(monkeypatch):
     monkeypatch.setattr("triton.language.TRITON_MAX_TENSOR_NUMEL", 32)
     norm(X)
+    rms_norm.forget()  # on a GPU, another test may have passed the same signature
     with pytest.raises(KernelInputError, match=r"x has shape \[1, 33\]: one program holds a row: at most 32 columns"):
         rms_norm(torch.zeros(1, 33, device=DEVICE), torch.ones(33, device=DEVICE), 1e-5)
 

@@ -14,8 +14,11 @@ from strategies import DEVICE, beyond_int32, exact, guarded, normal, seeds
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Sixteen tokens a program, so that a small vocabulary has several blocks."""
+    """Sixteen tokens a program, so that a small vocabulary has several blocks; on a GPU, in no launch bound before."""
     monkeypatch.setattr(penalties, "BLOCK", 16)
+    penalise.forget()
+    yield
+    penalise.forget()
 
 
 def random_state(rng, num_seqs, vocab):
