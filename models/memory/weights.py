@@ -52,14 +52,6 @@ class WeightBytes:
     allocations: tuple[int, ...]
     matrices: tuple[Matrix, ...]
 
-    @property
-    def stored_bytes(self) -> int:
-        return sum(self.stored.values())
-
-    @property
-    def resident_bytes(self) -> int:
-        return sum(self.resident.values())
-
     @cached_property
     def segments(self) -> Segments:
         """The segments that torch's allocator takes for them on a GPU."""
