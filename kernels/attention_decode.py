@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
 from . import reference
 from .attention_common import (
@@ -45,7 +44,7 @@ from .attention_common import (
 )
 from .checks import check, check_sequences
 from .kernel import Launch, kernel, launch, scratch
-from .launch import configuration, overlapped
+from .launch import configuration
 from .paged_common import heads_of, read_by_definition
 
 MERGE_SPLITS = 16  # partial results that one step of the merge adds
@@ -81,11 +80,7 @@ def _attention_decode_kernel(
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     ONE_PAGE: tl.constexpr,
-    OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):
-    if OVERLAP:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
     kv_head = (tl.program_id(0) % kv.num_kv_heads).to(tl.int64)
     split = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
@@ -135,11 +130,7 @@ def _merge_splits_kernel(
     MIN_SPLIT: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,  # splits per step; fixed, since it determines the order of addition
-    OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):
-    if OVERLAP:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
     sequence = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + sequence)
     _, _, _, num_splits = _split_sequence(seq_len, window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
@@ -258,7 +249,6 @@ def attention_decode(
         ONE_PAGE=page_size >= tile["BLOCK_N"],
         **tile,
         **splits,
-        **overlapped(q.device),
     )
     if grid_splits == 1:
         return [attended]
@@ -276,6 +266,5 @@ def attention_decode(
         BLOCK_S=min(MERGE_SPLITS, splits["MAX_SPLITS"]),
         num_warps=4,
         **splits,
-        **overlapped(q.device),
     )
     return [attended, merged]

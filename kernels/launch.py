@@ -61,7 +61,11 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     # Facts: num_kv_heads.
     "attention_splits": {
         "interpreter": [row(MIN_SPLIT=64, MAX_SPLITS=4)],
-        "sm90": [row(MIN_SPLIT=256, MAX_SPLITS=32)],
+        "sm90": [
+            row({"num_kv_heads": 4}, MIN_SPLIT=256, MAX_SPLITS=32),
+            row({"num_kv_heads": 8}, MIN_SPLIT=256, MAX_SPLITS=16),  # 8 x 16 programs: one wave of a chip of 132
+            row(MIN_SPLIT=256, MAX_SPLITS=32),
+        ],
         "sm80": [row(MIN_SPLIT=256, MAX_SPLITS=32)],
         "hip": [row(MIN_SPLIT=256, MAX_SPLITS=32)],
     },
@@ -213,8 +217,3 @@ def overlaps(device: torch.device) -> bool:
     if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def overlapped(device: torch.device) -> dict[str, bool]:
-    """The options of a launch whose kernel waits if OVERLAP: it may start early where ``overlaps`` allows that."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}

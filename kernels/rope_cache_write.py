@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
 from . import reference
 from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_number, check_same_device, check_shape
 from .kernel import Launch, kernel, launch, like
-from .launch import overlapped
 from .paged_checks import check_write
 from .paged_common import (
     LIMITS,
@@ -92,11 +90,7 @@ def _rope_and_cache_write_kernel(
     HALF: tl.constexpr,  # rotary_dim / 2
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,  # start before the kernel in front has ended
 ):
-    if OVERLAP:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     num_q_blocks = tl.cdiv(num_heads, BLOCK_HEADS)
@@ -231,5 +225,4 @@ def rope_and_cache_write(
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
         num_warps=max(1, block_heads * block_dim // 256),
-        **overlapped(q.device),
     )

@@ -68,9 +68,12 @@ class Weight(_Fields, Bindable):
         return self._replace(planes=planes)
 
     def slice_rows(self, start: int, stop: int) -> Weight:
-        """Rows ``start`` to ``stop``, or to the last, as views."""
-        planes = tuple(plane[start:stop] for plane in self.planes)
-        return self._replace(planes=planes, shape=(len(planes[0]), self.shape[1]))
+        """Rows ``start`` to ``stop``, or to the last, as views. The same rows are the same object each time."""
+        slices = self.__dict__.setdefault("slices", {})
+        if (start, stop) not in slices:
+            planes = tuple(plane[start:stop] for plane in self.planes)
+            slices[start, stop] = self._replace(planes=planes, shape=(len(planes[0]), self.shape[1]))
+        return slices[start, stop]
 
     def take_rows(self, index: Tensor) -> Weight:
         """Rows gathered, repeated or permuted: index [n] int64 -> [n, columns]."""

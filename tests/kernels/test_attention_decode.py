@@ -232,7 +232,7 @@ def test_merge_beyond_int32():
     out, lse = torch.empty(2, 1, 16, device=DEVICE), torch.empty(2, 1, device=DEVICE)
     _merge_splits_kernel[(1, 2)](
         Attended(partial, partial_lse), int32([5, 150]), Attended(out, lse), 1, grid_splits, None,
-        HEAD_DIM=16, BLOCK_N=32, MIN_SPLIT=64, MAX_SPLITS=4, BLOCK_S=4, OVERLAP=False,
+        HEAD_DIM=16, BLOCK_N=32, MIN_SPLIT=64, MAX_SPLITS=4, BLOCK_S=4,
     )  # fmt: skip
     weights = np.exp2(exact(sums))
     assert_within_rounding(out[1, 0], weights @ exact(values) / weights.sum())
