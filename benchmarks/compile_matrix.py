@@ -220,7 +220,7 @@ class Recorder:
             options=" ".join(f"{k}={v}" for k, v in sorted(changed.items())),
             call=self.call,
             function=function,
-            source=ASTSource(function, signature, constants, attributes),
+            source=function.ASTSource(function, signature, constants, attributes),  # from create_binder; Gluon's differs
             compile_options=vars(options),
         )
         key = dataclasses.replace(launch, call="")

@@ -28,7 +28,7 @@ from rooflama.kernels.launch import override
 from timing import ceilings, measure, provenance, write_rows
 
 SHAPES = [(6144, 4096, True), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, True)]
-PRODUCTS = {"fixed_point": (1, 2), "gemv": (1,), "dot": (16, 64), "matmul": (512,)}  # regime -> tokens per call
+PRODUCTS = {"fixed_point": (1, 2), "wgmma": (8, 64), "gemv": (1,), "dot": (16, 64), "matmul": (512,)}  # regime -> tokens per call
 
 Configuration = dict[str, int]
 
@@ -90,6 +90,7 @@ def product_tiles(facts: dict[str, int]) -> Iterator[Configuration]:
 CANDIDATES: dict[str, Callable[[dict[str, int]], Iterator[Configuration]]] = {
     "fixed_point": product_tiles,
     "gemv": product_tiles,
+    "wgmma": lambda facts: _grid(SPLITS=(1, 2, 4, 8)),
     "dot": lambda facts: _grid(BLOCK_N=(32, 64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8)),
     "matmul": lambda facts: _grid(WORKSPACE_BYTES=tuple(n << 20 for n in (16, 32, 64, 128, 256))),
     "attention_decode": lambda facts: _grid(BLOCK_N=(16, 32, 64, 128), num_warps=(2, 4, 8), num_stages=(1, 2, 3, 5)),

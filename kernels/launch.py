@@ -93,10 +93,10 @@ TABLE: dict[str, dict[str, list[Row]]] = {
             row(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
         ],
     },
-    # The most tokens that each regime of quantized_matmul serves. Facts: is_float (of the weight).
+    # The most tokens that each regime of quantized_matmul serves, if it can. Facts: is_float (of the weight).
     "quantized_matmul": {
-        "any": [row({"is_float": 0}, fixed_point=2, gemv=8, dot=64), row(fixed_point=0, gemv=8, dot=8)],
-        "hip": [row({"is_float": 0}, fixed_point=0, gemv=8, dot=64), row(fixed_point=0, gemv=8, dot=8)],
+        "any": [row({"is_float": 0}, fixed_point=2, wgmma=64, gemv=8, dot=64), row(fixed_point=0, wgmma=0, gemv=8, dot=8)],
+        "hip": [row({"is_float": 0}, fixed_point=0, wgmma=0, gemv=8, dot=64), row(fixed_point=0, wgmma=0, gemv=8, dot=8)],
     },
     # Facts: columns, rows, tokens (1 or 2), bits per code, normed. From fixed_point_tiles.csv, H100. Whole rows in one
     # tile ask for every byte of the weight at once. Shorter tiles are for long rows, and for a number of rows that
@@ -134,6 +134,17 @@ TABLE: dict[str, dict[str, list[Row]]] = {
             row({"bits": 4}, BLOCK_N=4, BLOCK_K=1024, num_warps=4),
             row({"bits": 8}, BLOCK_N=4, BLOCK_K=512, num_warps=4),
             row(BLOCK_N=4, BLOCK_K=256, num_warps=4),
+        ],
+    },
+    # Facts: rows, columns, tokens. Each of SPLITS parts of the columns is summed by programs of its own: the fewer the
+    # rows, the more of them fill the chip. Measured on an H100.
+    "wgmma": {
+        "any": [
+            row({"rows": 4096}, SPLITS=4),
+            row({"rows": 16384, "tokens": 16}, SPLITS=4),
+            row({"rows": 16384}, SPLITS=2),
+            row({"tokens": 16}, SPLITS=2),
+            row(SPLITS=1),
         ],
     },
     # Facts: itemsize (of x).

@@ -6,17 +6,19 @@ silu(gate) * up of the result's two halves (``swiglu``).
 Layouts: x [num_tokens, columns], weight [rows, columns] in planes (``reference/quant_layouts.py``),
 out [num_tokens, rows], or [num_tokens, rows / 2] with swiglu.
 
-The number of tokens chooses one of four regimes ("quantized_matmul" in ``launch.py``):
+The number of tokens chooses one of five regimes ("quantized_matmul" in ``launch.py``):
 
     fixed_point  few tokens in 16 bits, quantised weights, not on AMD: integer dot products with x in 16-bit fixed
                  point (``quantized_fixed_point.py``).
+    wgmma        more tokens in 16 bits, Q4_K, on Hopper: codes multiplied as they are on tensor cores, scales applied to
+                 the sums (``quantized_wgmma.py``).
     gemv         few tokens otherwise: float32 products (``quantized_gemv.py``).
     dot          each program owns BLOCK_M tokens x BLOCK_N rows. It dequantises the weights in registers, rounds them
                  to the dtype of the result, and multiplies on tensor cores (float32: in full precision).
     matmul       rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch multiplies.
 
-In ``dot`` the norm is a launch of its own, because x times the norm's weight could overflow float16. In ``matmul`` the
-norm and swiglu are launches of their own. Otherwise a tile's rows alternate between gate and up, so that each pair
+In ``dot`` the norm is a launch of its own, because x times the norm's weight could overflow float16. In ``wgmma`` the
+launches before and after the product norm x and join what is added. In ``matmul`` the norm and swiglu are launches of their own. Otherwise a tile's rows alternate between gate and up, so that each pair
 meets in one program.
 
 ``batch_invariant`` takes ``dot`` with one tile size for every number of tokens: a token's result is then the same, bit
@@ -55,6 +57,7 @@ from .norm import rms_norm
 from .quantized_fixed_point import launch_fixed_point
 from .quantized_gemv import launch_gemv
 from .quantized_tiles import Input, Output, load_tile, planes_of, store_tile, tile_rows
+from .quantized_wgmma import launch_wgmma, serves
 from .weight import QuantLayout, Weight, check_weight
 
 
@@ -114,7 +117,7 @@ def _launch_dot(x: Tensor, weight: Weight, output: Output, swiglu: bool, block_m
 
 
 def most_tokens(layout: QuantLayout, device: torch.device) -> dict[str, int]:
-    """The most tokens that each regime serves. The first regime that serves a call takes it; matmul takes the rest."""
+    """The most tokens that each regime serves. The first that serves a call, and can, takes it; matmul takes the rest."""
     return configuration("quantized_matmul", device, is_float=layout.is_float)
 
 
@@ -236,6 +239,8 @@ def quantized_matmul(
         activations = Input(x, x.stride(0), norm_weight, eps)
         if num_tokens <= most["fixed_point"] and x.element_size() == 2 and columns > 0:
             return launch_fixed_point(activations, weight, output, swiglu, resident)
+        if num_tokens <= most["wgmma"] and serves(activations, weight, output):
+            return launch_wgmma(activations, weight, output, swiglu)
         if num_tokens <= most["gemv"]:
             return launch_gemv(activations, weight, output, swiglu, resident)
     if batch_invariant or num_tokens <= most["dot"]:

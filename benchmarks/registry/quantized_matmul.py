@@ -14,6 +14,7 @@ from model_calls import BATCHES, CHUNK, F32, Call, Model, empty, weight, weight_
 from rooflama import kernels
 from rooflama.kernels import LAYOUTS
 from rooflama.kernels.launch import override
+from rooflama.kernels.quantized_wgmma import LEAST_TOKENS, SERVED
 
 
 def measured() -> Iterator[Case]:
@@ -45,10 +46,11 @@ def regimes() -> Iterator[Case]:
     """Each regime of the quantised product wherever it can run: what the launch table should say."""
     unbounded = 1 << 30
     limits = {
-        "fixed_point": (8, unbounded, unbounded, unbounded),
-        "gemv": (16, 0, unbounded, unbounded),
-        "dot": (256, 0, 0, unbounded),
-        "matmul": (unbounded, 0, 0, 0),
+        "fixed_point": (8, unbounded, unbounded, unbounded, unbounded),
+        "wgmma": (64, 0, unbounded, unbounded, unbounded),
+        "gemv": (16, 0, 0, unbounded, unbounded),
+        "dot": (256, 0, 0, 0, unbounded),
+        "matmul": (unbounded, 0, 0, 0, 0),
     }
     rows, columns = 28672, 4096
     for ggml_type in ("Q4_K", "Q8_0", "BF16"):
@@ -57,8 +59,8 @@ def regimes() -> Iterator[Case]:
         for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             x = torch.randn(tokens, columns, device=cases.CUDA, dtype=BF16)
 
-            def forced(weight, fixed_point, gemv, dot, x=x):
-                with override("quantized_matmul", fixed_point=fixed_point, gemv=gemv, dot=dot):
+            def forced(weight, fixed_point, wgmma, gemv, dot, x=x):
+                with override("quantized_matmul", fixed_point=fixed_point, wgmma=wgmma, gemv=gemv, dot=dot):
                     return kernels.quantized_matmul(x, weight)
 
             yield Case(
@@ -68,7 +70,9 @@ def regimes() -> Iterator[Case]:
                 {
                     name: [lambda w=w, own=own, f=forced: f(w, *own) for w in weights]
                     for name, (most, *own) in limits.items()
-                    if tokens <= most and not (name == "fixed_point" and ggml_type == "BF16")
+                    if tokens <= most
+                    and not (name == "fixed_point" and ggml_type == "BF16")
+                    and not (name == "wgmma" and (ggml_type not in SERVED or tokens < LEAST_TOKENS))
                 },
             )
 
