@@ -94,9 +94,9 @@ def _arrange_kernel(
     token = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)  # K, in the order of the arranged x
     place = offs % 32
-    column = offs - place + (place // 2 % 4) * 8 + (place // 16) * 4 + (place // 8 % 2) * 2 + place % 2
+    column = (offs - place) + ((place >> 1) & 3) * 8 + (place >> 4) * 4 + ((place >> 3) & 1) * 2 + (place & 1)
     mask = offs < columns
-    own = mask & (token < num_tokens)
+    own = offs < tl.where(token < num_tokens, columns, 0)
     x = tl.load(activations.x + token * activations.stride + column, mask=own, other=0.0)
     if activations.norm is not None:
         wide = x.to(tl.float32)
@@ -271,14 +271,20 @@ def _wgmma_kernel(
         unused = gl.zeros([64, N], gl.float32, layout=ACC)
         sums = sums_shared.index(stage).permute((1, 0))
         running = warpgroup_mma(a, sums, unused, use_acc=False, is_async=True)
-        # One product runs while the one before it is scaled; factor belongs to the running one.
+        # One product runs while the one before it is scaled; factor belongs to the running one. Of 64 tokens, two
+        # accumulators and the total take more registers than there are, so a product ends before the next one starts.
         for group in gl.static_range(8):
             a = gl.convert_layout(_unpack(tiles[group], DTYPE), A, assert_trivial=True)
             x = x_shared.index(stage * 8 + group).permute((1, 0))
-            started = warpgroup_mma(a, x, unused, use_acc=False, is_async=True)
-            unused = warpgroup_mma_wait(1, deps=(running,))
-            total += unused * factor[:, None]
-            running = started
+            if N == 64:
+                unused = warpgroup_mma_wait(0, deps=(running,))
+                total += unused * factor[:, None]
+                running = warpgroup_mma(a, x, unused, use_acc=False, is_async=True)
+            else:
+                started = warpgroup_mma(a, x, unused, use_acc=False, is_async=True)
+                unused = warpgroup_mma_wait(1, deps=(running,))
+                total += unused * factor[:, None]
+                running = started
             byte = ((scales0_now if group < 4 else scales1_now) >> (8 * (group % 4))) & 255
             factor = d_now * ((byte | 0x4B000000).to(gl.float32, bitcast=True) - 8388608.0)
         total += warpgroup_mma_wait(0, deps=(running,)) * factor[:, None]
