@@ -214,13 +214,13 @@ class Recorder:
         defaults = backend.parse_options({})
         changed = {k: v for k, v in vars(options).items() if v != getattr(defaults, k) and k != "debug"}
         changed |= {"num_warps": options.num_warps, "num_stages": options.num_stages}
-        launch = Launch(
+        launch = Launch(  # its ASTSource is create_binder's: Gluon has one of its own
             kernel=function.__name__,
             arguments=_describe(bound, signature, constants, attributes),
             options=" ".join(f"{k}={v}" for k, v in sorted(changed.items())),
             call=self.call,
             function=function,
-            source=function.ASTSource(function, signature, constants, attributes),  # from create_binder; Gluon's differs
+            source=function.ASTSource(function, signature, constants, attributes),
             compile_options=vars(options),
         )
         key = dataclasses.replace(launch, call="")

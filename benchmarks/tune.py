@@ -28,7 +28,13 @@ from rooflama.kernels.launch import override
 from timing import ceilings, measure, provenance, write_rows
 
 SHAPES = [(6144, 4096, True), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, True)]
-PRODUCTS = {"fixed_point": (1, 2), "wgmma": (8, 64), "gemv": (1,), "dot": (16, 64), "matmul": (512,)}  # regime -> tokens per call
+PRODUCTS = {  # regime -> tokens per call
+    "fixed_point": (1, 2),
+    "wgmma": (8, 64),
+    "gemv": (1,),
+    "dot": (16, 64),
+    "matmul": (512,),
+}
 
 Configuration = dict[str, int]
 

@@ -95,8 +95,14 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     },
     # The most tokens that each regime of quantized_matmul serves, if it can. Facts: is_float (of the weight).
     "quantized_matmul": {
-        "any": [row({"is_float": 0}, fixed_point=2, wgmma=64, gemv=8, dot=64), row(fixed_point=0, wgmma=0, gemv=8, dot=8)],
-        "hip": [row({"is_float": 0}, fixed_point=0, wgmma=0, gemv=8, dot=64), row(fixed_point=0, wgmma=0, gemv=8, dot=8)],
+        "any": [
+            row({"is_float": 0}, fixed_point=2, wgmma=64, gemv=8, dot=64),
+            row(fixed_point=0, wgmma=0, gemv=8, dot=8),
+        ],
+        "hip": [
+            row({"is_float": 0}, fixed_point=0, wgmma=0, gemv=8, dot=64),
+            row(fixed_point=0, wgmma=0, gemv=8, dot=8),
+        ],
     },
     # Facts: columns, rows, tokens (1 or 2), bits per code, normed. From fixed_point_tiles.csv, H100. Whole rows in one
     # tile ask for every byte of the weight at once. Shorter tiles are for long rows, and for a number of rows that

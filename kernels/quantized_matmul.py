@@ -10,16 +10,16 @@ The number of tokens chooses one of five regimes ("quantized_matmul" in ``launch
 
     fixed_point  few tokens in 16 bits, quantised weights, not on AMD: integer dot products with x in 16-bit fixed
                  point (``quantized_fixed_point.py``).
-    wgmma        more tokens in 16 bits, Q4_K, on Hopper: codes multiplied as they are on tensor cores, scales applied to
-                 the sums (``quantized_wgmma.py``).
+    wgmma        up to 64 tokens in 16 bits, Q4_K, on Hopper: tensor cores multiply the codes, and scales multiply the
+                 sums (``quantized_wgmma.py``).
     gemv         few tokens otherwise: float32 products (``quantized_gemv.py``).
     dot          each program owns BLOCK_M tokens x BLOCK_N rows. It dequantises the weights in registers, rounds them
                  to the dtype of the result, and multiplies on tensor cores (float32: in full precision).
     matmul       rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch multiplies.
 
 In ``dot`` the norm is a launch of its own, because x times the norm's weight could overflow float16. In ``wgmma`` the
-launches before and after the product norm x and join what is added. In ``matmul`` the norm and swiglu are launches of their own. Otherwise a tile's rows alternate between gate and up, so that each pair
-meets in one program.
+launches before and after the product norm x and join what is added. In ``matmul`` the norm and swiglu are launches of
+their own. Otherwise a tile's rows alternate between gate and up, so that each pair meets in one program.
 
 ``batch_invariant`` takes ``dot`` with one tile size for every number of tokens: a token's result is then the same, bit
 for bit, whatever tokens stand beside it.
@@ -117,7 +117,7 @@ def _launch_dot(x: Tensor, weight: Weight, output: Output, swiglu: bool, block_m
 
 
 def most_tokens(layout: QuantLayout, device: torch.device) -> dict[str, int]:
-    """The most tokens that each regime serves. The first that serves a call, and can, takes it; matmul takes the rest."""
+    """The most tokens that each regime serves. The first that serves a call, and can, takes it."""
     return configuration("quantized_matmul", device, is_float=layout.is_float)
 
 

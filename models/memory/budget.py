@@ -187,6 +187,7 @@ class Budget:
     def _graph(self) -> Moment:
         """The memory of the captured decode step."""
         step: dict[str, int] = {**terms.decode_moment(self.config, self.context, self.sequences, self.dtype)}
+        step["products in parts"] = terms.product_scratch_bytes(self.config, self._library_matrices, self.sequences)
         rows = terms.dequantised_bytes(self._library_matrices, self.sequences, self.dtype)
         if rows:
             step |= {"dequantised rows": rows, "matmul library": self.target.matmul_library_bytes}

@@ -15,6 +15,7 @@ from rooflama.kernels import LAYOUTS
 from rooflama.kernels.attention_decode import most_splits
 from rooflama.kernels.launch import configuration
 from rooflama.kernels.quantized_matmul import most_tokens, rows_per_pass
+from rooflama.kernels.quantized_wgmma import LEAST_TOKENS, MOST_TOKENS, SERVED, scratch_bytes
 from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK
 from rooflama.kernels.sampling_filters import LEVELS
@@ -33,6 +34,7 @@ Moment = Mapping[str, int]  # name of a term -> bytes alive at one moment
 FORMULAS = {
     "prefill activations": "n b (3 E + 2 (Hq + Hkv) D + 3 F)",
     "dequantised rows": f"b rows columns, {WORKSPACE_BYTES >> 20} MiB at most",
+    "products in parts": "4 splits n rows + 2.125 n columns",
     "gathered keys and values": "2 x 4 T Hkv D",
     "attention scores": f"3 x 4 Hq min(n, {ROWS}) T",
     "logits and sampling": f"4 max(S, min(n, {LOGITS_ROWS})) (1.125 V + E)",
@@ -133,6 +135,18 @@ def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtyp
     return worst
 
 
+def product_scratch_bytes(config: ModelConfig, matrices: Iterable[Matrix], tokens: int) -> int:
+    """4 splits N rows + 2.125 N columns: the partial sums and arranged activations of a product of 3 to 64 tokens.
+
+    N is the next of 8, 16, 32, 64. Planned on every GPU, though only Hopper computes products this way. The output
+    matrix is left out: its product has float32 results of normed activations, which take another way.
+    """
+    if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
+        return 0
+    served = (m for m in matrices if m.ggml_type in SERVED and m.rows != config.vocab_size)
+    return max((scratch_bytes(m.rows, m.columns, tokens, None) for m in served), default=0)
+
+
 def prefill_moments(
     config: ModelConfig, matrices: Iterable[Matrix], tokens: int, sequences: int, dtype: torch.dtype
 ) -> list[Moment]:
@@ -140,6 +154,8 @@ def prefill_moments(
 
     gate and up  carried + n b (E + 3 F) + dequantised rows: gate, up and the result of SwiGLU
     down         carried + n b (E + F) + dequantised rows
+
+    With 3 to 64 tokens, ``product_scratch_bytes`` instead of dequantised rows.
     """
     layer = [matrix for matrix in matrices if matrix.rows != config.vocab_size]
     carried, unit = carried_bytes(config, tokens, dtype.itemsize), tokens * dtype.itemsize
@@ -150,10 +166,12 @@ def prefill_moments(
         {
             "prefill activations": carried + unit * (hidden + 3 * width),
             "dequantised rows": dequantised_bytes(narrow, tokens, dtype),
+            "products in parts": product_scratch_bytes(config, narrow, tokens),
         },
         {
             "prefill activations": carried + unit * (hidden + width),
             "dequantised rows": dequantised_bytes(wide, tokens, dtype),
+            "products in parts": product_scratch_bytes(config, wide, tokens),
         },
         {"logits and sampling": logits_bytes(config, max(sequences, min(tokens, LOGITS_ROWS)))},
     ]

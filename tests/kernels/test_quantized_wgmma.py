@@ -1,0 +1,201 @@
+"""The wgmma regime of quantized_matmul: its launches before and after on any device, the product on Hopper."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from assertions import assert_bit_equal, assert_within_rounding
+from quant_blocks import guarded_weight, random_weight
+from rooflama.kernels import quantized_matmul, reference
+from rooflama.kernels.backend import INTERPRETED
+from rooflama.kernels.launch import override
+from rooflama.kernels.quantized_matmul import most_tokens
+from rooflama.kernels.quantized_tiles import Input, Output
+from rooflama.kernels.quantized_wgmma import (
+    SERVED,
+    _launch_arrange,
+    _launch_gather,
+    num_splits,
+    padded_tokens,
+    scratch_bytes,
+    serves,
+)
+from strategies import DEVICE, exact, guarded, normal, seeds
+
+runs_triton = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="Triton runs on the CPU interpreted")
+HOPPER = DEVICE.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability()[0] == 9
+on_hopper = pytest.mark.skipif(not HOPPER, reason="wgmma exists on compute capability 9.x alone")
+halves = st.sampled_from([torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda"))
+
+# The column that stands at each place of a group of 32: lane q holds eight neighbours, a step s takes four of them.
+COLUMNS = [8 * q + 4 * s + 2 * h + p for s, h, q, p in itertools.product(range(2), range(2), range(4), range(2))]
+
+
+def run(one):
+    one.kernel[one.grid](*one.args, **one.options)
+
+
+@runs_triton
+@given(num_tokens=st.integers(3, 20), blocks=st.integers(1, 3), dtype=halves, normed=st.booleans(), seed=seeds)
+def test_arrange_equals_numpy(num_tokens, blocks, dtype, normed, seed):
+    rng = np.random.default_rng(seed)
+    columns, n = 256 * blocks, padded_tokens(num_tokens)
+    x = guarded(normal(rng, num_tokens, columns, dtype=dtype))[0]
+    norm = guarded(normal(rng, columns))[0] if normed else None
+    arranged = torch.full((columns // 32, n, 32), float("nan"), dtype=dtype, device=DEVICE)
+    sums = torch.full((blocks, n, 16), -1, dtype=torch.int16, device=DEVICE)
+    run(_launch_arrange(Input(x, x.stride(0), norm, 1e-5), arranged, sums))
+
+    entering = reference.rms_norm(exact(x), exact(norm), 1e-5) if normed else exact(x)
+    places = np.zeros((n, columns // 32, 32))
+    places[:num_tokens] = entering.reshape(num_tokens, -1, 32)[:, :, COLUMNS]
+    got = exact(arranged)
+    assert_within_rounding(arranged, places.transpose(1, 0, 2))
+    if not normed:
+        assert (got == places.transpose(1, 0, 2)).all()
+    high, low = exact(sums.view(torch.bfloat16)).reshape(blocks, n, 2, 8).transpose(2, 0, 3, 1)
+    of_group, of_sizes = got.sum(2).reshape(blocks, 8, n), np.abs(got).sum(2).reshape(blocks, 8, n)
+    assert (np.abs(high - of_group) <= 2.0**-8 * np.abs(of_group) + 2.0**-21 * of_sizes).all()
+    assert (np.abs(high + low - of_group) <= 2.0**-17 * np.abs(of_group) + 2.0**-21 * of_sizes).all()
+
+
+@runs_triton
+@given(
+    num_tokens=st.integers(3, 20),
+    rows=st.integers(1, 600),
+    splits=st.integers(1, 4),
+    ending=st.sampled_from(["plain", "bias", "residual", "bias and residual", "swiglu", "bias and swiglu"]),
+    seed=seeds,
+)
+def test_gather_equals_numpy(num_tokens, rows, splits, ending, seed):
+    rng = np.random.default_rng(seed)
+    swiglu = "swiglu" in ending
+    rows += rows % 2 * swiglu
+    partials = guarded(normal(rng, splits, padded_tokens(num_tokens), rows))[0]
+    bias = guarded(normal(rng, rows))[0] if "bias" in ending else None
+    residual = guarded(normal(rng, num_tokens, rows, dtype=torch.float16))[0] if "residual" in ending else None
+    out = torch.empty((num_tokens, rows // 2 if swiglu else rows), dtype=torch.float32, device=DEVICE)
+    run(_launch_gather(partials, Output(bias, residual, rows, out), num_tokens, swiglu))
+    want = exact(partials)[:, :num_tokens].sum(0)
+    want += sum(exact(t) for t in (bias, residual) if t is not None)
+    if swiglu:
+        want = reference.swiglu(*np.split(want, 2, axis=1))
+    np.testing.assert_allclose(exact(out), want, rtol=1e-5, atol=1e-5)
+
+
+def test_every_block_is_in_one_split():
+    for rows, columns, num_tokens in itertools.product((64, 6144, 28672), (256, 512, 1280, 4096), (3, 64)):
+        splits, blocks = num_splits(rows, columns, num_tokens, DEVICE)
+        assert (splits - 1) * blocks < columns // 256 <= splits * blocks
+
+
+def products(num_tokens, rows, columns, dtype, ending, seed=0, ggml_type="Q4_K"):
+    """(arguments of a call with poison around every tensor, and the float64 result)."""
+    rng = np.random.default_rng(seed)
+    weight, _ = guarded_weight(random_weight(rng, ggml_type, rows, columns))
+    x = guarded(normal(rng, num_tokens, columns, dtype=dtype))[0]
+    options = {"out_dtype": torch.float32, "swiglu": "swiglu" in ending}
+    entering = exact(x)
+    if "bias" in ending:
+        options["bias"] = guarded(normal(rng, rows))[0]
+    if "residual" in ending:
+        options["residual"] = guarded(normal(rng, num_tokens, rows, dtype=dtype))[0]
+    if "norm" in ending:  # the normed x is rounded to its dtype, so the result has that dtype, too
+        options |= {"norm_weight": guarded(normal(rng, columns))[0], "eps": 1e-5, "out_dtype": dtype}
+        normed = reference.rms_norm(entering, exact(options["norm_weight"]), 1e-5)
+        entering = exact(torch.from_numpy(normed).to(dtype))
+    added = {name: exact(options[name]) for name in ("bias", "residual") if name in options}
+    expected = reference.quantized_matmul(entering, weight.numpy(), **added, swiglu=options["swiglu"])
+    return (x, weight), options, expected
+
+
+def assert_served(x, weight, options):
+    output = Output(None, None, 0, torch.empty(0, dtype=options["out_dtype"], device=DEVICE))
+    assert serves(Input(x, x.stride(0), options.get("norm_weight"), 0.0), weight, output)
+    assert most_tokens(weight.layout, DEVICE)["fixed_point"] < x.shape[0] <= most_tokens(weight.layout, DEVICE)["wgmma"]
+
+
+ENDINGS = ("plain", "bias", "bias and residual", "swiglu", "norm", "norm and bias and swiglu")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("ggml_type", SERVED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [3, 8, 9, 16, 31, 64])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_equals_float64(ggml_type, dtype, num_tokens, ending):
+    rows, columns = (200, 1280) if num_tokens % 2 else (64, 256) if num_tokens == 8 else (322, 4096)
+    args, options, expected = products(num_tokens, rows, columns, dtype, ending, num_tokens, ggml_type)
+    assert_served(*args, options)
+    got = exact(quantized_matmul(*args, **options))
+    rounding = 1e-5 if options["out_dtype"] == torch.float32 else torch.finfo(dtype).eps
+    assert np.linalg.norm(got - expected) <= rounding * np.linalg.norm(expected)
+    each = np.linalg.norm(got - expected, axis=1)  # no token may be wrong behind the others
+    assert (each <= 4 * rounding * np.linalg.norm(expected, axis=1)).all()
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+def test_any_number_of_splits(splits):
+    args, options, expected = products(17, 130, 1792, torch.bfloat16, "bias")
+    with override("wgmma", SPLITS=splits):
+        got = exact(quantized_matmul(*args, **options))
+    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("num_tokens", [5, 64])
+def test_replays_give_the_same_bits_whatever_scratch_holds(num_tokens):
+    (x, weight), options, _ = products(num_tokens, 200, 2048, torch.bfloat16, "norm and bias")
+    first = quantized_matmul(x, weight, **options)
+    for _ in range(3):
+        poison = [torch.full((1 << k,), float("nan"), device=DEVICE) for k in range(10, 22)]
+        del poison  # the next call's scratch is made of it
+        assert_bit_equal(quantized_matmul(x, weight, **options), first)
+    other = x.flip(0).contiguous()
+    assert_bit_equal(quantized_matmul(other, weight, **options), first.flip(0))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("ending", ["plain", "norm"])
+def test_what_is_not_finite_stays_with_its_token(bad, ending):
+    (x, weight), options, _ = products(9, 100, 512, torch.float16, ending)
+    clean = quantized_matmul(x, weight, **options)
+    x[4, 77] = bad
+    got = quantized_matmul(x, weight, **options)
+    others = [t for t in range(9) if t != 4]
+    assert_bit_equal(got[others], clean[others])
+    assert not torch.isfinite(got[4]).any()
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_sums_that_overflow_float16_do_not_overflow():
+    (x, weight), options, _ = products(8, 64, 256, torch.float16, "plain")
+    x.fill_(60000.0)
+    expected = reference.quantized_matmul(exact(x), weight.numpy())
+    got = exact(quantized_matmul(x, weight, **options))
+    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected) + 1e-5 * np.linalg.norm(exact(x))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_takes_the_scratch_it_states():
+    (x, weight), options, _ = products(33, 4096, 4096, torch.bfloat16, "plain")
+    quantized_matmul(x, weight, **options)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = quantized_matmul(x, weight, **options)
+    taken = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    stated = scratch_bytes(*weight.shape, x.shape[0], DEVICE)
+    assert stated <= taken <= stated + 3 * 512  # allocations are multiples of 512 bytes
