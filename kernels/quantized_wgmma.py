@@ -248,8 +248,8 @@ def _wgmma_kernel(
     for block in range(first, last):
         stage = (block - first) % 2
         async_copy.wait_group(0)
+        fence_async_shared()  # by each thread for what it copied, before all meet
         _barrier()
-        fence_async_shared()
         following = gl.minimum(block + 1, last - 1)
         _copy_block(x_shared, sums_shared, x_ptr, sums_ptr, following, 1 - stage, N)
         tiles = _split8(gl.convert_layout(words, MULTIPLIED).reshape([64, 8, 4]).permute(0, 2, 1))
