@@ -1,8 +1,8 @@
 """Host time of one eager call, and of a short prompt: ``python benchmarks/overhead.py [--out FILE.csv]``.
 
 A kernel's row is the time until a call returns, without waiting for the device. Its shapes are small, so that the queue
-does not fill. A prompt's row has the elapsed time and the time on the device, which is measured with the launches
-queued behind a kernel that sleeps. If the elapsed time is longer, the host is the limit.
+does not fill. A prompt's row has the elapsed time and the sum of its kernels' times, from a profile. If the elapsed time
+is longer, the host is the limit.
 
 Without a GPU, the same calls are bound to launches that do nothing. The result is then what this package adds to
 Triton's launcher.
@@ -28,7 +28,6 @@ from rooflama import kernels
 from timing import provenance, write_rows
 
 CALLS = 200
-SLEEP_CYCLES = 300_000_000  # about 0.15 s: longer than the host takes to launch a pass
 PROMPTS = [("Llama-3-8B", types, tokens) for types in ("Q4_K_M", "BF16") for tokens in (64, 256, 512, 1024)]
 
 
@@ -110,21 +109,18 @@ def prompt_milliseconds(model: str, types: str, tokens: int) -> tuple[float, flo
                 runner.decoder.logits(hidden[-1:])
             runner.cache.free(sequence)
 
-        clock, device = [], []
+        clock = []
         for _ in range(7):
             torch.cuda.synchronize()
             started = time.perf_counter()
             prefill()
             torch.cuda.synchronize()
             clock.append((time.perf_counter() - started) * 1e3)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(SLEEP_CYCLES)
-            begin.record()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             prefill()
-            end.record()
             torch.cuda.synchronize()
-            device.append(begin.elapsed_time(end))
-        return statistics.median(clock[2:]), statistics.median(device[2:])
+        device = sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
+        return statistics.median(clock[2:]), device
 
 
 def main() -> int:

@@ -324,6 +324,7 @@ def serves(activations: Input, weight: Weight, output: Output) -> bool:
         and weight.shape[1] > 0
         and x.dtype in (torch.bfloat16, torch.float16)
         and LEAST_TOKENS <= x.shape[0] <= MOST_TOKENS
+        and all(plane.data_ptr() % 16 == 0 for plane in weight.planes)  # which are read in words
         and (activations.norm is None or output.out.dtype == x.dtype)  # else the normed x is not to be rounded
     )
 

@@ -105,7 +105,8 @@ def products(num_tokens, rows, columns, dtype, ending, seed=0, ggml_type="Q4_K")
     if "residual" in ending:
         options["residual"] = guarded(normal(rng, num_tokens, rows, dtype=dtype))[0]
     if "norm" in ending:  # the normed x is rounded to its dtype, so the result has that dtype, too
-        options |= {"norm_weight": guarded(normal(rng, columns))[0], "eps": 1e-5, "out_dtype": dtype}
+        norm_weight = guarded(normal(rng, columns, scale=2.0**-6))[0]  # small: silu(gate) * up must fit float16
+        options |= {"norm_weight": norm_weight, "eps": 1e-5, "out_dtype": dtype}
         normed = reference.rms_norm(entering, exact(options["norm_weight"]), 1e-5)
         entering = exact(torch.from_numpy(normed).to(dtype))
     added = {name: exact(options[name]) for name in ("bias", "residual") if name in options}
