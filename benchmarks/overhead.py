@@ -1,8 +1,8 @@
 """Host time of one eager call, and of a short prompt: ``python benchmarks/overhead.py [--out FILE.csv]``.
 
 A kernel's row is the time until a call returns, without waiting for the device. Its shapes are small, so that the queue
-does not fill. A prompt's row has the elapsed time and the sum of its kernels' times, from a profile. If the elapsed time
-is longer, the host is the limit.
+does not fill. A prompt's row has the elapsed time and the sum of its kernels' times, from a profile. If the elapsed
+time is longer, the host is the limit.
 
 Without a GPU, the same calls are bound to launches that do nothing. The result is then what this package adds to
 Triton's launcher.
