@@ -334,7 +334,7 @@ def _register(made: Kernel) -> Callable[..., Any]:
     def fake(*args: Any, **kwargs: Any) -> Any:
         return made.output(**dict(zip(names, unflatten(args, kwargs), strict=True)))
 
-    implementation.__signature__ = flat_signature  # type: ignore[attr-defined]
+    implementation.__signature__ = flat_signature  # type: ignore[attr-defined]  # torch reads it there
     schema = torch.library.infer_schema(implementation, mutates_args=made.mutates)
     if made.mutates:
         # torch drops trailing arguments that equal their default, and torch 2.11 then fails on a mutated one.
@@ -362,7 +362,7 @@ def _is_record(annotation: Any) -> bool:
 
 def _schema_type(annotation: Any) -> Any:
     """tuple[X, ...] and tuple[X, X] are lists to torch."""
-    return list[typing.get_args(annotation)[0]] if typing.get_origin(annotation) is tuple else annotation  # type: ignore[misc]
+    return list[typing.get_args(annotation)[0]] if typing.get_origin(annotation) is tuple else annotation  # type: ignore[misc]  # a list of what is known when it runs
 
 
 def _as_tuple(value: Any) -> Any:

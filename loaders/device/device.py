@@ -340,7 +340,7 @@ class Device:
             storage = StorageWeakRef(tensor.untyped_storage())
             del tensor
             if not storage.expired():
-                self._ledger.lent.append((buffer.nbytes, storage))
+                self._ledger.viewed.append((buffer.nbytes, storage))
 
     def _range(self, buffer: DeviceBuffer, offset_bytes: int, nbytes: int) -> Tensor:
         """A view of bytes of the buffer, starting at ``offset_bytes``: uint8 [nbytes]."""

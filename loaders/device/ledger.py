@@ -21,11 +21,11 @@ class Ledger:
 
     device: str
     live: dict[int, tuple[str, int, str]] = field(default_factory=dict)  # buffer id -> label, bytes, where made
-    lent: list[tuple[int, StorageWeakRef]] = field(default_factory=list)  # closed, but a view may keep the memory
+    viewed: list[tuple[int, StorageWeakRef]] = field(default_factory=list)  # closed, but a view may keep the memory
 
     def held_bytes(self) -> int:
-        self.lent = [(nbytes, storage) for nbytes, storage in self.lent if not storage.expired()]
-        return sum(nbytes for _, nbytes, _ in self.live.values()) + sum(nbytes for nbytes, _ in self.lent)
+        self.viewed = [(nbytes, storage) for nbytes, storage in self.viewed if not storage.expired()]
+        return sum(nbytes for _, nbytes, _ in self.live.values()) + sum(nbytes for nbytes, _ in self.viewed)
 
     def report(self) -> None:
         """If ROOFLAMA_DEBUG is set, warn about buffers that are still held, and where they were made."""
