@@ -81,9 +81,10 @@ wheel: $(VENV)/.ready  ## build the wheel into dist/
 
 GPU_MODEL_TESTS := $(addprefix tests/models/test_,parity_gpu.py adapter_hooks.py batch_invariance.py quantised_pages.py demo_checkpoint_gpu.py faults.py second_gpu.py unfused.py swap.py)
 GPU_DEVICE_TESTS := tests/loaders/device
+GPU_INTEGRATION_TESTS := tests/integrations
 
-gpu-test: $(VENV)/.test $(VENV)/.checkpoint  ## kernels, whole models and the boundary on a GPU: bfloat16, 500 cases a kernel
-	HYPOTHESIS_PROFILE=deep $(BIN)/pytest -n auto --dist worksteal tests/kernels $(GPU_MODEL_TESTS) $(GPU_DEVICE_TESTS)
+gpu-test: $(VENV)/.test $(VENV)/.checkpoint  ## kernels, whole models, the boundary and integrations on a GPU: bfloat16, 500 cases a kernel
+	HYPOTHESIS_PROFILE=deep $(BIN)/pytest -n auto --dist worksteal tests/kernels $(GPU_MODEL_TESTS) $(GPU_DEVICE_TESTS) $(GPU_INTEGRATION_TESTS)
 
 sanitize: $(VENV)/.test  ## the kernel suite on a GPU under compute-sanitizer: memory errors and races
 	$(BIN)/python benchmarks/sanitize.py
