@@ -43,7 +43,8 @@ from rooflama.models import (
     Request,
     RopeSpec,
     SamplingParams,
-    TokenRun,
+    Sequence,
+    TokenEngine,
     adapter_for,
 )
 from rooflama.models.memory.weights import DryRunSource, config_tensors
@@ -143,11 +144,11 @@ def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: 
     runner = start_runner(decoder, plan, device)
     length = min(context - NEW_TOKENS, PROMPT_CHUNKS * plan.prefill_chunk)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
-    tokens = iter(TokenRun(runner, [Request(prompt, NEW_TOKENS, SamplingParams())], end_ids=()))
-    next(tokens)
+    engine, sequence = TokenEngine(runner), Sequence(Request(prompt, NEW_TOKENS, SamplingParams()))
+    engine.add(sequence)
+    engine.advance(sequence, until=lambda: bool(sequence.token_ids))
     prefilled()
-    for _ in tokens:
-        pass
+    engine.advance(sequence, until=lambda: False)
     return plan
 
 

@@ -27,8 +27,17 @@ import memory_plan_check
 from memory_plan_check import RandomSource, ShapesOnly, config_of
 from rooflama.loaders.device import open_device
 from rooflama.loading import start_runner
-from rooflama.models import CheckpointReader, Decoder, ModelConfig, SamplingParams, adapter_for
-from rooflama.models.serving.runner import DecodeBatch, ModelRunner
+from rooflama.models import (
+    CheckpointReader,
+    Decoder,
+    DecodeSlots,
+    ModelConfig,
+    ModelRunner,
+    Request,
+    SamplingParams,
+    Sequence,
+    adapter_for,
+)
 from rooflama.planning import plan_for_device
 from timing import ceilings, provenance, write_rows
 
@@ -83,7 +92,7 @@ def random_runner(case: Case, spare_tokens: int) -> Iterator[tuple[ModelRunner, 
 
 
 @contextmanager
-def ready(case: Case) -> Iterator[tuple[DecodeBatch, int]]:
+def ready(case: Case) -> Iterator[tuple[DecodeSlots, int]]:
     """A batch whose step has been captured, and the bytes that a step must read in the middle of STEPS steps."""
     length = max(1, case.context)
     with random_runner(case, STEPS + WARM_UP + 64) as (runner, weights, config):
@@ -94,21 +103,23 @@ def ready(case: Case) -> Iterator[tuple[DecodeBatch, int]]:
             for start in range(0, length, runner.cache.max_append):
                 runner.cache.append(ids[-1], min(runner.cache.max_append, length - start))
         count = len(ids)
-        lengths = [config.context_length] * count
-        batch = DecodeBatch(runner, ids, lengths, lengths, [SamplingParams()] * count, [[0]] * count, [[]] * count)
+        slots = DecodeSlots(runner, count, swaps={})
+        for cache_id in ids:
+            sequence = Sequence(Request([0], None, SamplingParams()), cache_id=cache_id, num_cached=length)
+            slots.join(sequence, limit=config.context_length)
         for _ in range(WARM_UP):
-            batch.step()
+            slots.step()
         torch.cuda.synchronize()
         cached = count * (length + WARM_UP + STEPS // 2) * config.kv_bytes_per_token(2)
-        yield batch, weights + int(cached)
+        yield slots, weights + int(cached)
 
 
 def run_case(case: Case) -> dict[str, float]:
     """Seconds of a step, and the bytes that it must read."""
-    with ready(case) as (batch, num_bytes):
+    with ready(case) as (slots, num_bytes):
         started = time.perf_counter()
         for _ in range(STEPS):
-            batch.step()
+            slots.step()
         torch.cuda.synchronize()
         return {"seconds": (time.perf_counter() - started) / STEPS, "bytes": num_bytes}
 

@@ -9,9 +9,10 @@ from .memory.budget import Target
 from .memory.plan import MemoryPlan
 from .memory.weights import checkpoint_weights, config_weights
 from .rope.spec import RopeSpec, rope_tables
-from .serving.generate import NaNLogits, Request, Timings, TokenRun
-from .serving.runner import DecodeBatch, ModelRunner
+from .serving.engine import TokenEngine
+from .serving.runner import DecodeSlots, ModelRunner
 from .serving.sampling import SamplingParams, TokenLogprob
+from .serving.sequence import NaNLogits, Request, Sequence, Timings
 from .weights import CheckpointReader, TensorSource
 
 __all__ = [
@@ -20,7 +21,7 @@ __all__ = [
     "ArgumentError",
     "CheckpointReader",
     "ConfigError",
-    "DecodeBatch",
+    "DecodeSlots",
     "Decoder",
     "MemoryPlan",
     "ModelClosed",
@@ -33,12 +34,13 @@ __all__ = [
     "Request",
     "RopeSpec",
     "SamplingParams",
+    "Sequence",
     "Step",
     "Target",
     "TensorSource",
     "Timings",
+    "TokenEngine",
     "TokenLogprob",
-    "TokenRun",
     "adapter_for",
     "checkpoint_weights",
     "config_weights",

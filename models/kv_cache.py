@@ -166,6 +166,11 @@ class PagedKVCache:
         if missing > 0:
             sequence.pages += self.pool.take(missing)
 
+    def capacity(self, sequence_id: int) -> int:
+        """The number of tokens that the sequence's pages have room for; sys.maxsize for a full ring."""
+        num_pages = len(self._sequence(sequence_id).pages)
+        return sys.maxsize if num_pages == self.ring else num_pages * self.page_size
+
     def append(self, sequence_id: int, num_tokens: int) -> np.ndarray:
         """Make room for the next ``num_tokens`` tokens, and return their slots, int64 [num_tokens].
 

@@ -20,6 +20,7 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 __all__ = [
     "ArgumentError",
     "ConfigError",
+    "Engine",
     "Generation",
     "KernelInputError",
     "MemoryPlan",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from rooflama.models import ArgumentError, ConfigError, MemoryPlan, ModelClosed
 
     from .checks.checklist import Report, check
+    from .engine import Engine
     from .loading import demo_checkpoint, load, load_tokenizer
     from .model import Model
     from .planning import plan_memory
@@ -59,6 +61,7 @@ else:
         "kernels": ("KernelInputError", "RooflamaError", "swap"),
         "models": ("ArgumentError", "ConfigError", "MemoryPlan", "ModelClosed"),
         "checks.checklist": ("Report", "check"),
+        "engine": ("Engine",),
         "loading": ("demo_checkpoint", "load", "load_tokenizer"),
         "model": ("Model",),
         "planning": ("plan_memory",),

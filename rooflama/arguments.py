@@ -10,7 +10,7 @@ import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -116,6 +116,8 @@ class RequestOptions:
     seed: int | None
     stop: list[str]
     n: int
+
+    NAMES: ClassVar[frozenset[str]] = frozenset({*SAMPLING, "max_new_tokens", "seed", "stop"})  # of one sequence
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> RequestOptions:

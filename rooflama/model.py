@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import secrets
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
@@ -23,13 +23,15 @@ from rooflama.models import (
     ModelRunner,
     Request,
     SamplingParams,
-    TokenRun,
+    Sequence,
+    TokenEngine,
 )
 from rooflama.models.decoder import LOGITS_ROWS, Observer
+from rooflama.models.serving.engine import MOST_SLOTS
 
 from . import arguments
 from .arguments import Prompt, RequestOptions
-from .results import Generation, Stream, TextStream
+from .results import Generation, Stream, TextStream, generation
 
 MOST_SEEDS = 2**63
 
@@ -37,9 +39,9 @@ MOST_SEEDS = 2**63
 class Model:
     """A checkpoint on a device, from ``rooflama.load``. Close it, or use it as a context manager.
 
-    Several threads may use one model. Their requests advance in turns, token by token, while the page pool holds all of
-    them; one that does not fit waits for the others. A stream that nobody reads gives its pages to a waiting request,
-    and reads its text again when it is continued; its logits then agree up to rounding.
+    Several threads may use one model. Their requests advance together, in steps of one ``engine``, while the page pool
+    holds them. One that does not fit waits, or gives its pages up and reads its text again later; its logits then agree
+    up to rounding, and in every bit with ``batch_invariant=True``.
     """
 
     def __init__(
@@ -59,8 +61,7 @@ class Model:
         self.device = device
         self.weight_bytes = weight_bytes
         self.plan = plan
-        self._turns = runner.turns
-        self._runs: weakref.WeakSet[TokenRun] = weakref.WeakSet()
+        self.tokens = TokenEngine(runner, tokenizer.eos_ids, num_slots=max(MOST_SLOTS, plan.sequences))
         self._closed = False
 
     @property
@@ -68,7 +69,7 @@ class Model:
         """The most tokens of a sequence, prompt included."""
         return self.plan.context
 
-    def logits(self, token_ids: Sequence[int] | Tensor, *, observe: Observer | None = None) -> Tensor:
+    def logits(self, token_ids: Items[int] | Tensor, *, observe: Observer | None = None) -> Tensor:
         """Teacher-forced logits: row i scores the token after ``token_ids[: i + 1]``.
 
         Args:
@@ -93,19 +94,14 @@ class Model:
         A pass runs when the iterator reaches it. Other requests wait until the ``with`` block ends.
         """
         request = Request(token_ids, 0, SamplingParams())
-        with self._turns.turn():
+        self._check_open()
+        self.runner.check(request)
+        with self.tokens.pages_for(len(token_ids)) as sequence_id:
             self._check_open()
-            request.check(self.runner)
-            self._wait_for_pages(len(request.prompt))
-            cache = self.runner.cache
-            sequence_id = cache.add()
-            try:
-                watched = None if observe is None else self._watched(observe)
-                passes = self.runner.prefill([sequence_id], [request.prompt], [len(request.prompt)], watched)
-                with self.device.guard("logits"):
-                    yield (hidden for _, hidden in passes)
-            finally:
-                cache.free(sequence_id)
+            watched = None if observe is None else self._watched(observe)
+            passes = self.runner.prefill([sequence_id], [token_ids], [len(token_ids)], watched)
+            with self.device.guard("logits"):
+                yield (hidden for _, hidden in passes)
 
     def _watched(self, observe: Observer) -> Observer:
         def watch(name: str, layer: int, tensor: Tensor) -> None:
@@ -114,14 +110,9 @@ class Model:
 
         return watch
 
-    def _wait_for_pages(self, num_tokens: int) -> None:
-        pool, needed = self.runner.cache.pool, self.runner.cache.pages_for(num_tokens)
-        self._turns.make_room(lambda: self._closed or pool.num_free >= needed)
-        self._check_open()
-
     def generate(
         self,
-        prompt: Prompt | Sequence[Prompt],
+        prompt: Prompt | Items[Prompt],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -171,23 +162,16 @@ class Model:
         options = RequestOptions.of(locals())
         prompts, single = arguments.prompts(prompt)
         repeated = [item for item in prompts for _ in range(options.n)]
-        run, streams = self._start(repeated, options)
-        texts = ["" for _ in repeated]
-        token_ids: list[list[int]] = [[] for _ in repeated]
+        running = list(self.sequences(repeated, options))
         try:
-            for number, token in run:
-                token_ids[number].append(token)
-                texts[number] += streams[number].feed(token)
-                if streams[number].finished:
-                    run.finish(number)
+            for sequence, _ in running:
+                self.tokens.add(sequence)
+            for sequence, _ in running:
+                self.tokens.advance(sequence, until=lambda: False)
         finally:
-            run.close()
-        results = [
-            Generation(text + stream.flush(), ids, stream.finish_reason, timings, request.params.seed, scores)
-            for text, ids, stream, timings, request, scores in zip(
-                texts, token_ids, streams, run.timings, run.requests, run.logprobs, strict=True
-            )
-        ]
+            for sequence, _ in running:
+                self.tokens.cancel(sequence)
+        results = [generation(sequence, text) for sequence, text in running]
         return results[0] if single and options.n == 1 else results
 
     def stream(
@@ -216,14 +200,14 @@ class Model:
                 rule="a stream has one prompt",
                 remedy="Open a stream for each",
             )
-        run, (text_stream,) = self._start(prompts, options)
-        return Stream(run, text_stream)
+        ((sequence, text),) = self.sequences(prompts, options)
+        return Stream(self.tokens, sequence, text)
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Items[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Items[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **options: Any,
     ) -> Generation | list[Generation]:
@@ -250,21 +234,21 @@ class Model:
         options = {name: value for name, value in options.items() if name in known}
         return self.generate(ids, **options)
 
-    def _start(self, prompts: Sequence[str | list[int]], options: RequestOptions) -> tuple[TokenRun, list[TextStream]]:
+    def sequences(
+        self, prompts: Items[str | list[int]], options: RequestOptions
+    ) -> Iterator[tuple[Sequence, TextStream]]:
+        """New sequences for ``self.tokens``, each with the text of its tokens, whose stop strings end it."""
         self._check_open()
-        requests = []
         for row, prompt in enumerate(prompts):
             ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
             if options.seed is None:
                 seed = secrets.randbits(32) if options.params.temperature > 0 else 0
             else:
                 seed = options.seed if row == 0 else (options.seed + row) % MOST_SEEDS
-            requests.append(Request(ids, options.max_new_tokens, replace(options.params, seed=seed)))
-        with self._turns.turn():
-            self._check_open()
-            run = TokenRun(self.runner, requests, self.tokenizer.eos_ids)
-            self._runs.add(run)
-        return run, [TextStream(self.tokenizer, options.stop, after=request.prompt[-1]) for request in requests]
+            request = Request(ids, options.max_new_tokens, replace(options.params, seed=seed))
+            self.runner.check(request)
+            text = TextStream(self.tokenizer, options.stop, after=ids[-1])
+            yield Sequence(request, text.write), text
 
     def describe(self) -> str:
         """Device, dtype of activations, bytes of weights and context, in words."""
@@ -284,9 +268,8 @@ class Model:
         complete one that was interrupted.
         """
         self._closed = True
-        with self._turns.turn():
-            for run in list(self._runs):
-                run.close()
+        self.tokens.close()
+        with self.tokens.turns.turn():
             self.__dict__.pop("runner", None)  # views of the weights would keep their memory
             self.device.close()
 

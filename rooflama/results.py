@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from rooflama.loaders.text.tokenizer import Tokenizer
-from rooflama.models import ModelClosed, Timings, TokenLogprob, TokenRun
+from rooflama.models import Sequence, Timings, TokenEngine, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -40,26 +42,41 @@ class Generation:
         return f"<pre style='white-space:pre-wrap'>{escape(self.text)}</pre><small>{escape(note)}</small>"
 
 
+def generation(sequence: Sequence, text: TextStream) -> Generation:
+    """The result of a sequence that has ended."""
+    return Generation(
+        "".join(text.pieces) + text.flush(),
+        sequence.token_ids,
+        text.finish_reason,
+        sequence.timings,
+        sequence.request.params.seed,
+        sequence.reported_logprobs,
+    )
+
+
 class Stream:
     """The text of one generation, in pieces as it is produced. No piece ends inside a character.
+
+    Iterate with ``for`` or with ``async for``. The generation begins with the first piece that is asked for. From then
+    on it advances in each step of the engine, whoever waits for that step.
 
     Attributes:
         timings, finish_reason, logprobs: as in Generation, final once the iteration has ended.
         seed: as in Generation.
     """
 
-    def __init__(self, run: TokenRun, text: TextStream):
-        self._run, self._text = run, text
-        self._closed = False
-        self.seed = run.requests[0].params.seed
+    def __init__(self, engine: TokenEngine, sequence: Sequence, text: TextStream):
+        self._engine, self._sequence, self._text = engine, sequence, text
+        self._begun = self._closed = False
+        self.seed = sequence.request.params.seed
 
     @property
     def timings(self) -> Timings:
-        return self._run.timings[0]
+        return self._sequence.timings
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
-        return self._run.logprobs[0]
+        return self._sequence.reported_logprobs
 
     @property
     def finish_reason(self) -> str:
@@ -68,25 +85,38 @@ class Stream:
     def close(self) -> None:
         """End the generation and give its pages back; iterating ends. May be called again, and from another thread."""
         self._closed = True
-        self._run.close()
+        self._engine.cancel(self._sequence)
 
     def __iter__(self) -> Iterator[str]:
         try:
-            for number, token in self._run:
-                piece = self._text.feed(token)
-                if self._text.finished:
-                    self._run.finish(number)
-                if piece:
-                    yield piece
+            while (piece := self._next()) is not None:
+                yield piece
         except GeneratorExit:  # abandoned
-            self._run.close()
+            self._engine.cancel(self._sequence)
             raise
-        except ModelClosed:
-            if not self._closed:
-                raise
-            return
-        if rest := self._text.flush():
-            yield rest
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        try:
+            while (piece := await asyncio.to_thread(self._next)) is not None:
+                yield piece
+        except (GeneratorExit, asyncio.CancelledError):
+            self._engine.cancel(self._sequence)
+            raise
+
+    def _next(self) -> str | None:
+        """The next piece, once there is one; None at the end."""
+        if self._closed:
+            return None
+        if not self._begun:
+            self._begun = True
+            self._engine.add(self._sequence)
+        self._engine.advance(self._sequence, until=lambda: bool(self._text.pieces))
+        if self._closed:
+            return None
+        if self._text.pieces:
+            return self._text.pieces.popleft()
+        self._closed = True
+        return self._text.flush() or None
 
 
 class TextStream:
@@ -100,6 +130,7 @@ class TextStream:
         after: the prompt's last token, which decides whether a space at the beginning is shown.
 
     Attributes:
+        pieces: text that ``write`` has completed.
         finished: whether an end token or a stop string was found.
         finish_reason: ``stop`` if finished, else ``length``.
     """
@@ -110,11 +141,18 @@ class TextStream:
         self._stops = stops
         self._held = ""
         self._is_shown: list[bool] = []  # of each character held
+        self.pieces: deque[str] = deque()
         self.finished = False
 
     @property
     def finish_reason(self) -> str:
         return "stop" if self.finished else "length"
+
+    def write(self, token: int) -> bool:
+        """Add the text that this token completes to ``pieces``. Returns whether the text is finished."""
+        if piece := self.feed(token):
+            self.pieces.append(piece)
+        return self.finished
 
     def feed(self, token: int) -> str:
         """The text that this token completes; empty once finished."""

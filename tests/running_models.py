@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import open_device
-from rooflama.models import DecodeBatch, Decoder, ModelRunner, PagedKVCache, SamplingParams, TensorSource, adapter_for
+from rooflama.models import Decoder, DecodeSlots, ModelRunner, PagedKVCache, TensorSource, adapter_for
+from rooflama.models.serving.sampler import Options
 
 PAGE_SIZE = 16
 
@@ -66,24 +67,24 @@ def prefill_logits(
     return [torch.cat(parts) for parts in rows]
 
 
-class _ForcedBatch(DecodeBatch):
+class _ForcedSlots(DecodeSlots):
     """Decodes given tokens and keeps the logits of every step."""
 
     def force(self, continuations: list[list[int]]) -> list[Tensor]:
         """Feed ``continuations[i]`` to row i. A row whose continuation is over stops."""
         self.seen: list[Tensor] = []
         for step in range(max(len(tokens) for tokens in continuations)):
-            tokens = [tokens[step] if step < len(tokens) else 0 for tokens in continuations]
-            self.token_ids.copy_(torch.tensor(tokens, dtype=torch.int32))
-            self._step()
+            for row, tokens in enumerate(continuations):
+                self.token_ids[row] = tokens[step] if step < len(tokens) else 0
+            self._step(len(continuations), Options())
         return [
             torch.stack([logits[row] for logits in self.seen[: len(tokens)]])
             for row, tokens in enumerate(continuations)
         ]
 
-    def draw(self, logits: Tensor) -> Tensor:
+    def draw(self, logits, rows, options):
         self.seen.append(logits.cpu().clone())
-        return self.token_ids
+        return self.token_ids, None
 
 
 def decode_logits(runner: ModelRunner, sequences: list[list[int]], prompt_lengths: list[int]) -> list[Tensor]:
@@ -95,8 +96,10 @@ def decode_logits(runner: ModelRunner, sequences: list[list[int]], prompt_length
     prompts = [tokens[:length] for tokens, length in zip(sequences, prompt_lengths, strict=True)]
     for _ in runner.prefill(ids, prompts, lengths):
         pass
-    batch = _ForcedBatch(runner, ids, lengths, lengths, [SamplingParams()] * len(ids), prompts, [[]] * len(ids))
-    logits = batch.force([tokens[length:] for tokens, length in zip(sequences, prompt_lengths, strict=True)])
+    slots = _ForcedSlots(runner, len(ids), swaps={})
+    for row, (cache_id, prompt, length) in enumerate(zip(ids, prompts, lengths, strict=True)):
+        slots.place(row, cache_id, len(prompt), limit=length, planned=length)
+    logits = slots.force([tokens[length:] for tokens, length in zip(sequences, prompt_lengths, strict=True)])
     for sequence_id in ids:
         runner.cache.free(sequence_id)
     return logits

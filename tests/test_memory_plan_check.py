@@ -34,8 +34,10 @@ def benchmark():
 
 def test_a_case_holds_what_was_planned(benchmark, monkeypatch):
     """Random weights are allocated as loading allocates them. Running them is the GPU's part."""
-    prompts, calls = [], []
-    monkeypatch.setattr(benchmark, "TokenRun", lambda runner, requests, end_ids: prompts.append(requests) or [(0, 1)])
+    requests, calls = [], []
+    monkeypatch.setattr(
+        benchmark.TokenEngine, "advance", lambda engine, sequence, until: requests.append(sequence.request)
+    )
     with use_backend("triton"), open_device("cpu") as device:
         plan = benchmark.run_case("SmolLM2-135M", 1024, "int8", device, lambda: calls.append(1))
         assert len(calls) == 1
@@ -43,7 +45,7 @@ def test_a_case_holds_what_was_planned(benchmark, monkeypatch):
         assert device.held_bytes == plan.bytes_of("weights", "keys and values") + tables
         assert [b.nbytes for b in device.held()][: len(plan.weights.allocations)] == list(plan.weights.allocations)
         assert all(torch.isfinite(b.tensor.float()).all() for b in device.held()[:20])
-    ((request,),) = prompts
+    request = requests[0]
     assert len(request.prompt) + request.max_new_tokens == 1024
 
 

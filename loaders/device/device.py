@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -256,15 +257,18 @@ class Device:
                 )
             self._release(buffer)
 
-    def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def capture(self, work: Callable[[], object], memory_pool: Any = None) -> torch.cuda.CUDAGraph:
         """Capture what ``work`` launches on this GPU as a graph. Run it once before: a capture cannot compile.
+
+        ``memory_pool`` is from ``torch.cuda.graph_pool_handle``, for graphs that share their memory since they never
+        run at the same time; None gives the graph memory of its own.
 
         Raises:
             UseAfterClose, DeviceOutOfMemory, DeviceLost: as for ``allocate``.
         """
         with self.guard("capturing a CUDA graph"):
             raw.keep_graph_state(self.torch_device)
-            return raw.capture(work, self.torch_device)
+            return raw.capture(work, self.torch_device, memory_pool)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,10 +121,11 @@ def keep_graph_state(device: torch.device) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def capture(work: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Capture what ``work`` launches on ``device`` as a graph."""
+def capture(work: Callable[[], object], device: torch.device, memory_pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Capture what ``work`` launches on ``device`` as a graph, whose memory comes from ``memory_pool``."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), _no_collection(), torch.cuda.graph(graph, stream=_capture_stream(device)):
+    capturing = torch.cuda.graph(graph, pool=memory_pool, stream=_capture_stream(device))
+    with torch.cuda.device(device), _no_collection(), capturing:
         work()
     return graph
 

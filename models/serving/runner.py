@@ -1,12 +1,14 @@
 """Forward passes over prompts and over single tokens.
 
-A decode step reads and writes only tensors at fixed addresses: token ids, lengths, slots and the sampler advance on the
-device. So on a GPU the step is captured once as a CUDA graph and replayed.
+Sequences decode together in fixed slots, one token per step, entirely on the device. A step reads and writes only
+tensors at fixed addresses: token ids, lengths, block tables and the sampler's rows advance on the device. A sequence
+that joins or leaves writes its row; nothing is captured anew. On a GPU, one CUDA graph per number of rows (``bucket``)
+and per set of sampling options is captured at its second step, and kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..decoder import Decoder, Observer, Step
+from ..errors import ArgumentError
 from ..kv_cache import PagedKVCache
 from ..rope.rotation import make_rotation
 from ..rope.spec import FactorSetPolicy
-from .sampling import Sampler, SamplingParams
-from .turns import Turns
+from .sampler import Options, Rows, Sampler
+from .sequence import Request, Sequence
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,6 @@ class ModelRunner:
         self.decoder, self.cache, self.num_tokens = decoder, cache, num_tokens
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
-        self.turns = Turns()
         self.rotation = make_rotation(
             decoder.config.rope,
             local=decoder.config.local_rope,
@@ -88,9 +90,48 @@ class ModelRunner:
             device=cache.device,
         )
 
+    def check(self, request: Request) -> None:
+        """Raise ArgumentError if the prompt is empty or has unknown tokens, or if the context is too short."""
+        if not request.prompt:
+            raise ArgumentError(
+                "an empty prompt",
+                rule="generation continues at least one token",
+                remedy="Give a prompt of one token or more",
+            )
+        vocab_size = self.decoder.config.vocab_size
+        unknown = [token for token in request.prompt if not 0 <= token < vocab_size]
+        if unknown:
+            raise ArgumentError(
+                f"token id {unknown[0]}",
+                rule=f"the embedding has rows for ids 0 to {vocab_size - 1}",
+                remedy="Encode the prompt with this model's own tokenizer, and leave out tokens without a row",
+            )
+        request.params.check(vocab_size if self.num_tokens is None else self.num_tokens)
+        if request.max_new_tokens is None and len(request.prompt) >= self.max_context:
+            raise ArgumentError(
+                f"{len(request.prompt)} prompt tokens",
+                rule=f"at least one more token must fit into the context of {self.max_context} tokens",
+                remedy="Shorten the prompt, or load the model with a larger max_context",
+            )
+        if request.planned_tokens(self.max_context) > self.max_context:
+            raise ArgumentError(
+                f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones",
+                rule=f"together they must fit into the context of {self.max_context} tokens",
+                remedy="Shorten the prompt, ask for fewer tokens, or load the model with a larger max_context",
+            )
+
+    @property
+    def table_width(self) -> int:
+        """Pages of a full context."""
+        return -(-self.max_context // self.cache.page_size)
+
     def block_table(self, sequence_ids: list[int]) -> Tensor:
-        width = -(-self.max_context // self.cache.page_size)
-        return self.cache.block_table(sequence_ids, width).to(self.device)
+        """int32 [num_seqs, table_width] on the device."""
+        return self.upload(self.cache.block_table(sequence_ids, self.table_width))
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """A copy of a host tensor on the device, without waiting for the device."""
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def prefill(
         self,
@@ -138,89 +179,125 @@ class ModelRunner:
         return torch.as_tensor(np.asarray(values, dtype=np.int32), device=self.device)
 
 
-class DecodeBatch:
-    """Sequences that advance together, one token per step, entirely on the device.
+def bucket(count: int, num_slots: int) -> int:
+    """The rows of the captured step for ``count`` sequences: 1, 2, 4, 8, 16, 32, 48, and so on up to ``num_slots``."""
+    size = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+    return min(size, num_slots)
 
-    Args:
-        runner: the model.
-        sequence_ids: in the cache; each has pages for the tokens up to its limit.
-        limits: the most tokens of each sequence in the cache; a row at its limit writes nothing and does not advance.
-        planned: as given to ``ModelRunner.prefill``.
-        params, prompts, drawn: each sequence's parameters, its prompt, and the tokens drawn so far.
+
+Drawn = tuple[Tensor, tuple[Tensor, ...] | None]  # token ids and log probabilities of some rows
+
+
+class DecodeSlots:
+    """``num_slots`` rows, of which the first ``len(sequences)`` are taken, by sequences with the same ``swaps``.
+
+    Attributes:
+        sequences: in the order of their rows; each one's ``row`` is its index.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        sequence_ids: list[int],
-        limits: list[int],
-        planned: list[int],
-        params: list[SamplingParams],
-        prompts: list[list[int]],
-        drawn: list[list[int]],
-    ):
+    def __init__(self, runner: ModelRunner, num_slots: int, swaps: Mapping[str, Callable[..., Any]]):
         device = runner.device
-        self.runner = runner
-
-        def column(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        lengths = [runner.cache.length(sequence_id) for sequence_id in sequence_ids]
-        self.block_table = runner.block_table(sequence_ids)
-        self.token_ids = column([0] * len(sequence_ids), torch.int32)
-        self.lengths = column(lengths, torch.int32)  # tokens in the cache
-        self.limits = column(limits, torch.int32)
-        self.pins = runner.rotation.pin(planned)
+        self.runner, self.num_slots, self.swaps = runner, num_slots, swaps
+        self.sequences: list[Sequence] = []
+        self.token_ids = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)  # tokens in the cache
+        self.limits = torch.zeros(num_slots, dtype=torch.int32, device=device)  # a row at its limit does not advance
+        self.pins = runner.rotation.pin([1] * num_slots)
+        self.block_table = runner.block_table([]).new_zeros(num_slots, runner.table_width)
         self.sampler = Sampler(
-            params,
-            prompts,
-            drawn,
+            num_slots,
             num_rows=runner.decoder.config.vocab_size,
             num_tokens=runner.num_tokens,
             device=device,
         )
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._stepped_eagerly = False
+        self._options = Options()
+        self._graphs: dict[tuple[int, Options], torch.cuda.CUDAGraph | None] = {}  # None: stepped eagerly so far
+        self._memory_pool: object | None = None  # of all graphs, which never run at the same time
 
-    def draw(self, logits: Tensor) -> Tensor:
-        """Sample each sequence's next token from logits [num_seqs, vocab_size]; it becomes the next step's input.
+    def join(self, sequence: Sequence, limit: int) -> None:
+        """Give a sequence the next row. ``limit`` is the most tokens that it has pages for."""
+        row, request = len(self.sequences), sequence.request
+        planned = request.planned_tokens(self.runner.max_context)
+        self.sequences.append(sequence)
+        sequence.row = row
+        self._choose_options()
+        self.place(row, sequence.cache_id, sequence.num_cached, limit, planned)
+        self.sampler.set(row, request.params, request.prompt, sequence.token_ids)
+
+    def place(self, row: int, cache_id: int | None, length: int, limit: int, planned: int) -> None:
+        """Write a row's block table, its length, its limit, and the rotation of its planned length."""
+        assert cache_id is not None
+        self.extend(row, cache_id, limit)
+        self.lengths[row].fill_(length)
+        self.pins[row] = self.runner.rotation.pin([planned])[0]
+
+    def extend(self, row: int, cache_id: int | None, limit: int) -> None:
+        """Give a row its sequence's present pages and limit."""
+        assert cache_id is not None
+        self.block_table[row].copy_(self.runner.block_table([cache_id])[0])
+        self.limits[row].fill_(limit)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take a sequence out. The last one moves to its row, so that the taken rows are the first."""
+        row, last = sequence.row, len(self.sequences) - 1
+        moved, sequence.row = self.sequences.pop(), -1
+        if moved is not sequence:
+            self.sequences[row] = moved
+            moved.row = row
+            for tensor in (self.token_ids, self.lengths, self.limits, self.pins, self.block_table):
+                tensor[row] = tensor[last]
+            self.sampler.move(last, row)
+        for tensor in (self.limits, self.lengths):
+            tensor[last].zero_()  # an idle row writes nothing and reads no pages
+        self._choose_options()
+
+    def _choose_options(self) -> None:
+        self._options = Options.of(sequence.request.params for sequence in self.sequences)
+        self.sampler.prepare(self._options)
+
+    def draw_first(self, logits: Tensor, sequences: list[Sequence]) -> Drawn:
+        """Sample from float32 logits [n, vocab_size] for n sequences in slots; the tokens are their next inputs."""
+        rows = self.runner.upload(torch.tensor([sequence.row for sequence in sequences]))
+        return self.draw(logits, rows, self._options)
+
+    def draw(self, logits: Tensor, rows: Rows, options: Options) -> Drawn:
+        """Sample from float32 logits [n, vocab_size], one row of them per row of ``rows``.
 
         A row with a NaN gives -1, whose embedding is NaN again; nothing out of bounds is read.
         """
-        self.token_ids.copy_(self.sampler.draw(logits))
-        return self.token_ids
+        tokens, logprobs = self.sampler.draw(logits, rows, options)
+        self.token_ids[rows] = tokens
+        return tokens, logprobs
 
-    def rest(self, row: int) -> None:
-        """Stop a finished sequence: it writes nothing from now on."""
-        self.limits[row] = 0
+    def step(self) -> Drawn:
+        """Feed each sequence its last token and draw the next. The next step overwrites the result."""
+        count = len(self.sequences)
+        if self.runner.device.type == "cpu":
+            return self._step(count, self._options)
+        key = (bucket(count, self.num_slots), self._options)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return self._step(*key)  # compiles every kernel, which is impossible during a capture
+        if (graph := self._graphs[key]) is None:
+            self._memory_pool = self._memory_pool or torch.cuda.graph_pool_handle()
+            graph = self.runner.cache.device.capture(lambda: self._step(*key), self._memory_pool)
+            self._graphs[key] = graph
+        graph.replay()
+        return self.token_ids[: key[0]], self.sampler.report(self._options, key[0])
 
-    def extend(self, row: int, sequence_id: int, limit: int) -> None:
-        """Give a sequence that has not reached its limit a higher one, for which it has pages."""
-        self.block_table[row].copy_(self.runner.block_table([sequence_id])[0])
-        self.limits[row] = limit
-
-    def step(self) -> Tensor:
-        """Feed each sequence its last token and draw the next: int32 [num_seqs], overwritten by the next step."""
-        if self.runner.device.type == "cpu" or not self._stepped_eagerly:
-            self._stepped_eagerly = True  # compiles every kernel, which is impossible during a capture
-            return self._step()
-        if self._graph is None:
-            self._graph = self.runner.cache.device.capture(self._step)
-        self._graph.replay()
-        return self.token_ids
-
-    def _step(self) -> Tensor:
-        runner, page_size = self.runner, self.runner.cache.page_size
-        active = self.lengths < self.limits
-        position = self.lengths.clamp(max=runner.max_context - 1)
-        page = self.block_table.gather(1, (position // page_size).long().unsqueeze(1)).squeeze(1)
+    def _step(self, count: int, options: Options) -> Drawn:
+        runner, page_size, rows = self.runner, self.runner.cache.page_size, slice(0, count)
+        lengths, block_table = self.lengths[rows], self.block_table[rows]
+        active = lengths < self.limits[rows]
+        position = lengths.clamp(max=runner.max_context - 1)
+        page = block_table.gather(1, (position // page_size).long().unsqueeze(1)).squeeze(1)
         slot = page.long() * page_size + position % page_size
-        self.lengths += active
+        lengths += active
         hidden = runner.hidden_states(
-            token_ids=self.token_ids,
-            **runner.rotation.rows(self.pins, position),
+            token_ids=self.token_ids[rows],
+            **runner.rotation.rows(self.pins[rows], position),
             slot_mapping=torch.where(active, slot, -1),
-            block_table=self.block_table,
-            seq_lens=self.lengths,
+            block_table=block_table,
+            seq_lens=lengths,
         )
-        return self.draw(runner.decoder.logits(hidden))
+        return self.draw(runner.decoder.logits(hidden), rows, options)

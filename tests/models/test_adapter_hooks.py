@@ -22,7 +22,7 @@ from rooflama.kernels import use_backend
 from rooflama.loaders.huggingface import config as hf_config
 from rooflama.loaders.huggingface.config import QKV_BIAS, RESULT_KEYS, TENSOR_NAMES, HFFamily
 from rooflama.loaders.huggingface.folder import read_safetensors
-from rooflama.models import ADAPTERS, ConfigError, Request, SamplingParams, TokenRun, pre_norm
+from rooflama.models import ADAPTERS, ConfigError, Request, SamplingParams, Sequence, TokenEngine, pre_norm
 from rooflama.models.config_reader import read_decoder_config
 from rooflama.models.hyperparameters import Hyperparameters
 from rooflama.models.rope.spec import Dynamic, RopeSpec
@@ -276,5 +276,7 @@ def test_greedy_tokens_are_those_of_transformers(case, register):
         read_safetensors(folder) as checkpoint,
         running(checkpoint, device=DEVICE.type) as runner,
     ):
-        drawn = [token for _, token in TokenRun(runner, [Request(prompt, new, SamplingParams())], ())]
-    assert drawn == tokens[len(prompt) :]
+        engine, sequence = TokenEngine(runner), Sequence(Request(prompt, new, SamplingParams()))
+        engine.add(sequence)
+        engine.advance(sequence, until=lambda: False)
+    assert sequence.token_ids == tokens[len(prompt) :]

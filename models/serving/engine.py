@@ -1,0 +1,347 @@
+"""Many sequences on one model, each served as if it were alone.
+
+A step lets every sequence that decodes draw a token, and runs one prefill pass over the next tokens of sequences that
+have not begun. Sequences may be added and cancelled between any two steps, by any thread.
+
+On a GPU a step's tokens are read while the next step runs, so that the device never waits for the host. A sequence that
+an end token has ended is therefore computed for one more step, whose result is dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rooflama.kernels import swapped_only
+
+from ..errors import ModelClosed
+from .runner import DecodeSlots, ModelRunner
+from .sampling import TokenLogprob
+from .scheduler import Batch, Scheduler
+from .sequence import NaNLogits, Sequence, Status
+from .turns import Turns
+
+MOST_SLOTS = 64  # sequences that hold pages at once, where nothing else is asked for
+
+
+class TokenEngine:
+    """Runs sequences of token ids. Every method may be called by any thread.
+
+    Args:
+        runner: the model.
+        end_ids: tokens that end a sequence.
+        num_slots: the most sequences that hold pages at once.
+        token_budget: the most tokens of a step; None for as many as a prefill pass takes.
+
+    Attributes:
+        turns: who computes. A caller that uses the runner's cache itself holds a turn.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        end_ids: Collection[int] = (),
+        *,
+        num_slots: int = MOST_SLOTS,
+        token_budget: int | None = None,
+    ):
+        self.runner, self.end_ids, self.num_slots = runner, frozenset(end_ids), num_slots
+        self.turns = Turns()
+        self.scheduler = Scheduler(
+            runner.cache,
+            max_context=runner.max_context,
+            num_slots=num_slots,
+            token_budget=min(token_budget or runner.prefill_chunk, runner.prefill_chunk),
+            leave=self._leave,
+        )
+        self._groups: list[DecodeSlots] = []  # one for each set of swapped kernels
+        self._in_flight: deque[_Readback] = deque()
+        self._arrivals = 0
+        self._closed = False
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new sequence take part.
+
+        Raises:
+            ArgumentError: an empty prompt, an unknown token, or a plan beyond the context.
+            ModelClosed: the engine is closed.
+        """
+        with self.turns.turn():
+            self._check_open()
+            self.runner.check(sequence.request)
+            sequence.number = self._arrivals
+            self._arrivals += 1
+            self.scheduler.add(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence and give its pages back. Nothing happens to one that has ended."""
+        with self.turns.turn():
+            self._end(sequence, "cancelled")
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a sequence waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def step(self) -> list[tuple[Sequence, int]]:
+        """Compute one step. Returns the tokens that were drawn: none while prompts are read.
+
+        A failure ends the newest of the sequences that were computed together, with its error. The others are computed
+        again in later steps.
+
+        Raises:
+            ModelClosed: the engine is closed.
+        """
+        with self.turns.turn(), torch.inference_mode(False):  # since later steps change the tensors made here
+            self._check_open()
+            batch = self.scheduler.schedule()
+            for sequence, error in batch.failed:
+                self._end(sequence, error)
+            launched = len(self._in_flight)
+            for group in list(self._groups):
+                self._together(group.sequences, partial(self._decode, batch, group))
+            self._together([sequence for sequence, _ in batch.prefill], partial(self._prefill, batch))
+            ahead = 0 if self.runner.device.type == "cpu" else len(self._in_flight) - launched
+            return self._take_in(ahead)
+
+    def advance(self, sequence: Sequence, until: Callable[[], bool]) -> None:
+        """Step until ``until()`` holds or the sequence has ended. Raises what ended it before its time."""
+        while True:
+            with self.turns.turn():
+                if until():
+                    return
+                if sequence.error is not None:
+                    raise sequence.error
+                if sequence.has_ended:
+                    return
+                self.step()
+
+    @contextmanager
+    def pages_for(self, num_tokens: int) -> Iterator[int]:
+        """A sequence of the cache for work outside the engine, which waits meanwhile: its id.
+
+        Sequences are preempted until there are pages for ``num_tokens`` tokens.
+        """
+        with self.turns.turn():
+            self._check_open()
+            cache = self.runner.cache
+            self.scheduler.make_room(cache.pages_for(num_tokens))
+            sequence_id = cache.add()
+            try:
+                yield sequence_id
+            finally:
+                cache.free(sequence_id)
+
+    def close(self) -> None:
+        """End every sequence with ModelClosed, and release the model."""
+        self._closed = True
+        with self.turns.turn():
+            for sequence in [*self.scheduler.waiting, *self.scheduler.running]:
+                self._end(sequence, _closed_engine())
+            self._groups.clear()
+            self._in_flight.clear()
+            self.__dict__.pop("runner", None)
+            self.scheduler.__dict__.pop("cache", None)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _closed_engine()
+
+    def _together(self, sequences: list[Sequence], compute: Callable[[], None]) -> None:
+        """Run a pass over some sequences, under the swaps that they share."""
+        if not sequences:
+            return
+        computed = list(sequences)
+        try:
+            with self.runner.cache.device.guard("generation"), swapped_only(computed[0].swaps):
+                compute()
+        except Exception as error:
+            self._fail(computed, error)
+        except BaseException:  # an interrupt may have struck anywhere
+            self._groups.clear()
+            for sequence in list(self.scheduler.running):
+                sequence.row = -1
+                self.scheduler.preempt(sequence)
+            raise
+
+    def _fail(self, computed: list[Sequence], error: Exception) -> None:
+        """End the newest of the sequences that were computed together. The others are computed again."""
+        if not computed:
+            return
+        newest = max(computed, key=lambda sequence: sequence.number)
+        for sequence in computed:
+            if sequence is not newest and sequence.cache_id is not None:
+                self.scheduler.preempt(sequence)
+        self._end(newest, error)
+
+    def _decode(self, batch: Batch, group: DecodeSlots) -> None:
+        """Launch a decode step of a group."""
+        for sequence in batch.extended:
+            if sequence in group.sequences[sequence.row : sequence.row + 1]:
+                group.extend(sequence.row, sequence.cache_id, sequence.limit)
+        stepped = [sequence for sequence in group.sequences if sequence.num_cached < sequence.limit]
+        if stepped:
+            tokens, logprobs = group.step()
+            self._in_flight.append(_Readback(group.sequences, tokens, logprobs))
+            for sequence in stepped:
+                sequence.num_cached += 1
+
+    def _prefill(self, batch: Batch) -> None:
+        """Launch a prefill pass, and draw the first token of each sequence whose text it completes."""
+        sequences = [sequence for sequence, _ in batch.prefill]
+        now = time.perf_counter()
+        parts, ends, end = [], [], 0
+        for sequence, count in batch.prefill:
+            sequence.clock = sequence.clock or now
+            parts.append(_text(sequence)[sequence.num_cached : sequence.num_cached + count])
+            end += count
+            ends.append(end)
+        ids = [sequence.cache_id for sequence in sequences if sequence.cache_id is not None]
+        planned = [sequence.request.planned_tokens(self.runner.max_context) for sequence in sequences]
+        ((_, hidden),) = self.runner.prefill(ids, parts, planned)
+        rows: list[Tensor] = []
+        complete: list[Sequence] = []
+        for (sequence, count), end in zip(batch.prefill, ends, strict=True):
+            sequence.num_cached += count
+            if sequence.num_cached == sequence.num_tokens:
+                complete.append(sequence)
+                rows.append(hidden[end - 1])
+        if complete:
+            self._begin(complete, self.runner.decoder.logits(torch.stack(rows)))
+
+    def _begin(self, sequences: list[Sequence], logits: Tensor) -> None:
+        """Give sequences slots, and draw the token after their texts."""
+        group = self._group_of(sequences[0])
+        for sequence in sequences:
+            group.join(sequence, sequence.limit)
+        self._in_flight.append(_Readback(sequences, *group.draw_first(logits, sequences)))
+
+    def _group_of(self, sequence: Sequence) -> DecodeSlots:
+        """The slots of sequences with the same swapped kernels, which captured steps hold as well."""
+        for group in self._groups:
+            if group.swaps == sequence.swaps:
+                return group
+        self._groups.append(DecodeSlots(self.runner, self.num_slots, sequence.swaps))
+        return self._groups[-1]
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of its row. A group of swapped kernels goes with its last sequence."""
+        if sequence.row < 0:
+            return
+        group = self._group_of(sequence)
+        try:
+            with self.runner.cache.device.guard("generation"):
+                group.leave(sequence)
+        except Exception as error:  # what the rows hold is unknown
+            self._groups.remove(group)
+            for other in group.sequences:
+                other.row = -1
+            self._fail(group.sequences, error)
+        else:
+            if not group.sequences and group.swaps:
+                self._groups.remove(group)
+
+    def _take_in(self, ahead: int) -> list[tuple[Sequence, int]]:
+        """Hand out the tokens of all steps but the last ``ahead`` launches."""
+        taken: list[tuple[Sequence, int]] = []
+        while len(self._in_flight) > ahead:
+            readback = self._in_flight.popleft()
+            try:
+                with self.runner.cache.device.guard("generation"):
+                    values, logprobs = readback.wait()
+            except Exception as error:
+                self._fail([sequence for sequence, life in readback.lives if sequence.life == life], error)
+                continue
+            for row, (sequence, life) in enumerate(readback.lives):
+                if sequence.life != life:
+                    continue
+                self._take(sequence, values[row], [column[row] for column in logprobs])
+                if values[row] >= 0:
+                    taken.append((sequence, values[row]))
+        return taken
+
+    def _take(self, sequence: Sequence, token: int, logprobs: list) -> None:
+        """Append a token to its sequence, and end the sequence if that was the last."""
+        if token < 0:
+            self._end(sequence, _not_a_number(sequence, self.runner.dtype))
+            return
+        now = time.perf_counter()
+        sequence.timings.add(now - sequence.clock, first=not sequence.token_ids)
+        sequence.clock = now
+        sequence.token_ids.append(token)
+        if (likeliest := sequence.request.params.logprobs) is not None:
+            drawn, ids, top = logprobs
+            sequence.logprobs.append(TokenLogprob(token, drawn, list(zip(ids, top, strict=True))[:likeliest]))
+        try:
+            stopped = sequence.on_token is not None and sequence.on_token(token)
+        except Exception as error:
+            self._end(sequence, error)
+            return
+        is_full = sequence.num_tokens == sequence.request.planned_tokens(self.runner.max_context)
+        if stopped or is_full or token in self.end_ids:
+            self._end(sequence, "stop" if stopped or token in self.end_ids else "length")
+
+    def _end(self, sequence: Sequence, reason: str | BaseException) -> None:
+        """End a sequence, unless it has ended, with a finish reason or an error."""
+        if not sequence.has_ended:
+            sequence.status = Status.ENDED
+            if isinstance(reason, str):
+                sequence.finish_reason = reason
+            else:
+                sequence.finish_reason, sequence.error = "error", reason
+            self.scheduler.release(sequence)
+
+
+def _text(sequence: Sequence) -> list[int]:
+    """All tokens of a sequence, the prompt's and those drawn."""
+    return sequence.request.prompt + sequence.token_ids
+
+
+def _closed_engine() -> ModelClosed:
+    return ModelClosed("a closed generation", rule="it ends with its model", remedy="Start another on an open model")
+
+
+def _not_a_number(sequence: Sequence, dtype: torch.dtype) -> NaNLogits:
+    return NaNLogits(
+        f"a NaN among the logits of token {len(sequence.token_ids) + 1} after a prompt of "
+        f"{sequence.timings.prompt_tokens}, activations in {dtype}",
+        rule="logits are numbers",
+        remedy="rooflama check finds weights that are NaN; float16 overflows where bfloat16 does not",
+    )
+
+
+class _Readback:
+    """A copy to the host of the tokens of some sequences, and of their log probabilities if there are any.
+
+    Args:
+        sequences: whose tokens they are, in the order of the rows; further rows belong to no sequence.
+        tokens: int32 [rows].
+        logprobs: as ``Sampler.draw`` returns them.
+    """
+
+    def __init__(self, sequences: Items[Sequence], tokens: Tensor, logprobs: tuple[Tensor, ...] | None):
+        self.lives = [(sequence, sequence.life) for sequence in sequences]
+        tensors = (tokens, *(logprobs or ()))
+        self._event = None
+        if tokens.device.type == "cpu":
+            self._host = [tensor.clone() for tensor in tensors]
+            return
+        self._host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for host, tensor in zip(self._host, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(tokens.device))
+
+    def wait(self) -> tuple[list[int], list[list]]:
+        """(token ids, columns of log probabilities), once the device has written them."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens, *logprobs = (host.tolist() for host in self._host)
+        return tokens, logprobs

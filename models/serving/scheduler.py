@@ -1,0 +1,160 @@
+"""Which sequences run in a step, on which pages: first come, first served.
+
+Sequences that decode come first: each gets a page when it needs one. If none is free, the newest sequence with pages is
+preempted: it gives its pages up, and is computed again later, from its tokens. Prefill takes what is left of the
+step's token budget, the oldest sequence first. A waiting sequence is admitted when there are pages for its text and one
+more token. So the oldest sequence always advances, and each of the others does as soon as it is the oldest.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..kv_cache import OutOfPages, PagedKVCache
+from .sequence import Sequence, Status
+
+
+@dataclass
+class Batch:
+    """The work of one step.
+
+    Attributes:
+        decode: sequences that draw their next token.
+        prefill: (sequence, number of its next tokens) of one prefill pass; all have the same swapped kernels.
+        extended: those of ``decode`` whose pages have changed.
+        failed: sequences that no number of free pages would serve, and why.
+    """
+
+    decode: list[Sequence] = field(default_factory=list)
+    prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    extended: list[Sequence] = field(default_factory=list)
+    failed: list[tuple[Sequence, OutOfPages]] = field(default_factory=list)
+
+
+class Scheduler:
+    """The sequences of an engine, in the order of their arrival.
+
+    Args:
+        cache: the pages.
+        max_context: the most tokens of a sequence.
+        num_slots: the most sequences that hold pages at once.
+        token_budget: the most tokens of a step, those of prefill and of decoding together.
+        leave: called with a sequence that gives its pages up, to take it out of its row.
+
+    Attributes:
+        waiting, running: sequences without and with pages.
+        preemptions: how often a sequence gave up its pages.
+    """
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        *,
+        max_context: int,
+        num_slots: int,
+        token_budget: int,
+        leave: Callable[[Sequence], None],
+    ):
+        self.cache, self.max_context, self._leave = cache, max_context, leave
+        self.num_slots, self.token_budget = num_slots, token_budget
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=_arrival)
+
+    def schedule(self) -> Batch:
+        """Choose the work of the next step, and take the pages that it needs."""
+        batch = Batch()
+        for sequence in list(self.running):  # preemption may take later ones out
+            if sequence.row < 0:
+                continue
+            if sequence.num_cached == sequence.limit < self._most(sequence) and self._grow(sequence):
+                batch.extended.append(sequence)
+            if sequence.num_cached < sequence.limit and sequence.row >= 0:
+                batch.decode.append(sequence)
+        room, swaps = max(1, self.token_budget - len(batch.decode)), None
+        for sequence in self.running:
+            if sequence.row < 0 and room and (swaps is None or sequence.swaps == swaps):
+                room, swaps = self._take(sequence, room, batch), sequence.swaps
+        while room and self.waiting and (swaps is None or self.waiting[0].swaps == swaps):
+            sequence = self.waiting[0]
+            if len(self.running) == self.num_slots or not self._admit(sequence, batch):
+                break
+            if sequence.cache_id is not None:
+                room, swaps = self._take(sequence, room, batch), sequence.swaps
+        return batch
+
+    def _most(self, sequence: Sequence) -> int:
+        """The most tokens that the sequence's cache ever holds: its last token is never read."""
+        return sequence.request.planned_tokens(self.max_context) - 1
+
+    def _take(self, sequence: Sequence, room: int, batch: Batch) -> int:
+        """Let a sequence prefill as many of its next tokens as there is room for; returns the room left."""
+        count = min(room, sequence.num_tokens - sequence.num_cached)
+        batch.prefill.append((sequence, count))
+        return room - count
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a sequence pages for one more token. False if it had to be preempted itself."""
+        while sequence.cache_id is not None:
+            try:
+                self._reserve(sequence, sequence.cache_id, sequence.num_cached + 1)
+            except OutOfPages:
+                self.preempt(self.running[-1])
+            else:
+                return True
+        return False
+
+    def _reserve(self, sequence: Sequence, cache_id: int, num_tokens: int) -> None:
+        self.cache.reserve(cache_id, num_tokens)
+        sequence.limit = min(self.cache.capacity(cache_id), self._most(sequence))
+
+    def _admit(self, sequence: Sequence, batch: Batch) -> bool:
+        """Give the first waiting sequence pages for its text and one more token. False if too few are free."""
+        cache_id = self.cache.add()
+        try:
+            self._reserve(sequence, cache_id, min(sequence.num_tokens + 1, self._most(sequence)))
+        except OutOfPages as error:
+            self.cache.free(cache_id)
+            if self.running:
+                return False
+            self.waiting.remove(sequence)
+            batch.failed.append((sequence, error))
+            return True
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_arrival)
+        sequence.status, sequence.cache_id, sequence.num_cached = Status.RUNNING, cache_id, 0
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's pages away. It waits, and its tokens are read again later."""
+        self.release(sequence)
+        self.preemptions += 1
+        sequence.preemptions += 1
+        self.add(sequence)
+
+    def make_room(self, num_pages: int) -> None:
+        """Preempt the newest sequences until so many pages are free, or none holds any."""
+        while self.running and self.cache.pool.num_free < num_pages:
+            self.preempt(self.running[-1])
+
+    def release(self, sequence: Sequence) -> None:
+        """Take a sequence out, with its pages and its row."""
+        if sequence.cache_id is None:
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
+            return
+        self.running.remove(sequence)
+        self.cache.free(sequence.cache_id)
+        sequence.cache_id, sequence.num_cached, sequence.limit = None, 0, 0
+        sequence.life += 1
+        self._leave(sequence)
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.number

@@ -1,0 +1,356 @@
+"""The engine: whatever is added, preempted or cancelled beside it, a sequence draws the tokens that it draws alone."""
+
+import asyncio
+import contextvars
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rooflama
+from rooflama import ArgumentError, Engine, ModelClosed
+from rooflama.kernels import use_backend
+from rooflama.models import NaNLogits, OutOfPages, Request, SamplingParams, Sequence, TokenEngine
+from small_checkpoint import write_small
+
+WAIT_S = 60
+CONTEXT = 128
+PROMPTS = [[7, 8, 9], [5] * 40, list(range(3, 73)), [20]]
+DRAWS = [
+    {},
+    {"temperature": 1.5, "seed": 3},
+    {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "seed": 4},
+    {"repetition_penalty": 1.3, "logit_bias": {9: 2.0, 30: 1.0, 31: 1.0}},
+    {"logprobs": 2, "logit_bias": {8: 1.0}},
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("engine") / "small.gguf")
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    """With pages for one sequence of CONTEXT tokens: two of 64."""
+    with use_backend("numpy"), rooflama.load(path, device="cpu", max_context=CONTEXT, progress=False) as model:
+        yield model
+
+
+def all_free(model):
+    pool = model.runner.cache.pool
+    return pool.num_free == len(pool.references)
+
+
+def finish(engine, *sequences):
+    for sequence in sequences:
+        engine.advance(sequence, until=lambda: False)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The tokens of (prompt number, draw number, new tokens) on an engine of its own, computed once."""
+    known = {}
+
+    def tokens(prompt, draw, new):
+        if (prompt, draw) not in known:
+            longest = CONTEXT - len(PROMPTS[prompt])
+            sequence = sequence_of(prompt, draw, longest)
+            engine = TokenEngine(model.runner)
+            engine.add(sequence)
+            finish(engine, sequence)
+            known[prompt, draw] = sequence.token_ids
+        return known[prompt, draw][:new]
+
+    return tokens
+
+
+def sequence_of(prompt, draw, new):
+    return Sequence(Request(PROMPTS[prompt], new, SamplingParams(**DRAWS[draw])))
+
+
+requests = st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(0, len(DRAWS) - 1), st.integers(1, 40))
+acts = st.one_of(requests, st.integers(1, 12), st.just("cancel"), st.just("preempt"))  # numbers are steps
+
+
+@settings(max_examples=12)
+@given(
+    acts=st.lists(acts, min_size=4, max_size=14), budget=st.sampled_from([5, 33, 1024]), slots=st.sampled_from([2, 8])
+)
+def test_a_sequence_draws_what_it_draws_alone(model, alone, acts, budget, slots):
+    """In tight memory, with chunked prompts, among sequences that come, go, and lose their pages."""
+    with use_backend("numpy"):
+        engine = TokenEngine(model.runner, num_slots=slots, token_budget=budget)
+        added, cancelled = [], set()
+        for act in acts:
+            live = [sequence for _, sequence in added if not sequence.has_ended]
+            if isinstance(act, tuple):
+                added.append((act, sequence_of(*act)))
+                engine.add(added[-1][1])
+            elif act == "cancel" and live:
+                engine.cancel(live[len(live) // 2])
+                cancelled.add(live[len(live) // 2])
+            elif act == "preempt" and engine.scheduler.running:
+                engine.scheduler.preempt(engine.scheduler.running[0])
+            elif isinstance(act, int):
+                for _ in range(act):
+                    engine.step()
+        finish(engine, *(sequence for _, sequence in added))
+        assert not engine.has_work
+        assert all_free(model)
+        for (prompt, draw, new), sequence in added:
+            want = alone(prompt, draw, new)
+            if sequence in cancelled:
+                want = want[: len(sequence.token_ids)]
+            assert sequence.token_ids == want
+            assert sequence.finish_reason == ("cancelled" if sequence in cancelled else "length")
+            assert len(sequence.logprobs) == (len(want) if DRAWS[draw].get("logprobs") else 0)
+
+
+def test_bits_do_not_depend_on_the_company(path):
+    """With batch_invariant, on the kernels: log probabilities in every bit, though the sequence is preempted twice."""
+
+    def run(engine, *others):
+        sequence = Sequence(Request(PROMPTS[0], 5, SamplingParams(temperature=1.0, seed=1, logprobs=3)))
+        for each in (sequence, *others):
+            engine.add(each)
+        for _ in range(2 if others else 0):
+            engine.step()
+            engine.step()
+            engine.scheduler.preempt(sequence)
+        finish(engine, sequence)
+        for other in others:
+            engine.cancel(other)
+        return sequence.token_ids, sequence.logprobs
+
+    other = Sequence(Request([9, 4, 3, 5], 9, SamplingParams(top_k=3, temperature=2.0)))
+    with use_backend("triton"), rooflama.load(path, max_context=128, batch_invariant=True, progress=False) as model:
+        assert run(TokenEngine(model.runner, token_budget=3), other) == run(TokenEngine(model.runner))
+    assert other.token_ids
+
+
+def test_decoding_goes_on_beside_a_long_prompt(model):
+    """A step's tokens are those of the budget: one decodes, the others read the prompt."""
+    with use_backend("numpy"):
+        engine = TokenEngine(model.runner, token_budget=8)
+        first, second = sequence_of(0, 0, 30), sequence_of(1, 0, 2)
+        engine.add(first)
+        engine.advance(first, until=lambda: bool(first.token_ids))
+        engine.add(second)
+        counts = []
+        while not second.token_ids:
+            counts.append([token for _, token in engine.step()])
+        assert len(counts) == 6  # 40 tokens, 7 in each step
+        assert [len(tokens) for tokens in counts] == [1] * 5 + [2]
+        finish(engine, first, second)
+
+
+def test_first_come_first_served(model):
+    with use_backend("numpy"):
+        engine = TokenEngine(model.runner, num_slots=1)
+        sequences = [sequence_of(0, 0, new) for new in (4, 2, 3)]
+        for sequence in sequences:
+            engine.add(sequence)
+        ended = []
+        while engine.has_work:
+            engine.step()
+            ended += [sequence for sequence in sequences if sequence.has_ended and sequence not in ended]
+        assert ended == sequences
+
+
+@pytest.mark.parametrize("fails_at", range(1, 6))
+def test_a_failed_pass_ends_the_newest_and_the_others_go_on(model, alone, monkeypatch, fails_at):
+    """Whether the failure is one of prefill or of decoding."""
+    logits, calls = model.runner.decoder.logits, []
+
+    def broken(decoder, hidden):
+        calls.append(len(hidden))
+        if len(calls) == fails_at:
+            raise ZeroDivisionError("broken")
+        return logits(hidden)
+
+    want = alone(0, 0, 8)
+    with use_backend("numpy"), monkeypatch.context() as patch:
+        patch.setattr(type(model.runner.decoder), "logits", broken)
+        engine = TokenEngine(model.runner)
+        old, new = sequence_of(0, 0, 8), sequence_of(3, 1, 8)
+        engine.add(old)
+        engine.add(new)
+        finish(engine, old)
+        with pytest.raises(ZeroDivisionError, match="broken"):
+            finish(engine, new)
+    assert old.token_ids == want
+    assert new.finish_reason == "error"
+    assert all_free(model)
+
+
+def test_an_interrupt_leaves_everything_as_it_was(model, alone, monkeypatch):
+    with use_backend("numpy"):
+        engine, sequence = TokenEngine(model.runner), sequence_of(0, 0, 8)
+        engine.add(sequence)
+        engine.advance(sequence, until=lambda: len(sequence.token_ids) == 3)
+
+        def interrupted(decoder, hidden):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.runner.decoder), "logits", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        finish(engine, sequence)
+        assert sequence.token_ids == alone(0, 0, 8)
+
+
+def test_a_nan_ends_its_own_sequence_alone(model, alone, monkeypatch):
+    logits, calls = model.runner.decoder.logits, []
+
+    def with_nan(decoder, hidden):
+        calls.append(len(hidden))
+        found = logits(hidden)
+        if len(calls) == 3:  # the second step
+            found[bad.row, 7] = float("nan")
+        return found
+
+    want = alone(0, 0, 6)
+    with use_backend("numpy"), monkeypatch.context() as patch:
+        patch.setattr(type(model.runner.decoder), "logits", with_nan)
+        engine, good, bad = TokenEngine(model.runner), sequence_of(0, 0, 6), sequence_of(1, 0, 6)
+        engine.add(bad)
+        engine.add(good)
+        finish(engine, good)
+        with pytest.raises(NaNLogits, match="token 3 after a prompt of 40"):
+            finish(engine, bad)
+    assert good.token_ids == want
+    assert all_free(model)
+
+
+def test_what_no_pool_serves_is_refused(model):
+    with use_backend("numpy"), model.tokens.pages_for(CONTEXT) as sequence_id:
+        model.runner.cache.reserve(sequence_id, CONTEXT)
+        sequence = sequence_of(0, 0, 4)
+        model.tokens.add(sequence)
+        with pytest.raises(OutOfPages):
+            finish(model.tokens, sequence)
+
+
+# ---- the public face
+
+
+def test_tokens_as_they_come(model):
+    with use_backend("numpy"):
+        engine = Engine(model)
+        want = model.generate([7, 8, 9], max_new_tokens=6).token_ids
+        first = engine.add([7, 8, 9], max_new_tokens=6)
+        second = engine.add("ab", max_new_tokens=3, temperature=1.0, seed=2)
+        assert list(engine.tokens(first)) == want == first.token_ids
+        third = engine.add([7, 8, 9], max_new_tokens=6)
+        taken = list(engine)
+        assert [token for sequence, token in taken if sequence is third] == want
+        assert len(second.token_ids) == 3
+        assert second.finish_reason == "length"
+        assert not engine.has_work
+
+
+def test_a_stop_string_ends_a_sequence(model):
+    with use_backend("numpy"):
+        whole = model.generate([7, 8, 9], max_new_tokens=12)
+        stop = whole.text[3:5]
+        sequence = Engine(model).add([7, 8, 9], max_new_tokens=12, stop=stop)
+        tokens = list(Engine(model).tokens(sequence))
+        assert sequence.finish_reason == "stop"
+        assert tokens == whole.token_ids[: len(tokens)]
+        assert len(tokens) == len(model.generate([7, 8, 9], max_new_tokens=12, stop=stop).token_ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([7], {"n": 2}, "option n"),
+        ([7], {"top": 2}, "option top: the options are frequency_penalty"),
+        ([[7], [8]], {}, "a list of 2 prompts"),
+        ([], {}, "an empty prompt"),
+        ([7], {"max_new_tokens": 1000}, "context of 128 tokens"),
+        ([7], {"temperature": -1}, "temperature -1"),
+    ],
+)
+def test_what_is_no_request_is_refused(model, prompt, options, message):
+    with pytest.raises(ArgumentError, match=message):
+        Engine(model).add(prompt, **options)
+    assert not Engine(model).has_work
+
+
+def test_async_for(model):
+    async def gather():
+        engine = Engine(model)
+        sequences = [engine.add([7, 8, 9], max_new_tokens=new, temperature=1.0, seed=1) for new in (5, 9, 7)]
+
+        async def read(sequence):
+            return [token async for token in engine.tokens(sequence)]
+
+        async def text():
+            return "".join([piece async for piece in model.stream([7, 8, 9], max_new_tokens=9)])
+
+        return await asyncio.gather(text(), *map(read, sequences))
+
+    with use_backend("numpy"):
+        want = model.generate([7, 8, 9], max_new_tokens=9, temperature=1.0, seed=1).token_ids
+        text, *read = asyncio.run(gather())
+        assert read == [want[:5], want, want[:7]]
+        assert text == model.generate([7, 8, 9], max_new_tokens=9).text
+
+
+def test_threads_and_an_event_loop_share_one_engine(model, alone):
+    """They add, read and cancel at the same time."""
+    failures = []
+
+    def hammer(worker):
+        try:
+            for turn in range(6):
+                prompt, draw = (worker + turn) % len(PROMPTS), turn % len(DRAWS)
+                sequence = sequence_of(prompt, draw, 12)
+                model.tokens.add(sequence)
+                if turn % 3 == 2:
+                    model.tokens.step()
+                    model.tokens.cancel(sequence)
+                else:
+                    finish(model.tokens, sequence)
+                drawn = sequence.token_ids
+                want = alone(prompt, draw, 12)[: len(drawn)]
+                if model.tokens.end_ids.isdisjoint(want):
+                    assert drawn == want
+        except Exception as error:
+            failures.append(error)
+
+    async def loop():
+        await asyncio.gather(*(asyncio.to_thread(hammer, worker) for worker in (2, 3)))
+
+    with use_backend("numpy"):
+        for prompt in range(len(PROMPTS)):
+            for draw in range(len(DRAWS)):
+                alone(prompt, draw, 12)
+        actions = [lambda: hammer(0), lambda: hammer(1), lambda: asyncio.run(loop())]
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(action,), daemon=True) for action in actions
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+        assert not failures
+        assert not model.tokens.has_work
+        assert all_free(model)
+
+
+def test_a_closed_model_ends_its_sequences(path):
+    with use_backend("numpy"), rooflama.load(path, device="cpu", max_context=64, progress=False) as model:
+        engine = Engine(model)
+        sequence = engine.add([7, 8], max_new_tokens=20)
+        next(iter(engine.tokens(sequence)))
+        model.close()
+        assert isinstance(sequence.error, ModelClosed)
+        assert not engine.has_work
+        for ask in (engine.step, lambda: engine.add([7])):
+            with pytest.raises(ModelClosed):
+                ask()
