@@ -178,7 +178,8 @@ def kernel(
 
     Args:
         checks: called with all arguments by name; raises KernelInputError. On a GPU it is called once per signature
-            (shapes, strides, dtypes, alignments and numbers): only on the CPU may it look at the values of tensors.
+            (shapes, strides, dtypes, alignments and numbers). So there it must not depend on the values of tensors,
+            nor on their addresses: whether two of them overlap is not checked.
         output: called the same way; allocates the result with ``torch.empty``: a tensor, a tuple of tensors, or None.
         definition: the NumPy function of the same parameters; results are rounded once, to the dtypes of ``output``.
         mutates: names of the arguments that the kernel writes.

@@ -17,6 +17,7 @@ from .reference.quant_layouts import LAYOUTS, QuantLayout
 
 __all__ = ["LAYOUTS", "QuantLayout", "Weight", "check_weight", "resident_form"]
 
+MOST_COLUMNS = 2**28 - 1  # kernels count the bits of a row, up to 8 per column, in int32
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int8", "uint8")}
 
 
@@ -114,6 +115,12 @@ def check_weight(name: str, weight: Weight) -> None:
             rule=f"a type is one of {', '.join(LAYOUTS)}",
             remedy="Dequantise it first",
         )
+    if columns > MOST_COLUMNS:
+        raise KernelInputError(
+            f"{name} has {columns} columns",
+            rule=f"a row has at most {MOST_COLUMNS} columns",
+            remedy="Split the matrix by columns",
+        )
     if columns % layout.quant_block:
         raise KernelInputError(
             f"{name} has {columns} columns",
@@ -141,7 +148,7 @@ def resident_form(weight: Weight, device: torch.device | str) -> Weight:
     """``weight`` in the form that the backend of ``device`` reads fastest. Nothing moves: the caller uploads it.
 
     The Triton kernels read the planes as they are. The NumPy definitions get float32 rows, dequantised once, so that a
-    decode step on a CPU is a plain float32 matrix product; this costs 4 bytes a weight.
+    decode step on a CPU is a plain float32 matrix product; this costs 4 bytes per weight.
     """
     if backend_for(torch.device(device)) == "triton" or weight.ggml_type == "F32":
         return weight
