@@ -1,4 +1,4 @@
-"""Dequantisation of a whole matrix: out[n, k] = scale * value (+ minimum), rounded once to the dtype asked for.
+"""Dequantisation of a whole matrix: out[n, k] = scale * value (+ minimum), rounded once to the requested dtype.
 
 Layouts: ``reference/quant_layouts.py``. One program owns a tile of BLOCK_N x BLOCK_K weights.
 Numerics: float32 until the rounding, and bit-equal to the definition: only the addition of the minimum rounds.
@@ -54,7 +54,7 @@ def _output(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _by_definition(one: Kernel, arguments: dict[str, Any]) -> Tensor:
-    """In memory of its own: the definition hands out the planes of float weights themselves."""
+    """A copy, because the definition returns the planes of float weights themselves."""
     return one.output(**arguments).copy_(torch.from_numpy(one.definition(arguments["weight"].numpy())))
 
 

@@ -1,4 +1,4 @@
-"""Embedding from a quantised table: out[t] = dequantize(table)[token_ids[t]], reading only the rows asked for.
+"""Embedding from a quantised table: out[t] = dequantize(table)[token_ids[t]]. Only these rows are read.
 
 Layouts: token_ids [num_tokens]; table [vocab, hidden] in planes (``reference/quant_layouts.py``).
 One program owns BLOCK_K columns of one token's row. Numerics: bit-equal to the dequantised row, rounded once.

@@ -9,7 +9,7 @@ def shorten(text: str) -> str:
 
 
 class RooflamaError(Exception):
-    """An error the caller can mend: what was found, the rule it breaks, and what to do.
+    """An error that the caller can fix: what was found, the rule it breaks, and what to do.
 
     The three parts are separate arguments so that none can be forgotten. A long one is shortened.
     """

@@ -105,7 +105,7 @@ TABLE: dict[str, dict[str, list[Row]]] = {
         ],
     },
     # Facts: columns, rows, tokens (1 or 2), bits per code, normed. From fixed_point_tiles.csv, H100. Whole rows in one
-    # tile ask for every byte of the weight at once. Shorter tiles are for long rows, and for a number of rows that
+    # tile request every byte of the weight at once. Shorter tiles are for long rows, and for a number of rows that
     # would leave the chip half empty at the end.
     "fixed_point": {
         "any": [
@@ -206,7 +206,7 @@ def configuration(kernel: str, device: torch.device | None, **facts: int) -> dic
 
 @contextmanager
 def override(kernel: str, **chosen: int) -> Iterator[None]:
-    """Launch ``kernel`` with this configuration inside the ``with`` block, whatever the table says: to tune, to test.
+    """Launch ``kernel`` with this configuration, not the table's, inside the ``with`` block. For tuning and tests.
 
     Holds for the whole process, not for one thread.
     """

@@ -9,7 +9,7 @@ Layout: gate and up [num_tokens, intermediate], last dimension contiguous, any r
 fused projection [num_tokens, 2 * intermediate].
 One program owns BLOCK elements of one row.
 Numerics: both inputs are widened to float32; one rounding on the way out.
-Moves: 3 x itemsize bytes an element for about 5 flops: bandwidth-bound.
+Moves: 3 x itemsize bytes per element for about 5 flops: bandwidth-bound.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ One program owns one row and keeps it in registers.
 Numerics: the row is widened to float32 once; mean, root and product stay in float32; one rounding on the way out.
 ``add_rms_norm`` rounds the sum to the dtype of the residual stream and norms that rounded sum, so a fused and an
 unfused model hold the same residual stream.
-Moves: 2 x hidden x itemsize bytes a row (4 x with the residual) for about 4 x hidden flops: bandwidth-bound.
+Moves: 2 x hidden x itemsize bytes per row (4 x with the residual) for about 4 x hidden flops: bandwidth-bound.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Layout: logits float32 [num_seqs, vocab], written in place; seen int32 [num_seqs
 if the prompt holds the token; each penalty a tensor [num_seqs] on the device, so that a captured graph can be replayed.
 One program owns BLOCK tokens of one row.
 Numerics: float32, every operation rounded once.
-Moves: 12 bytes a token for about 5 flops: bandwidth-bound.
+Moves: 12 bytes per token for about 5 flops: bandwidth-bound.
 """
 
 from __future__ import annotations

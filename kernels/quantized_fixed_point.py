@@ -51,7 +51,7 @@ X_GROUP = tl.constexpr(fixed_point.X_GROUP)
 def _lookup_assembly() -> str:
     """Eight four-bit codes of a word through ``IQ4_TABLE`` + 128: bytes of elements 0 4 1 5, and of 2 6 3 7.
 
-    prmt picks bytes by three bits: the lower and the upper half of the table are looked up apart, and bit 3 chooses.
+    prmt picks bytes by three bits. So the two halves of the table are looked up separately, and bit 3 chooses.
     """
     words = [sum((value + 128) << (8 * i) for i, value in enumerate(IQ4_TABLE[j : j + 4])) for j in range(0, 16, 4)]
     lines = ["{ .reg .b32 s, h, u, lower, upper, even, odd;", "and.b32 s, $2, 0x77777777;"]
@@ -205,7 +205,7 @@ def load_quants(
     LAYOUT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(words of low, words of high, scales, minima) of a tile. In the place of one that the type lacks is another."""
+    """(words of low, words of high, scales, minima) of a tile. One that the type lacks is another one, not used."""
     num_blocks = columns // LAYOUT.quant_block
     low = load_words(planes.low, offs_n, mask_n, step, columns, LAYOUT.low_bits, BLOCK_K)
     high = low

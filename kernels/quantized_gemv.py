@@ -50,7 +50,7 @@ def _gemv_kernel(
     mask_m = offs_m < num_tokens
     acc = tl.zeros([BLOCK_M, BLOCK_N, VECTORS], tl.float32)
     squares = tl.zeros([BLOCK_M, VECTORS], tl.float32)
-    AHEAD: tl.constexpr = LAYOUT.is_float  # codes want their registers for other things
+    AHEAD: tl.constexpr = LAYOUT.is_float  # codes leave no registers for it
     if AHEAD:
         values = load_values(planes, offs_n, mask_n, 0, columns, LAYOUT, BLOCK_K)
     if RESIDENT:

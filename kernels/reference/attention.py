@@ -68,7 +68,7 @@ def attention_decode(
     sliding_window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One query token a sequence, its newest: q is [num_seqs, num_heads, head_dim]."""
+    """One query token per sequence, its newest: q is [num_seqs, num_heads, head_dim]."""
     return attention_prefill(
         q,
         k_pages,

@@ -14,21 +14,21 @@ Planes:
     values   float weights as they are (F32, F16, BF16)
     low      the low 2, 4 or 8 bits of the codes, in words of 32 bits (int32)
     high     the high 1 or 2 bits of the codes, in words of 32 bits (int32)
-    d, m     float16, one a block; dmin likewise
-    scales   int8 or uint8, one a group
-    mins     uint8, one a group
-    packed   uint8, one a group: scale in the low four bits, minimum in the high four (Q2_K)
+    d, m     float16, one per block; dmin likewise
+    scales   int8 or uint8, one per group
+    mins     uint8, one per group
+    packed   uint8, one per group: scale in the low four bits, minimum in the high four (Q2_K)
 
 Order inside a word: a word holds 32 / bits consecutive elements, and element i of them starts at bit
 
     bits * (i // 2) + 16 * (i % 2)
 
-so that one mask yields two neighbours, each in its own half of the word (0x000f000f for four bits: what packed 16-bit
-arithmetic wants), or one code a byte (0x0f0f0f0f: what dot products of bytes want). A shift alone walks through the
-word in natural order.
+so that one mask yields two neighbours, each in its own half of the word (0x000f000f for four bits), as packed 16-bit
+arithmetic needs them; or one code per byte (0x0f0f0f0f), as dot products of bytes need them. Shifts alone yield the
+codes in natural order.
 
-A word of the plane ``high`` serves several words of ``low``. Masked to one code a byte, the low word w shifted right by
-low_bits * j is part w * 8 / low_bits + j; the high bits of part t, in the same bytes, start at bit high_bits * t. So
+A word of the plane ``high`` serves several words of ``low``. Masked to one code per byte, the low word w shifted right
+by low_bits * j is part w * 8 / low_bits + j; the high bits of part t, in the same bytes, start at bit high_bits * t. So
 one shift and one mask bring the high bits of four codes to where their low bits are.
 
 Bytes: equal to the file's for every type except Q4_K (+2.8%), Q5_K (+2.3%), Q3_K (+3.6%) and IQ4_XS (+1.5%), whose

@@ -76,7 +76,7 @@ class RemoteFile(NamedTuple):
         return [(0, head), (LENGTH_BYTES, self.read(LENGTH_BYTES, stop)[0])], size
 
     def _gguf(self) -> tuple[list[Piece], int]:
-        """The header of a GGUF file, found by parsing ever more of it. The reader will refuse a damaged one."""
+        """The header of a GGUF file, found by parsing a growing part of it. The reader will refuse a damaged one."""
         head, size = self.read(0, FIRST_BYTES)
         while True:
             try:

@@ -53,7 +53,7 @@ def _named(folder: Path, named: object) -> list[str]:
             folder / "config.json",
             f"transformers_weights {named!r}",
             "it names a safetensors file or an index beside config.json",
-            "Distrust this checkpoint",
+            "Do not use this checkpoint",
         )
     if named.endswith(".json"):
         return _indexed(folder / named)
@@ -78,7 +78,7 @@ def _beside(index: Path, weight_map: Mapping[str, Any]) -> list[str]:
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            refuse(index, f"file {name!r}", "the files lie beside the index", "Distrust this checkpoint")
+            refuse(index, f"file {name!r}", "the files lie beside the index", "Do not use this checkpoint")
     return names
 
 

@@ -128,7 +128,7 @@ def test_the_config_may_name_the_file(folder):
         set_config(folder, transformers_weights=name)
         agree(folder, "the weights are read from")
     for name, message in [
-        ("../other.safetensors", "Distrust this checkpoint"),
+        ("../other.safetensors", "Do not use this checkpoint"),
         ("config.json", "it names a safetensors file or an index beside config.json"),
         (3, "transformers_weights 3"),
         ("gone.safetensors", "gone.safetensors is missing"),
