@@ -183,7 +183,7 @@ def _without_memory(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _Pointer(value)
     if isinstance(value, tuple):
-        return type(value)(*map(_without_memory, value))
+        return getattr(type(value), "_make", tuple)(map(_without_memory, value))
     return value
 
 
@@ -192,7 +192,8 @@ def _describe(arguments: dict, signature: dict, constants: dict, attributes: dic
         if path in constants:
             return f"{name}={constants[path]}"
         if isinstance(kind, tuple):
-            items = enumerate(zip(value._fields, value, kind, strict=True))
+            fields = getattr(value, "_fields", map(str, range(len(value))))
+            items = enumerate(zip(fields, value, kind, strict=True))
             return f"{name}({' '.join(word((*path, i), *item) for i, item in items)})"
         return kind + (":16" if any("divisibility" in str(a) for a in attributes.get(path, [])) else "")
 

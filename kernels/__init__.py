@@ -1,5 +1,6 @@
 """Functions on tensors: Triton kernels, each with a NumPy definition of the same name in ``reference``."""
 
+from .all_reduce import one_shot_sum, sum_parts
 from .attention_decode import attention_decode
 from .attention_prefill import attention_prefill
 from .backend import INTERPRETED, backend_for, use_backend
@@ -33,6 +34,7 @@ __all__ = [
     "embedding",
     "gather_kv",
     "geglu",
+    "one_shot_sum",
     "penalise",
     "quantized_matmul",
     "resident_form",
@@ -40,6 +42,7 @@ __all__ = [
     "rope",
     "rope_and_cache_write",
     "sample",
+    "sum_parts",
     "swap",
     "swapped_only",
     "swiglu",

@@ -157,6 +157,16 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     "dot": {
         "any": [row({"itemsize": 2}, BLOCK_N=32, BLOCK_K=128, num_warps=4), row(BLOCK_N=32, BLOCK_K=64, num_warps=4)],
     },
+    # Facts: ranks. Bytes of one rank's addend: up to ONE_SHOT_BYTES the ranks exchange addends in one launch, up to
+    # GATHER_BYTES they gather and then sum them, beyond that the vendor's library reduces them. Two ranks send as many
+    # bytes to gather as to reduce.
+    "all_reduce": {
+        "any": [
+            row({"ranks": 2}, ONE_SHOT_BYTES=1 << 20, GATHER_BYTES=1 << 40),
+            row({"ranks": 4}, ONE_SHOT_BYTES=512 << 10, GATHER_BYTES=1 << 20),
+            row(ONE_SHOT_BYTES=256 << 10, GATHER_BYTES=1 << 20),
+        ],
+    },
     # Dequantised rows that are alive at a time.
     "matmul": {"any": [row(WORKSPACE_BYTES=128 << 20)]},
     "dequantize": {"any": [row(BLOCK_N=8, BLOCK_K=512, num_warps=4)]},

@@ -23,6 +23,7 @@ from rooflama.kernels import (
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .kv_cache import PagedKVCache
+    from .parallel import Ranks
     from .weights import CheckpointReader, TensorSource
 
 
@@ -152,31 +153,41 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model's weights on a device, and its forward pass."""
+    """A model's weights on a device, or one rank's share of them, and its forward pass."""
 
-    config: ModelConfig
+    config: ModelConfig  # with the heads and the feed-forward width of this rank
     adapter: Adapter
-    token_embedding: Weight  # [vocab_size, hidden_size]
+    token_embedding: Weight  # [vocab_size, hidden_size], this rank's rows
     layers: list[Any]
     output_norm: Tensor  # [hidden_size]
-    output: Weight  # [vocab_size, hidden_size], the embedding itself where tied
+    output: Weight  # [vocab_size, hidden_size], this rank's rows; the embedding itself where tied
     batch_invariant: bool  # whether its products are, see quantized_matmul
     fused: bool  # whether norms, activations and additions run within the products, see Projection
+    ranks: Ranks | None = None  # those that share the model; None for one alone
 
     @classmethod
     def load(cls, source: TensorSource, config: ModelConfig, adapter: Adapter) -> Decoder:
         """Upload every tensor of the checkpoint. Raises ConfigError if one is missing, misshapen or unused."""
-        shape = (config.vocab_size, config.hidden_size)
-        token_embedding = source.matrix("token_embd.weight", *shape)
+        token_embedding = source.vocabulary("token_embd.weight", config)
         layers = [adapter.load_layer(source, config, index) for index in range(config.num_layers)]
         output_norm = source.vector("output_norm.weight", config.hidden_size)
-        output = token_embedding if config.tied_embeddings else source.matrix("output.weight", *shape)
+        output = token_embedding if config.tied_embeddings else source.vocabulary("output.weight", config)
         source.refuse_untaken()
-        return cls(config, adapter, token_embedding, layers, output_norm, output, source.batch_invariant, source.fused)
+        return cls(
+            source.share.of(config),
+            adapter,
+            token_embedding,
+            layers,
+            output_norm,
+            output,
+            source.batch_invariant,
+            source.fused,
+            source.ranks,
+        )
 
     def hidden_states(self, step: Step, dtype: torch.dtype) -> Tensor:
         """The residual stream after the last layer, [num_tokens, hidden_size] in ``dtype``."""
-        hidden = embedding(step.token_ids, self.token_embedding, dtype)
+        hidden = self._embedded(step.token_ids, dtype)
         if self.config.embedding_scale != 1:
             hidden *= self.config.embedding_scale
         for index, layer in enumerate(self.layers):
@@ -184,6 +195,15 @@ class Decoder:
             if step.observe is not None:
                 step.observe("hidden", index, hidden)
         return hidden
+
+    def _embedded(self, token_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """token_ids [num_tokens] -> [num_tokens, hidden_size]: one rank has a token's row, the others add zeros."""
+        if self.ranks is None:
+            return embedding(token_ids, self.token_embedding, dtype)
+        rows = token_ids - self.ranks.share.part(self.config.vocab_size).start
+        mine = (rows >= 0) & (rows < self.token_embedding.shape[0])
+        found = embedding(torch.where(mine, rows, 0), self.token_embedding, dtype)
+        return self.ranks.total(torch.where(mine.unsqueeze(1), found, 0))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_tokens, hidden_size] -> float32 [num_tokens, vocab_size]."""
@@ -199,6 +219,8 @@ class Decoder:
             resident=True,
             out_dtype=torch.float32,
         )
+        if self.ranks is not None:
+            logits = self.ranks.joined(logits, config.vocab_size)
         if config.logit_scale != 1:
             logits *= config.logit_scale
         if cap := config.logit_softcap:

@@ -26,7 +26,7 @@ from .weights import Projection, TensorSource
 class PreNormLayer:
     index: int
     attn_norm: Tensor  # [hidden_size]
-    qkv: Projection  # [(num_heads + 2 num_kv_heads) * head_dim, hidden_size]
+    qkv: Projection  # [(num_heads + 2 num_kv_heads) * head_dim, hidden_size]; heads and width are this rank's
     q_norm: Tensor | None  # [head_dim]
     k_norm: Tensor | None  # [head_dim]
     attn_output: Projection  # [hidden_size, num_heads * head_dim]
@@ -74,12 +74,12 @@ def load_layer(source: TensorSource, config: ModelConfig, index: int) -> PreNorm
         qkv=source.qkv(prefix, config),
         q_norm=source.vector(prefix + "attn_q_norm.weight", head_dim) if config.qk_norm else None,
         k_norm=source.vector(prefix + "attn_k_norm.weight", head_dim) if config.qk_norm else None,
-        attn_output=source.projection(
-            prefix, {"attn_output": hidden}, config.num_heads * head_dim, bias=config.output_bias
+        attn_output=source.output_projection(
+            prefix, "attn_output", hidden, config.num_heads * head_dim, bias=config.output_bias
         ),
         attn_post_norm=post_norm["post_attention_norm"],
         ffn_norm=source.vector(prefix + "ffn_norm.weight", hidden),
         gate_up=source.gate_up(prefix, config),
-        ffn_down=source.projection(prefix, {"ffn_down": hidden}, inner, bias=config.ffn_bias),
+        ffn_down=source.output_projection(prefix, "ffn_down", hidden, inner, bias=config.ffn_bias),
         ffn_post_norm=post_norm["post_ffw_norm"],
     )

@@ -11,16 +11,20 @@ from torch import Tensor
 
 from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, rms_norm, swiglu
 from rooflama.loaders.gguf.repack import repack
+from rooflama.loaders.gguf.types import row_nbytes
 
 from .errors import ConfigError
+from .share import ALONE
 
 if TYPE_CHECKING:
     from rooflama.loaders.checkpoint import Checkpoint, TensorInfo
     from rooflama.loaders.device import Device
 
     from .config import ModelConfig
+    from .parallel import Ranks
 
 
+WHOLE = slice(None)
 GATED = {"silu": swiglu, "gelu_tanh": geglu}  # activation -> the kernel for activation(gate) * up
 
 
@@ -32,11 +36,23 @@ class Projection:
         batch_invariant: as for ``quantized_matmul``.
         fused: False to run the norm, the activation and the residual's addition as kernels of their own, each of which
             rounds its result.
+        summed_over: the ranks among which W's columns are cut, so that y is the sum of their products; None if W is
+            whole, or cut by rows.
     """
 
-    def __init__(self, parts: list[Weight], bias: Tensor | None, *, batch_invariant: bool = False, fused: bool = True):
-        self.parts, self.batch_invariant, self.fused = parts, batch_invariant, fused
-        self.biases = [None] * len(parts) if bias is None else bias.split([part.shape[0] for part in parts])
+    def __init__(
+        self,
+        parts: list[Weight],
+        bias: Tensor | None,
+        *,
+        batch_invariant: bool = False,
+        fused: bool = True,
+        summed_over: Ranks | None = None,
+    ):
+        self.parts, self.batch_invariant, self.fused, self.summed_over = parts, batch_invariant, fused, summed_over
+        self.bias = bias
+        added = None if summed_over is not None else bias  # else once, to the sum
+        self.biases = [None] * len(parts) if added is None else added.split([part.shape[0] for part in parts])
 
     def __call__(
         self,
@@ -57,6 +73,8 @@ class Projection:
             x, norm_weight = rms_norm(x, norm_weight, eps), None
         norm: dict[str, Any] = {"norm_weight": norm_weight, "eps": eps, "batch_invariant": self.batch_invariant}
         norm["resident"] = True  # uploaded long before any step
+        if self.summed_over is not None:
+            return self._sum_over_ranks(x, residual, norm)
         if self.fused and len(self.parts) == 1 and gate in (None, "silu"):
             gated = gate is not None
             return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=gated, **norm)
@@ -65,6 +83,14 @@ class Projection:
         if gate is not None:
             y = GATED[gate](*y.chunk(2, dim=-1))
         return y if residual is None else y + residual
+
+    def _sum_over_ranks(self, x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """x [num_tokens, columns of this rank] -> [num_tokens, rows], the same on every rank."""
+        (weight,) = self.parts
+        addend = quantized_matmul(x, weight, **options)
+        if self.fused or residual is None:
+            return self.summed_over.total(addend, self.bias, residual)
+        return self.summed_over.total(addend, self.bias) + residual
 
 
 def unpair_rows(num_heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
@@ -105,10 +131,23 @@ class CheckpointReader:
         self._taken.add(name)
         return info
 
-    def host_matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
-        """A tensor in plane layout, in host memory. Raises ConfigError as ``checked_info`` does."""
+    def host_matrix(
+        self, name: str, shape: tuple[int, ...], rows: slice | np.ndarray = WHOLE, columns: slice = WHOLE
+    ) -> Weight:
+        """Some rows and columns of a tensor in plane layout, in host memory. Only these are read from the file.
+
+        Args:
+            name, shape: of the whole tensor.
+            rows: int64 row numbers in any order, or a slice.
+            columns: a slice of whole quantisation blocks.
+
+        Raises:
+            ConfigError: as ``checked_info`` does.
+        """
         info = self.checked_info(name, shape)
-        return repack(self.checkpoint.data(name), info.ggml_type, shape[-1])
+        start, stop, _ = columns.indices(shape[-1])
+        in_bytes = slice(*(row_nbytes(info.ggml_type, column) for column in (start, stop)))
+        return repack(self.checkpoint.data(name)[rows][:, in_bytes], info.ggml_type, stop - start)
 
     def host_vector(self, name: str, size: int) -> Tensor:
         """A norm's weight, a bias or RoPE factors: float32 [size] in host memory."""
@@ -141,6 +180,7 @@ class TensorSource(CheckpointReader):
         device: where weights go.
         progress: called after each upload with the number of bytes that its tensors take in the file.
         batch_invariant, fused: as for ``Projection``.
+        ranks: the ranks that share the model; None for this one alone.
     """
 
     def __init__(
@@ -151,9 +191,11 @@ class TensorSource(CheckpointReader):
         *,
         batch_invariant: bool = False,
         fused: bool = True,
+        ranks: Ranks | None = None,
     ):
         super().__init__(checkpoint)
         self.device, self.batch_invariant, self.fused = device, batch_invariant, fused
+        self.ranks, self.share = ranks, ALONE if ranks is None else ranks.share
         self._progress = progress or (lambda num_bytes: None)
 
     def _upload(self, weight: Weight, label: str) -> Weight:
@@ -175,9 +217,10 @@ class TensorSource(CheckpointReader):
         self._done(name)
         return vector
 
-    def matrix(self, name: str, rows: int, columns: int) -> Weight:
-        """A weight [rows, columns], in the ggml type of the file."""
-        weight = self._upload(self.host_matrix(name, (rows, columns)), name)
+    def vocabulary(self, name: str, config: ModelConfig) -> Weight:
+        """This rank's rows of a matrix [vocab_size, hidden_size], in the ggml type of the file."""
+        shape = (config.vocab_size, config.hidden_size)
+        weight = self._upload(self.host_matrix(name, shape, self.share.part(config.vocab_size)), name)
         self._done(name)
         return weight
 
@@ -188,7 +231,7 @@ class TensorSource(CheckpointReader):
         columns: int,
         *,
         bias: bool | dict[str, int] = False,
-        row_order: np.ndarray | None = None,
+        taken: np.ndarray | None = None,
     ) -> Projection:
         """Projections of one input, stacked along their outputs in the order of ``rows``.
 
@@ -197,16 +240,15 @@ class TensorSource(CheckpointReader):
             rows: name -> number of rows.
             columns: of every tensor.
             bias: whether each has a bias; or name -> size, if the biases have other names than the weights.
-            row_order: int64 [all rows]: row i is stored row row_order[i]. No row leaves its tensor.
+            taken: int64: row i of the result is row taken[i] of the stack. Rows of one tensor stay behind those of the
+                tensor before. None takes all rows, on every rank.
         """
         weight_names = [f"{prefix}{name}.weight" for name in rows]
         bias_sizes = {f"{prefix}{name}.bias": size for name, size in (rows if bias is True else bias or {}).items()}
         parts: list[Weight] = []
         start = 0
         for name, num_rows in zip(weight_names, rows.values(), strict=True):
-            part = self.host_matrix(name, (num_rows, columns))
-            if row_order is not None:
-                part = part.take_rows(torch.from_numpy(row_order[start : start + num_rows] - start))
+            part = self.host_matrix(name, (num_rows, columns), _rows_between(taken, start, start + num_rows))
             start += num_rows
             if parts and parts[-1].ggml_type == part.ggml_type:
                 parts[-1] = Weight.concat_rows([parts[-1], part])
@@ -216,10 +258,32 @@ class TensorSource(CheckpointReader):
         stacked_bias = None
         if bias_sizes:
             biases = torch.cat([self.host_vector(name, size) for name, size in bias_sizes.items()])
-            stacked_bias = self._place(biases if row_order is None else biases[torch.from_numpy(row_order)], label)
+            stacked_bias = self._place(biases if taken is None else biases[torch.from_numpy(taken)], label)
         uploaded = [self._upload(part, label) for part in parts]
         projection = Projection(uploaded, stacked_bias, batch_invariant=self.batch_invariant, fused=self.fused)
         self._done(*weight_names, *bias_sizes)
+        return projection
+
+    def output_projection(self, prefix: str, name: str, rows: int, columns: int, *, bias: bool = False) -> Projection:
+        """The projection back into the residual stream, from attention's heads or from the feed-forward's width.
+
+        Each rank reads its share of the ``columns``, and the result is the sum of the ranks' products.
+
+        Args:
+            prefix, name: of the tensors ``<prefix><name>.weight`` [rows, columns] and ``<prefix><name>.bias`` [rows].
+            bias: whether there is one.
+        """
+        weight_name, bias_name = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
+        part = self.host_matrix(weight_name, (rows, columns), columns=self.share.part(columns))
+        added = self._place(self.host_vector(bias_name, rows), bias_name) if bias else None
+        projection = Projection(
+            [self._upload(part, weight_name)],
+            added,
+            batch_invariant=self.batch_invariant,
+            fused=self.fused,
+            summed_over=self.ranks,
+        )
+        self._done(weight_name, *([bias_name] if bias else []))
         return projection
 
     def qkv(self, prefix: str, config: ModelConfig) -> Projection:
@@ -234,7 +298,7 @@ class TensorSource(CheckpointReader):
             "attn_v": config.num_kv_heads * head_dim,
         }
         fused = {"attn_qkv": sum(sizes.values())}
-        row_order = None
+        taken = self.share.qkv_rows(config)
         if self.checkpoint.interleaved_rope_rows and not config.rope_interleaved:
             if config.qk_norm:
                 raise ConfigError(
@@ -242,18 +306,27 @@ class TensorSource(CheckpointReader):
                     rule="the norms' weights have the order of the rows, so these stay as they are",
                     remedy="Declare rope_interleaved in the adapter",
                 )
-            row_order = np.arange(fused["attn_qkv"])
+            order = np.arange(fused["attn_qkv"])
             rotated = unpair_rows(config.num_heads + config.num_kv_heads, head_dim, head_dim)  # whole heads rotate
-            row_order[: len(rotated)] = rotated
+            order[: len(rotated)] = rotated
+            taken = order[taken]
         rows = fused if self.has(f"{prefix}attn_qkv.weight") else sizes
         biases = fused if self.has(f"{prefix}attn_qkv.bias") else sizes
-        return self.projection(
-            prefix, rows, config.hidden_size, bias=biases if config.qkv_bias else False, row_order=row_order
-        )
+        return self.projection(prefix, rows, config.hidden_size, bias=biases if config.qkv_bias else False, taken=taken)
 
     def gate_up(self, prefix: str, config: ModelConfig) -> Projection:
         """The feed-forward's gate and up projections: ``ffn_gate`` and ``ffn_up``, or ``ffn_up`` if it holds both."""
         inner = config.intermediate_size
         separate = {"ffn_gate": inner, "ffn_up": inner}
         rows = separate if self.has(f"{prefix}ffn_gate.weight") else {"ffn_up": 2 * inner}
-        return self.projection(prefix, rows, config.hidden_size, bias=config.ffn_bias)
+        taken = self.share.gate_up_rows(config)
+        return self.projection(prefix, rows, config.hidden_size, bias=config.ffn_bias, taken=taken)
+
+
+def _rows_between(taken: np.ndarray | None, start: int, stop: int) -> slice | np.ndarray:
+    """Which of the rows ``start`` to ``stop`` of a stack are taken, counted from ``start``; a slice if it is a run."""
+    if taken is None:
+        return WHOLE
+    rows = taken[(start <= taken) & (taken < stop)] - start
+    is_run = len(rows) > 0 and bool((np.diff(rows) == 1).all())
+    return slice(int(rows[0]), int(rows[-1]) + 1) if is_run else rows

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch.distributed import ProcessGroup
 
 from rooflama.kernels import backend_for
 from rooflama.loaders.device import Device, open_device
@@ -27,6 +31,7 @@ from rooflama.models import (
     TensorSource,
 )
 from rooflama.models.memory.amounts import count, parse_bytes, size
+from rooflama.models.parallel import Ranks, ranks_of
 from rooflama.models.rope.spec import FactorSetPolicy
 
 from . import arguments
@@ -48,6 +53,7 @@ def load(
     rope: Mapping[str, Any] | str | None = None,
     batch_invariant: bool = False,
     fused: bool = True,
+    tensor_parallel: bool | ProcessGroup = False,
     progress: bool = True,
 ) -> Model:
     """Load a checkpoint onto a device.
@@ -79,13 +85,18 @@ def load(
         fused: False runs norm, projection, rotation, cache write, activation and addition as kernels of their own, so
             that an implementation given to ``rooflama.swap`` for any of them is called. Results agree up to rounding;
             decoding is slower. See docs/SWAP_AND_TRACE.md.
+        tensor_parallel: share the model with the other ranks of torch.distributed: True for those of the default
+            group, or a process group. Each rank holds its part of the weights and of the keys and values. Every rank
+            must load, and then call the model with the same arguments in the same order; each gets the whole result.
+            See docs/TENSOR_PARALLEL.md.
         progress: show a bar on standard error.
 
     Raises:
         UnknownCheckpointError: the path is no checkpoint of a kind known here.
         HubError: the download failed.
         GGUFError, HuggingFaceError, ConfigError, TokenizerError: the files are damaged, contradict each other, or
-            describe a model that rooflama does not support.
+            describe a model that rooflama does not support, or that so many ranks cannot share.
+        RankFailed: another rank failed.
         ArgumentError: an argument has a wrong type or is out of range.
         RopeError: ``rope`` has an unknown kind or key, or describes no rotation.
         DeviceError: the device is missing, or has too little memory.
@@ -96,44 +107,57 @@ def load(
     limit = arguments.whole_or_none("memory_limit", limit, "memory_limit is bytes, or text such as 8GiB")
     batch_invariant = arguments.flag("batch_invariant", batch_invariant)
     fused = arguments.flag("fused", fused)
+    ranks = ranks_of(tensor_parallel, batch_invariant=batch_invariant)
     choose_dtypes(dtype, kv_dtype, find_device(str(device))[1])  # before anything is read or downloaded
     if max_context is not None and max_context < 1:
         raise ArgumentError(
             f"max_context {max_context}", rule="a sequence holds at least one token", remedy="Give 1 or more"
         )
-    with open_checkpoint(path) as checkpoint:
-        adapter = adapter_of(checkpoint)  # first, so that an unknown architecture is named before what it lacks
-        tokenizer = open_tokenizer(checkpoint)
-        owner = open_device(device, memory_limit=limit)
-        try:
+    together = nullcontext if ranks is None else ranks.together
+    with ExitStack() as stack:
+        with together():
+            checkpoint = stack.enter_context(open_checkpoint(path))
+            adapter = adapter_of(checkpoint)  # first, so that an unknown architecture is named before what it lacks
+            tokenizer = open_tokenizer(checkpoint)
+            owner = open_device(device, memory_limit=limit)
+            stack.enter_context(_closed_on_error(owner))
             if batch_invariant and backend_for(owner.torch_device) == "numpy":
                 raise ArgumentError(
                     "batch_invariant=True on the NumPy definitions",
                     rule="only the Triton kernels promise it; NumPy's products round differently with each shape",
                     remedy="Load on a GPU, or without batch_invariant",
                 )
-            total = sum(info.nbytes for info in checkpoint.tensors.values())
-            with _bar(progress) as bar:
-                task = bar.add_task(checkpoint.name, total=total)
-                source = TensorSource(
-                    checkpoint,
-                    owner,
-                    lambda nbytes: bar.advance(task, nbytes),
-                    batch_invariant=batch_invariant,
-                    fused=fused,
-                )
-                config = with_rope(adapter.read_config(source), rope)
-                check_vocabulary(tokenizer, config.vocab_size)
-                plan = _plan(source, config, owner, max_context, dtype, kv_dtype)
-                warn_beyond_training(plan)
-                decoder = Decoder.load(source, config, adapter)
+            bar = stack.enter_context(_bar(progress and (ranks is None or ranks.share.rank == 0)))
+            task = bar.add_task(checkpoint.name, total=sum(info.nbytes for info in checkpoint.tensors.values()))
+            source = TensorSource(
+                checkpoint,
+                owner,
+                lambda nbytes: bar.advance(task, nbytes),
+                batch_invariant=batch_invariant,
+                fused=fused,
+                ranks=ranks,
+            )
+            config = with_rope(adapter.read_config(source), rope)
+            check_vocabulary(tokenizer, config.vocab_size)
+            plan = _plan(source, config, owner, max_context, dtype, kv_dtype)
+        if ranks is not None:
+            plan = _common_plan(ranks, plan, owner)
+        warn_beyond_training(plan)
+        with together():
+            decoder = Decoder.load(source, config, adapter)
             weight_bytes = owner.held_bytes
             num_tokens = min(tokenizer.vocab_size, config.vocab_size)
             runner = start_runner(decoder, plan, owner, longrope=longrope, num_tokens=num_tokens)
-            return Model(checkpoint.name, runner, tokenizer, owner, weight_bytes=weight_bytes, plan=plan)
-        except BaseException:
-            owner.close()
-            raise
+        return Model(checkpoint.name, runner, tokenizer, owner, weight_bytes=weight_bytes, plan=plan)
+
+
+@contextmanager
+def _closed_on_error(device: Device) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        device.close()
+        raise
 
 
 def start_runner(
@@ -201,6 +225,7 @@ def _plan(
         dtype=dtype,
         kv_dtype=kv_dtype,
         batch_invariant=source.batch_invariant,
+        share=source.share,
     )
     if max_context is None and not plan.fits and (fitting := plan.largest_context()):
         smaller = plan.but(context=fitting)
@@ -212,6 +237,24 @@ def _plan(
         return smaller
     plan.require(device)
     return plan
+
+
+def _common_plan(ranks: Ranks, plan: MemoryPlan, device: Device) -> MemoryPlan:
+    """The plan with the context that fits on every rank. Raises ArgumentError if two ranks use one GPU."""
+    on_gpu = device.kind != "cpu"
+    place = (platform.node(), str(torch.cuda.get_device_properties(device.torch_device).uuid)) if on_gpu else None
+    found = ranks.exchange((place, plan.context))
+    sharing = [rank for rank, (where, _) in enumerate(found) if on_gpu and where == place]
+    if len(sharing) > 1:
+        raise ArgumentError(
+            f"ranks {' and '.join(map(str, sharing))} on {device.torch_device}",
+            rule="each rank has a GPU of its own",
+            remedy="Call torch.cuda.set_device(local_rank) before loading, and start as many ranks as there are GPUs",
+        )
+    context = min(theirs for _, theirs in found)
+    if context < plan.context:
+        warnings.warn(f"the context is {count(context, 'token')}: another rank has room for no more", stacklevel=3)
+    return plan.but(context=context)
 
 
 def _bar(visible: bool) -> Progress:

@@ -27,6 +27,9 @@ from rooflama.models import (
 from rooflama.models.memory.amounts import parse_bytes
 from rooflama.models.memory.weights import WeightBytes
 from rooflama.models.rope.override import override_rope
+from rooflama.models.share import ALONE, Share
+
+from . import arguments
 
 PAGE_SIZE = 64  # tokens; the waste is at most one page per sequence
 PREFILL_CHUNK = 2048  # tokens; larger passes gain nothing on an H100 and take more workspace
@@ -46,6 +49,7 @@ def plan_memory(
     limit: int | str | None = None,
     batch_invariant: bool = False,
     rope: Mapping[str, Any] | str | None = None,
+    tensor_parallel: int = 1,
     weight_types: str | Callable[[str, tuple[int, ...]], str] = "F16",
 ) -> MemoryPlan:
     """The memory that a model would take, without loading it.
@@ -58,27 +62,33 @@ def plan_memory(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. The GPU need not be here.
         limit: bytes, or text such as ``24GiB``, that the process may take on the device; on a CPU, without Python and
             torch. None for the device's free memory, or for no limit if the device is not here.
+        tensor_parallel: how many ranks share the model; the plan is that of the one that takes most.
         weight_types: for a config, the ggml type of its matrices, or a function of name and shape that returns it.
 
     Raises:
         UnknownCheckpointError, HubError, GGUFError, HuggingFaceError: the checkpoint cannot be found or read.
-        ConfigError: it describes a model that rooflama does not support.
+        ConfigError: it describes a model that rooflama does not support, or that so many ranks cannot share.
         ArgumentError: an argument is out of range.
         RopeError: ``rope`` describes no rotation.
         DeviceUnavailable: ``device`` is no device's name.
     """
+    rule = "tensor_parallel counts ranks, from 1 to 1024"
+    ranks = arguments.whole("tensor_parallel", tensor_parallel, rule)
+    if not 1 <= ranks <= 1024:
+        raise ArgumentError(f"tensor_parallel {tensor_parallel!r}", rule=rule, remedy="Give the number of GPUs")
+    share = Share(0, ranks)
     target, free_bytes = _target(device)
     if isinstance(path_or_config, ModelConfig):
         config = with_rope(path_or_config, rope)
         type_of = weight_types if callable(weight_types) else lambda name, shape: weight_types
-        weights = config_weights(config, type_of, target.backend)
+        weights = config_weights(config, type_of, target.backend, share)
     else:
         with open_headers(path_or_config) as checkpoint:
             adapter, reader = adapter_of(checkpoint), CheckpointReader(checkpoint)
             config = with_rope(adapter.read_config(reader), rope)
-            weights = checkpoint_weights(reader, config, adapter, target.backend)
+            weights = checkpoint_weights(reader, config, adapter, target.backend, share)
     plan = _plan(
-        config,
+        share.of(config),
         weights,
         target,
         context=config.context_length if context is None else context,
@@ -88,6 +98,7 @@ def plan_memory(
         batch_invariant=batch_invariant,
         limit=parse_bytes(limit) if isinstance(limit, str) else limit,
         free_bytes=free_bytes,
+        ranks=share.size,
     )
     warn_beyond_training(plan)
     return plan
@@ -102,12 +113,17 @@ def plan_for_device(
     dtype: str,
     kv_dtype: str,
     batch_invariant: bool = False,
+    share: Share = ALONE,
 ) -> MemoryPlan:
-    """The plan of one sequence of ``context`` tokens on an open device, within its limit and its free memory."""
+    """The plan of one sequence of ``context`` tokens on an open device, within its limit and its free memory.
+
+    ``share``: of the rank that runs on the device.
+    """
     target = _device_target(device)
+    weights = checkpoint_weights(reader, config, adapter_of(reader.checkpoint), target.backend, share)
     return _plan(
-        config,
-        checkpoint_weights(reader, config, adapter_of(reader.checkpoint), target.backend),
+        share.of(config),
+        weights,
         target,
         context=context,
         dtype=dtype,
@@ -115,6 +131,7 @@ def plan_for_device(
         batch_invariant=batch_invariant,
         limit=device.memory_limit,
         free_bytes=device.free_bytes,
+        ranks=share.size,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.device import open_device
 from rooflama.models import Decoder, DecodeSlots, ModelRunner, PagedKVCache, TensorSource, adapter_for
+from rooflama.models.parallel import Ranks
 from rooflama.models.serving.sampler import Options
 
 PAGE_SIZE = 16
@@ -29,16 +30,17 @@ def running(
     longrope: str = "auto",
     batch_invariant: bool = False,
     fused: bool = True,
+    ranks: Ranks | None = None,
 ) -> Iterator[ModelRunner]:
     """The checkpoint's runner, with pages (of ``kv_dtype``) for ``num_seqs`` sequences of ``max_context`` tokens."""
     adapter = adapter_for(checkpoint.metadata["general.architecture"])
     with open_device(device) as owner:
-        source = TensorSource(checkpoint, owner, batch_invariant=batch_invariant, fused=fused)
+        source = TensorSource(checkpoint, owner, batch_invariant=batch_invariant, fused=fused, ranks=ranks)
         config = adapter.read_config(source)
         decoder = Decoder.load(source, config, adapter)
         num_pages = num_seqs * -(-max_context // PAGE_SIZE)
         cache = PagedKVCache(
-            config,
+            decoder.config,
             num_pages=num_pages,
             page_size=PAGE_SIZE,
             max_append=prefill_chunk,

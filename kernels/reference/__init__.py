@@ -5,6 +5,7 @@ given float64 arrays it is the oracle that the property tests compare with, give
 on a machine without a GPU. Imports NumPy and nothing else.
 """
 
+from .all_reduce import one_shot_sum, sum_parts
 from .attention import attention_decode, attention_prefill
 from .dequantize import dequantize
 from .embedding import embedding
@@ -25,12 +26,14 @@ __all__ = [
     "embedding",
     "gather_kv",
     "geglu",
+    "one_shot_sum",
     "penalise",
     "quantized_matmul",
     "rms_norm",
     "rope",
     "rope_and_cache_write",
     "sample",
+    "sum_parts",
     "swiglu",
     "write_kv",
 ]

@@ -61,6 +61,9 @@ class Target:
         return cls(kind, "triton", CONTEXT_BYTES[kind], library)
 
 
+# What NCCL allocates for the ranks of one host, outside torch.
+COLLECTIVES_BYTES = 300 * MIB
+
 # What the driver counts besides torch's memory: context, torch's and cuBLAS's modules, kernels. Measured on an H100
 # with torch 2.11 and CUDA 13 (benchmarks/results/memory_plan.csv); other GPUs and versions differ by some tens of MiB.
 CONTEXT_BYTES = {"cuda": 757 * MIB, "hip": 757 * MIB}
@@ -81,7 +84,7 @@ class Budget:
     """The bytes that a model takes, and whether they fit.
 
     Attributes:
-        config, weights: the model.
+        config, weights: the model, or the share of one rank.
         context: the most tokens of each sequence.
         sequences: how many sequences hold pages at once.
         page_size, prefill_chunk: tokens of a page, and the most tokens of a prefill pass.
@@ -90,6 +93,7 @@ class Budget:
         batch_invariant: whether products are batch-invariant; such products need no dequantised rows in memory.
         limit: the most bytes that ``total_bytes`` may be; None for no limit.
         free_bytes: free memory of the device, whose context exists already; None if the device is not here.
+        ranks: how many ranks share the model. The plan is that of one; no other rank takes more.
     """
 
     config: ModelConfig
@@ -104,6 +108,7 @@ class Budget:
     batch_invariant: bool = False
     limit: int | None = None
     free_bytes: int | None = None
+    ranks: int = 1
 
     MOST_SEQUENCES: ClassVar[int] = checks.MOST_SEQUENCES  # of a plan
     LONGEST_CONTEXT: ClassVar[int] = 2**24  # tokens, for models that were trained for less
@@ -157,6 +162,8 @@ class Budget:
                 Line("device", "allocator rounding", self._rounding, "torch's segments of 2 and 20 MiB, see allocator"),
                 Line("device", "context and kernels", self.target.context_bytes, "an estimate for the kind of device"),
             ]
+        if on_gpu and self.ranks > 1:
+            lines.append(Line("device", "collectives library", COLLECTIVES_BYTES, "an estimate for NCCL's buffers"))
         return tuple(line for line in lines if line.nbytes)
 
     @property
@@ -174,9 +181,13 @@ class Budget:
         """The widest moment of a prefill pass."""
         tokens, sequences = self.pass_tokens, self.sequences
         if self.target.backend == "numpy":
-            moments = terms.definition_moments(self.config, tokens, self.context, sequences, self.dtype.itemsize)
+            moments = terms.definition_moments(
+                self.config, tokens, self.context, sequences, self.dtype.itemsize, self.ranks
+            )
         else:
-            moments = terms.prefill_moments(self.config, self._library_matrices, tokens, sequences, self.dtype)
+            moments = terms.prefill_moments(
+                self.config, self._library_matrices, tokens, sequences, self.dtype, self.ranks
+            )
         sums = [sum(moment.values()) for moment in moments]
         widest = dict(moments[sums.index(max(sums))])
         if self.target.kind != "cpu" and self._library_matrices:
@@ -186,8 +197,10 @@ class Budget:
     @cached_property
     def _graph(self) -> Moment:
         """The memory of the captured decode step."""
-        step: dict[str, int] = {**terms.decode_moment(self.config, self.context, self.sequences, self.dtype)}
-        step["products in parts"] = terms.product_scratch_bytes(self.config, self._library_matrices, self.sequences)
+        step: dict[str, int] = {
+            **terms.decode_moment(self.config, self.context, self.sequences, self.dtype, self.ranks)
+        }
+        step["products in parts"] = terms.product_scratch_bytes(self._library_matrices, self.sequences)
         rows = terms.dequantised_bytes(self._library_matrices, self.sequences, self.dtype)
         if rows:
             step |= {"dequantised rows": rows, "matmul library": self.target.matmul_library_bytes}

@@ -45,8 +45,9 @@ def verdict(plan: Budget) -> list[tuple[str, str]]:
 
 def title(plan: Budget) -> str:
     kv_dtype, dtype = (str(d).removeprefix("torch.") for d in (plan.kv_dtype, plan.dtype))
+    rank = f", one of {plan.ranks} ranks" if plan.ranks > 1 else ""
     return (
-        f"{plan.config.name}: {count(plan.sequences, 'sequence')} of {count(plan.context, 'token')}, "
+        f"{plan.config.name}{rank}: {count(plan.sequences, 'sequence')} of {count(plan.context, 'token')}, "
         f"keys and values in {kv_dtype}, activations in {dtype}, on {plan.target.kind}"
     )
 

@@ -25,11 +25,12 @@ class MemoryPlan(Budget):
             return
         room = [f"{size(self.limit, floor)} is the limit"] if self.limit is not None else []
         room += [f"{size(self.free_bytes, floor)} free"] if self.free_bytes is not None else []
+        name = self.config.name + (f", one of {self.ranks} ranks," if self.ranks > 1 else "")
         many = f"{self.sequences} sequences of " if self.sequences > 1 else ""
         weights, kv = self.bytes_of("weights"), self.bytes_of("keys and values")
         beside = self.total_bytes - weights - kv
         error = DeviceOutOfMemory(
-            f"{self.config.name} with {many}{count(self.context, 'token')} takes {size(self.total_bytes, ceil)} "
+            f"{name} with {many}{count(self.context, 'token')} takes {size(self.total_bytes, ceil)} "
             f"({size(weights)} weights, {size(kv)} keys and values, {size(beside)} beside them); {', '.join(room)}",
             rule="a model is loaded only if all of it fits",
             remedy="; ".join(self.remedies()),
@@ -53,6 +54,7 @@ class MemoryPlan(Budget):
             "dtype": str(self.dtype).removeprefix("torch."),
             "kv_dtype": str(self.kv_dtype).removeprefix("torch."),
             "device": self.target.kind,
+            "ranks": self.ranks,
             "backend": self.target.backend,
             "batch_invariant": self.batch_invariant,
             "weights_stored_bytes": self.weights.stored,

@@ -2,7 +2,8 @@
 
 Letters: L layers, E hidden size, F feed-forward width, Hq and Hkv query and key/value heads, D head size, d rotary
 size, V vocabulary, T tokens of context per sequence, S sequences, P tokens per page, n tokens of a prefill pass, b
-bytes per activation, c bytes per stored element of keys and values. All results are in bytes.
+bytes per activation, c bytes per stored element of keys and values, R ranks. All results are in bytes, of one rank: L,
+F, Hq and Hkv are those of its share, V and E are whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from rooflama.kernels import LAYOUTS
+from rooflama.kernels.all_reduce import most_bytes
 from rooflama.kernels.attention_decode import most_splits
 from rooflama.kernels.launch import configuration
 from rooflama.kernels.quantized_matmul import most_tokens, rows_per_pass
@@ -42,6 +44,8 @@ FORMULAS = {
     "split-KV partials": "4 S Hq splits (D + 1)",
     "decode activations": "S b (3 E + 2 (Hq + Hkv) D + 3 F)",
     "matmul library": "cuBLAS's workspace, allocated through torch",
+    "sums over ranks": "n b E (1 + R)",
+    "logits of all ranks": "4 S V (1 + 1 / R)",
 }
 """The formula of each term of a moment; if moments differ, that of the most common one."""
 
@@ -135,7 +139,21 @@ def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtyp
     return worst
 
 
-def product_scratch_bytes(config: ModelConfig, matrices: Iterable[Matrix], tokens: int) -> int:
+def rank_sum_bytes(config: ModelConfig, tokens: int, itemsize: int, ranks: int) -> int:
+    """n b E (1 + R): a rank's addend, and the addends gathered from all. n b E where the vendor's library reduces."""
+    if ranks == 1:
+        return 0
+    addend = tokens * itemsize * config.hidden_size
+    gathered = addend <= most_bytes(ranks, ANY_GPU)["GATHER_BYTES"]
+    return addend * (1 + ranks * gathered)
+
+
+def rank_logits_bytes(config: ModelConfig, sequences: int, ranks: int) -> int:
+    """4 S V (1 + 1 / R): float32 logits of the rank's own tokens, and those gathered, before they stand in order."""
+    return 0 if ranks == 1 else 4 * sequences * (config.vocab_size + -(-config.vocab_size // ranks))
+
+
+def product_scratch_bytes(matrices: Iterable[Matrix], tokens: int) -> int:
     """4 splits N rows + 2.125 N columns: the partial sums and arranged activations of a product of 3 to 64 tokens.
 
     N is the next of 8, 16, 32, 64. Planned on every GPU, though only Hopper computes products this way. The output
@@ -143,21 +161,22 @@ def product_scratch_bytes(config: ModelConfig, matrices: Iterable[Matrix], token
     """
     if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         return 0
-    served = (m for m in matrices if m.ggml_type in SERVED and m.rows != config.vocab_size)
+    served = (m for m in matrices if m.ggml_type in SERVED and not m.of_vocabulary)
     return max((scratch_bytes(m.rows, m.columns, tokens, None) for m in served), default=0)
 
 
 def prefill_moments(
-    config: ModelConfig, matrices: Iterable[Matrix], tokens: int, sequences: int, dtype: torch.dtype
+    config: ModelConfig, matrices: Iterable[Matrix], tokens: int, sequences: int, dtype: torch.dtype, ranks: int
 ) -> list[Moment]:
     """The terms of the widest moments of a prefill pass of n tokens, on Triton kernels:
 
     gate and up  carried + n b (E + 3 F) + dequantised rows: gate, up and the result of SwiGLU
     down         carried + n b (E + F) + dequantised rows
+    ranks meet   carried + n b E + the addends of all ranks
 
     With 3 to 64 tokens, ``product_scratch_bytes`` instead of dequantised rows.
     """
-    layer = [matrix for matrix in matrices if matrix.rows != config.vocab_size]
+    layer = [matrix for matrix in matrices if not matrix.of_vocabulary]
     carried, unit = carried_bytes(config, tokens, dtype.itemsize), tokens * dtype.itemsize
     narrow = [matrix for matrix in layer if matrix.columns == config.hidden_size]
     wide = [matrix for matrix in layer if matrix.columns == config.intermediate_size]
@@ -166,18 +185,36 @@ def prefill_moments(
         {
             "prefill activations": carried + unit * (hidden + 3 * width),
             "dequantised rows": dequantised_bytes(narrow, tokens, dtype),
-            "products in parts": product_scratch_bytes(config, narrow, tokens),
+            "products in parts": product_scratch_bytes(narrow, tokens),
         },
         {
             "prefill activations": carried + unit * (hidden + width),
             "dequantised rows": dequantised_bytes(wide, tokens, dtype),
-            "products in parts": product_scratch_bytes(config, wide, tokens),
+            "products in parts": product_scratch_bytes(wide, tokens),
         },
-        {"logits and sampling": logits_bytes(config, max(sequences, min(tokens, LOGITS_ROWS)))},
+        _meeting(config, carried, tokens, dtype.itemsize, ranks),
+        _scoring(config, tokens, sequences, ranks),
     ]
 
 
-def definition_moments(config: ModelConfig, tokens: int, context: int, sequences: int, itemsize: int) -> list[Moment]:
+def _meeting(config: ModelConfig, carried: int, tokens: int, itemsize: int, ranks: int) -> Moment:
+    return {
+        "prefill activations": carried + tokens * itemsize * config.hidden_size,
+        "sums over ranks": rank_sum_bytes(config, tokens, itemsize, ranks),
+    }
+
+
+def _scoring(config: ModelConfig, tokens: int, sequences: int, ranks: int) -> Moment:
+    rows = max(sequences, min(tokens, LOGITS_ROWS))
+    return {
+        "logits and sampling": logits_bytes(config, rows),
+        "logits of all ranks": rank_logits_bytes(config, rows, ranks),
+    }
+
+
+def definition_moments(
+    config: ModelConfig, tokens: int, context: int, sequences: int, itemsize: int, ranks: int
+) -> list[Moment]:
     """The same on the NumPy definitions, which read weights as float32 rows and store attention scores:
 
     attention    carried + 2 n b Hq D + keys and values 2 x 4 T Hkv D + scores 3 x 4 Hq min(n, 256) T
@@ -192,11 +229,12 @@ def definition_moments(config: ModelConfig, tokens: int, context: int, sequences
             "attention scores": 3 * 4 * config.num_heads * min(tokens, ROWS) * context,
         },
         {"prefill activations": carried + unit * (config.hidden_size + 5 * config.intermediate_size)},
-        {"logits and sampling": logits_bytes(config, max(sequences, min(tokens, LOGITS_ROWS)))},
+        _meeting(config, carried, tokens, itemsize, ranks),
+        _scoring(config, tokens, sequences, ranks),
     ]
 
 
-def decode_moment(config: ModelConfig, context: int, sequences: int, dtype: torch.dtype) -> Moment:
+def decode_moment(config: ModelConfig, context: int, sequences: int, dtype: torch.dtype, ranks: int) -> Moment:
     """A decode step of S tokens: activations S b (3 E + 2 (Hq + Hkv) D + 3 F), split-KV partials, logits.
 
     8 S V more are planned for penalties and log probabilities, whether or not a request uses them: int32 counts, and a
@@ -209,4 +247,6 @@ def decode_moment(config: ModelConfig, context: int, sequences: int, dtype: torc
         "split-KV partials": split_kv_bytes(config, context, sequences),
         "logits and sampling": logits_bytes(config, sequences),
         "penalties and log probabilities": 8 * sequences * config.vocab_size,
+        "sums over ranks": rank_sum_bytes(config, sequences, dtype.itemsize, ranks),
+        "logits of all ranks": rank_logits_bytes(config, sequences, ranks),
     }

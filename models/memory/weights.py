@@ -16,24 +16,31 @@ from torch.overrides import TorchFunctionMode
 
 from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.gguf.repack import repack
-from rooflama.loaders.gguf.types import row_nbytes
+from rooflama.loaders.gguf.types import TYPE_SIZES, row_nbytes
 
 from ..config import ModelConfig
 from ..decoder import Adapter, Decoder
-from ..weights import CheckpointReader, TensorSource
+from ..share import ALONE, Cut, Share
+from ..weights import WHOLE, CheckpointReader, TensorSource
 from .allocator import Segments
 
 Backend = Literal["triton", "numpy"]
+OF_VOCABULARY = ("token_embd.weight", "output.weight")
 TypeRule = Callable[[str, tuple[int, ...]], str]  # (tensor name, shape) -> ggml type
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as products read it, after the loader joined tensors. ``ggml_type`` is that of the resident form."""
+    """A matrix as products read it, after the loader joined tensors and cut a rank's share.
+
+    ggml_type: that of the resident form.
+    of_vocabulary: whether its rows are tokens: the embedding or the output.
+    """
 
     ggml_type: str
     rows: int
     columns: int
+    of_vocabulary: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,30 +84,40 @@ class DryRunSource(TensorSource):
     Args:
         reader: the one that ``read_config`` used; the tensors that it read count as read.
         backend: decides the resident form: planes for Triton, float32 rows for NumPy.
+        share: of the rank.
+
+    Attributes:
+        cuts: (columns, those of a quantisation block) of each whole matrix that is cut by columns.
     """
 
-    def __init__(self, reader: CheckpointReader, backend: Backend):
+    def __init__(self, reader: CheckpointReader, backend: Backend, share: Share = ALONE):
         CheckpointReader.__init__(self, reader.checkpoint)
         self._taken |= reader._taken
+        self.ranks, self.share = None, share
+        self.cuts: set[Cut] = set()
         self._progress = lambda num_bytes: None
         self._backend, self.batch_invariant, self.fused = backend, False, True
         self.resident: Counter[str] = Counter()
         self.allocations: list[int] = []
         self.matrices: list[Matrix] = []
 
-    def host_matrix(self, name: str, shape: tuple[int, ...]) -> Weight:
+    def host_matrix(
+        self, name: str, shape: tuple[int, ...], rows: slice | np.ndarray = WHOLE, columns: slice = WHOLE
+    ) -> Weight:
         info = self.checked_info(name, shape)
-        rows, columns = info.rows, shape[-1]
-        repack(np.empty((0, row_nbytes(info.ggml_type, columns)), np.uint8), info.ggml_type, columns)  # its checks
-        planes = (torch.empty(s, dtype=d, device="meta") for s, d in plane_shapes(info.ggml_type, rows, columns))
-        return Weight.make(info.ggml_type, planes, (rows, columns))
+        repack(np.empty((0, row_nbytes(info.ggml_type, shape[-1])), np.uint8), info.ggml_type, shape[-1])  # its checks
+        if columns is not WHOLE:
+            self.cuts.add((shape[-1], TYPE_SIZES[info.ggml_type][0]))
+        taken = (len(range(info.rows)[rows]) if isinstance(rows, slice) else len(rows), len(range(shape[-1])[columns]))
+        planes = (torch.empty(s, dtype=d, device="meta") for s, d in plane_shapes(info.ggml_type, *taken))
+        return Weight.make(info.ggml_type, planes, taken)
 
     def _upload(self, weight: Weight, label: str) -> Weight:
         stored_type = weight.ggml_type
         if self._backend == "numpy" and stored_type != "F32":
             rows = torch.empty(weight.shape, dtype=torch.float32, device="meta")
             weight = Weight.make("F32", (rows,), weight.shape)
-        self.matrices.append(Matrix(weight.ggml_type, *weight.shape))
+        self.matrices.append(Matrix(weight.ggml_type, *weight.shape, label in OF_VOCABULARY))
         self.resident[stored_type] += weight.nbytes
         self.allocations += [plane.nbytes for plane in weight.planes]
         return weight
@@ -130,39 +147,58 @@ def shapes_only() -> Iterator[None]:
 
 
 def checkpoint_weights(
-    reader: CheckpointReader, config: ModelConfig, adapter: Adapter, backend: Backend
+    reader: CheckpointReader, config: ModelConfig, adapter: Adapter, backend: Backend, share: Share = ALONE
 ) -> WeightBytes:
-    """The weights of a file, as ``Decoder.load`` would hold them.
+    """The weights of a file, or the ``share`` of one rank, as ``Decoder.load`` would hold them.
 
     Raises:
-        ConfigError: a tensor is missing, misshapen or unused.
+        ConfigError: a tensor is missing, misshapen or unused, or so many ranks cannot share the model.
         KernelInputError: a tensor's type cannot be run.
     """
     source = DryRunSource(reader, backend)
     with shapes_only():
         Decoder.load(source, config, adapter)
+        if share != ALONE:
+            share.check(config, source.cuts)
+            source = DryRunSource(reader, backend, share)
+            Decoder.load(source, config, adapter)
     stored: Counter[str] = Counter()
     for info in reader.checkpoint.tensors.values():
         stored[info.ggml_type] += info.nbytes
     return WeightBytes(dict(stored), dict(source.resident), tuple(source.allocations), tuple(source.matrices))
 
 
-def config_weights(config: ModelConfig, type_of: TypeRule, backend: Backend) -> WeightBytes:
-    """The weights that a config implies, with no matrices joined. Vectors are F32, as converters store them."""
+def config_weights(config: ModelConfig, type_of: TypeRule, backend: Backend, share: Share = ALONE) -> WeightBytes:
+    """The weights that a config implies, or the ``share`` of one rank, with no matrices joined.
+
+    Vectors are F32, as converters store them. ``stored`` counts the bytes of the share.
+
+    Raises:
+        ConfigError: so many ranks cannot share the model.
+    """
+    cuts = {
+        (shape[1], TYPE_SIZES[type_of(name, shape)][0])
+        for name, shape in config_tensors(config)
+        if name.endswith(("attn_output.weight", "ffn_down.weight"))
+    }
+    share.check(config, cuts)
+    vocabulary = share.part(config.vocab_size)
     stored: Counter[str] = Counter()
     resident: Counter[str] = Counter()
     allocations: list[int] = []
     matrices: list[Matrix] = []
-    for name, shape in config_tensors(config):
+    for name, shape in config_tensors(share.of(config)):
         ggml_type = type_of(name, shape) if len(shape) == 2 else "F32"
         rows, columns = shape if len(shape) == 2 else (1, *shape)
+        if name in OF_VOCABULARY:
+            rows = vocabulary.stop - vocabulary.start
         stored[ggml_type] += rows * row_nbytes(ggml_type, columns)
         resident_type = "F32" if backend == "numpy" else ggml_type
         sizes = [rows * c * dtype.itemsize for (rows, c), dtype in plane_shapes(resident_type, rows, columns)]
         resident[ggml_type] += sum(sizes)
         allocations += sizes
         if len(shape) == 2:
-            matrices.append(Matrix(resident_type, rows, columns))
+            matrices.append(Matrix(resident_type, rows, columns, name in OF_VOCABULARY))
     return WeightBytes(dict(stored), dict(resident), tuple(allocations), tuple(matrices))
 
 

@@ -210,7 +210,7 @@ def test_scores_of_the_numpy_definition(small):
     reference.attention_prefill(q, pages, pages, table, lengths, starts, softmax_scale=0.1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    moment = terms.definition_moments(config, 300, context, 1, 4)[0]
+    moment = terms.definition_moments(config, 300, context, 1, 4, 1)[0]
     planned = moment["attention scores"] + moment["gathered keys and values"]
     assert 0.7 * planned <= peak <= 1.1 * planned
 
