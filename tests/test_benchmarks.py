@@ -54,7 +54,10 @@ def test_each_file_of_the_registry_is_a_kernels(measured):
     assert set(measured) == set(CARDS)
 
 
-@pytest.mark.parametrize("kernel", sorted(TABLE.keys() - {"quantized_matmul"}))  # regimes are cases, not candidates
+REGIMES = {"all_reduce", "quantized_matmul"}  # rows that choose a way are measured as cases, not as candidates
+
+
+@pytest.mark.parametrize("kernel", sorted(TABLE.keys() - REGIMES))
 def test_the_tuner_tries_what_the_table_holds(cases, kernel):
     """Every kernel of the table has candidates with the keys of its rows, and a problem that states its facts."""
     tune = importlib.import_module("tune")
