@@ -98,7 +98,7 @@ class Ranks:
 
         The block itself must not wait for other ranks. An error that leaves it has ``known_to_all`` set.
         """
-        failure: BaseException | None = None
+        failure: Exception | None = None
         try:
             yield
         except Exception as error:

@@ -74,7 +74,7 @@ class Projection:
         norm: dict[str, Any] = {"norm_weight": norm_weight, "eps": eps, "batch_invariant": self.batch_invariant}
         norm["resident"] = True  # uploaded long before any step
         if self.summed_over is not None:
-            return self._sum_over_ranks(x, residual, norm)
+            return self._sum_over(self.summed_over, x, residual, norm)
         if self.fused and len(self.parts) == 1 and gate in (None, "silu"):
             gated = gate is not None
             return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=gated, **norm)
@@ -84,13 +84,13 @@ class Projection:
             y = GATED[gate](*y.chunk(2, dim=-1))
         return y if residual is None else y + residual
 
-    def _sum_over_ranks(self, x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> Tensor:
+    def _sum_over(self, ranks: Ranks, x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> Tensor:
         """x [num_tokens, columns of this rank] -> [num_tokens, rows], the same on every rank."""
         (weight,) = self.parts
         addend = quantized_matmul(x, weight, **options)
         if self.fused or residual is None:
-            return self.summed_over.total(addend, self.bias, residual)
-        return self.summed_over.total(addend, self.bias) + residual
+            return ranks.total(addend, self.bias, residual)
+        return ranks.total(addend, self.bias) + residual
 
 
 def unpair_rows(num_heads: int, head_dim: int, rotary_dim: int) -> np.ndarray:
