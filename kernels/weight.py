@@ -17,7 +17,7 @@ from .reference.quant_layouts import LAYOUTS, QuantLayout
 
 __all__ = ["LAYOUTS", "QuantLayout", "Weight", "check_weight", "resident_form"]
 
-MOST_COLUMNS = 2**28 - 1  # kernels count the bits of a row, up to 8 per column, in int32
+MOST_CODES = 2**28 - 1  # in a row: kernels count its bits, up to 8 per code, in int32
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int32", "int8", "uint8")}
 
 
@@ -115,10 +115,10 @@ def check_weight(name: str, weight: Weight) -> None:
             rule=f"a type is one of {', '.join(LAYOUTS)}",
             remedy="Dequantise it first",
         )
-    if columns > MOST_COLUMNS:
+    if columns > MOST_CODES and not layout.is_float:
         raise KernelInputError(
             f"{name} has {columns} columns",
-            rule=f"a row has at most {MOST_COLUMNS} columns",
+            rule=f"a row of {ggml_type} has at most {MOST_CODES} columns",
             remedy="Split the matrix by columns",
         )
     if columns % layout.quant_block:

@@ -79,7 +79,7 @@ def test_a_weight_that_does_not_fit_its_type_is_refused():
         quantized_matmul(x, weight._replace(ggml_type="IQ1_S"))
     with pytest.raises(KernelInputError, match=r"has contiguous planes on one device, low \[4, 8\]"):
         quantized_matmul(x, weight._replace(shape=(4, 64)))
-    with pytest.raises(KernelInputError, match="268435456 columns: a row has at most 268435455 columns"):
+    with pytest.raises(KernelInputError, match="268435456 columns: a row of Q4_1 has at most 268435455 columns"):
         quantized_matmul(x, weight._replace(shape=(3, 2**28)))
 
 
