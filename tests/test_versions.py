@@ -1,4 +1,4 @@
-"""Every bound of pyproject.toml is a version that something runs: `make test-versions`, or `make lint`."""
+"""Every bound of pyproject.toml is a version that something runs: `make test-versions`, or the target of a tool."""
 
 import re
 import tomllib
@@ -16,7 +16,8 @@ def pinned(file: str) -> dict[str, str]:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-LINTERS = EXTRAS.pop("lint")
+TOOLS = [requirement for extra in ("lint", "docs", "notebooks") for requirement in EXTRAS.pop(extra)]
+TOOLS = [requirement for requirement in TOOLS if not requirement.startswith("rooflama[")]
 REQUIREMENTS = [
     *PROJECT["build-system"]["requires"],
     *PROJECT["project"]["dependencies"],
@@ -25,7 +26,7 @@ REQUIREMENTS = [
 
 
 @pytest.mark.parametrize(
-    ("requirements", "file"), [(REQUIREMENTS, "constraints-oldest.txt"), (LINTERS, "constraints.txt")]
+    ("requirements", "file"), [(REQUIREMENTS, "constraints-oldest.txt"), (TOOLS, "constraints.txt")]
 )
 def test_a_bound_is_a_version_that_is_run(requirements, file):
     """jupyterlab, which only opens the notebooks, has no bound."""
@@ -39,6 +40,4 @@ def test_a_bound_is_a_version_that_is_run(requirements, file):
 
 
 def test_the_oldest_versions_are_bounds():
-    assert pinned("constraints-oldest.txt").keys() == {
-        re.split(">=", requirement)[0] for requirement in REQUIREMENTS
-    } - {"jupyterlab"}
+    assert pinned("constraints-oldest.txt").keys() == {re.split(">=", requirement)[0] for requirement in REQUIREMENTS}
