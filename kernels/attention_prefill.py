@@ -21,7 +21,7 @@ key: compute-bound beyond a few hundred keys.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +53,14 @@ from .launch import configuration
 from .paged_common import heads_of, read_by_definition
 
 
+class Sequences(NamedTuple):
+    """Where each sequence's queries and keys lie, and how many keys it has. All int32."""
+
+    query_start_loc: Tensor  # [num_seqs + 1]
+    block_table: Tensor  # [num_seqs, max_pages_per_seq]
+    seq_lens: Tensor  # [num_seqs]
+
+
 @triton.jit
 def _first_block(query_start_loc_ptr, sequence, group, BLOCK_M: tl.constexpr):
     """The block at which a sequence's rows start.
@@ -76,16 +84,13 @@ def _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M: tl.cons
     return low
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_blocks", "block_table_stride"]
-)  # one code for every batch
+# One code for every batch. Numbers in a NamedTuple are specialised whatever is said here, so these are not in one.
+@triton.jit(do_not_specialize=["block_table_stride", "num_tokens", "num_seqs", "num_blocks"])
 def _attention_prefill_kernel(
     q,  # Heads
     kv,  # PagedKV
-    block_table_ptr,  # [num_seqs, max_pages_per_seq]
+    sequences,  # Sequences
     block_table_stride,
-    seq_lens_ptr,  # [num_seqs]
-    query_start_loc_ptr,  # [num_seqs + 1]
     result,  # Attended
     num_tokens,
     num_seqs,
@@ -99,15 +104,15 @@ def _attention_prefill_kernel(
 ):
     kv_head = (tl.program_id(0) % kv.num_kv_heads).to(tl.int64)
     block = num_blocks - 1 - tl.program_id(0) // kv.num_kv_heads
-    sequence = _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M)
-    query_start = tl.load(query_start_loc_ptr + sequence)
+    sequence = _find_sequence(sequences.query_start_loc, block, num_seqs, group, BLOCK_M)
+    query_start = tl.load(sequences.query_start_loc + sequence)
     query_end = num_tokens
     seq_len = 0
     if sequence < num_seqs:
-        query_end = tl.load(query_start_loc_ptr + sequence + 1)
-        seq_len = tl.load(seq_lens_ptr + sequence)
+        query_end = tl.load(sequences.query_start_loc + sequence + 1)
+        seq_len = tl.load(sequences.seq_lens + sequence)
     num_rows = (query_end - query_start) * group
-    first_row = (block - _first_block(query_start_loc_ptr, sequence, group, BLOCK_M)) * BLOCK_M
+    first_row = (block - _first_block(sequences.query_start_loc, sequence, group, BLOCK_M)) * BLOCK_M
     if first_row >= num_rows:
         return
 
@@ -125,7 +130,7 @@ def _attention_prefill_kernel(
     q_tile = load_columns(q.ptr, q_rows, mask_rows, dtype, HEAD_DIM, True)
     state = no_keys(BLOCK_M, block_dim(HEAD_DIM))
 
-    block_table_ptr += sequence.to(tl.int64) * block_table_stride
+    block_table_ptr = sequences.block_table + sequence.to(tl.int64) * block_table_stride
     first_key = 0
     end_key = tl.maximum(farthest + 1, 0)
     start = 0
@@ -242,10 +247,8 @@ def attention_prefill(
         (num_blocks * num_kv_heads,),
         heads_of(q),
         attention_kv(k_pages, v_pages, k_scale, v_scale),
-        block_table,
+        Sequences(query_start_loc, block_table, seq_lens),
         block_table.stride(0),
-        seq_lens,
-        query_start_loc,
         Attended(*out),
         num_tokens,
         num_seqs,

@@ -1,5 +1,8 @@
 """What holds for every launcher: which device it runs on, what it refuses, and that tracing it is no snapshot."""
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,8 @@ from rooflama.kernels import (
 from strategies import DEVICE
 
 X, WEIGHT = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE), torch.ones(32, device=DEVICE)
+
+MOST_PARAMETERS = 15  # what belongs together is one NamedTuple
 
 
 def norm(x):
@@ -108,3 +113,14 @@ def test_kernels_run_where_their_tensors_are():
             assert out.device == x.device
             assert_bit_equal(out.to(X.device), norm(X))
             assert_bit_equal(compiled(x), out)
+
+
+def test_jit_functions_take_few_parameters():
+    functions = [
+        (node.name, len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs))
+        for path in (Path(__file__).parents[2] / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(one) for one in node.decorator_list)
+    ]
+    assert len(functions) > 50
+    assert not [(name, count) for name, count in functions if count > MOST_PARAMETERS]
