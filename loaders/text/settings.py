@@ -53,7 +53,7 @@ class TokenizerSettings:
         further: the texts of further special tokens.
         added: id -> token.
         add_bos, add_eos: None if tokenizer_config.json does not say.
-        bos_id: as in config.json.
+        bos_id: as in config.json, the first if it is a list.
         eos_ids: every id that ends generation.
         chat_templates: name -> Jinja source; a template without a name is "default".
         arch: GGUF's name of the model's architecture; "" if unknown.
@@ -109,20 +109,22 @@ class TokenizerSettings:
             HuggingFaceError: a file cannot be read, or does not hold one JSON object.
             TokenizerError: a value has a wrong type, or two files contradict each other.
         """
-        path = folder / "tokenizer_config.json"
+        path, config, generation = (
+            folder / name for name in ("tokenizer_config.json", "config.json", "generation_config.json")
+        )
         own, older = read_json_if_there(path), read_json_if_there(folder / "special_tokens_map.json")
-        model, generation = read_json_if_there(folder / "config.json"), folder / "generation_config.json"
-        ends = read_json_if_there(generation).get("eos_token_id")
-        named = _named(own, older, folder)
+        model = read_json_if_there(config)
+        named, further = _named(own, older, folder), _further(own, older, path)
         family = FAMILIES.get(str(model.get("model_type")))
+        ends = _ids(read_json_if_there(generation).get("eos_token_id"), generation, "eos_token_id")
         return cls(
             named=named,
-            further=_further(own, older, path),
-            added=_added(own, {*named.values(), *_further(own, older, path)}, folder),
+            further=further,
+            added=_added(own, {*named.values(), *further}, folder),
             add_bos=_flag(own, "add_bos_token", path),
             add_eos=_flag(own, "add_eos_token", path),
-            bos_id=_bos_id(model, folder / "config.json"),
-            eos_ids=_eos_ids(ends, generation) or _eos_ids(model.get("eos_token_id"), folder / "config.json"),
+            bos_id=next(iter(_ids(model.get("bos_token_id"), config, "bos_token_id")), None),
+            eos_ids=frozenset(ends or _ids(model.get("eos_token_id"), config, "eos_token_id")),
             chat_templates=_chat_templates(own, folder),
             arch=family.architecture if family else "",
         )
@@ -211,32 +213,14 @@ def _flag(own: Mapping[str, Any], key: str, path: Path) -> bool | None:
     return value
 
 
-def _bos_id(model: Mapping[str, Any], path: Path) -> int | None:
-    """BOS in config.json, the first if it is a list; a negative number means none."""
-    value = model.get("bos_token_id")
-    if type(value) is int and value < 0:
-        warnings.warn(f"{path}: bos_token_id = {value} is not an id and is not used", stacklevel=5)
-        return None
-    ids = _ids(value, path, "bos_token_id")
-    return ids[0] if ids else None
-
-
-def _eos_ids(value: Any, path: Path) -> frozenset[int]:
+def _ids(value: Any, path: Path, key: str) -> list[int]:
     """The ids of a value that is one id or a list of ids. Warns about negative numbers and null, which are not used."""
     entries = [] if value is None else value if isinstance(value, list) else [value]
     if not all(entry is None or type(entry) is int for entry in entries):
-        refuse(path, f"eos_token_id = {value!r}", "it is an id, or a list of ids")
-    ids = frozenset(entry for entry in entries if entry is not None and entry >= 0)
-    if none := [entry for entry in entries if entry not in ids]:
-        warnings.warn(f"{path}: {none[0]} in eos_token_id = {value} is not an id and is not used", stacklevel=5)
-    return ids
-
-
-def _ids(value: Any, path: Path, key: str) -> list[int]:
-    """The ids of a value that is one id, a list of ids, or null."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(type(index) is int and index >= 0 for index in ids):
         refuse(path, f"{key} = {value!r}", "it is an id, or a list of ids")
+    ids = [entry for entry in entries if entry is not None and entry >= 0]
+    if none := [entry for entry in entries if entry not in ids]:
+        warnings.warn(f"{path}: {none[0]} in {key} = {value} is not an id and is not used", stacklevel=5)
     return ids
 
 
