@@ -35,6 +35,7 @@ from .backend import INTERPRETED, as_array, as_tensor, forced_backend, runs_nump
 from .bound import BoundLaunches, Launch, launch, scratch, signature_of, tensors_in
 from .checks import check
 from .errors import KernelInputError
+from .facts import Facts
 
 __all__ = ["KERNELS", "Kernel", "Launch", "kernel", "launch", "like", "nothing", "run_definition", "scratch", "swap"]
 
@@ -47,7 +48,7 @@ KERNELS: dict[str, Kernel] = {}  # every kernel by its name
 _swapped: ContextVar[Mapping[str, Callable[..., Any]]] = ContextVar("rooflama_swapped", default=MappingProxyType({}))
 
 
-class Kernel(Generic[P, Out]):
+class Kernel(Facts, Generic[P, Out]):
     """A function on tensors: checks, allocation, definition and launches of one kernel. Call it as the function."""
 
     def __init__(
@@ -89,6 +90,16 @@ class Kernel(Generic[P, Out]):
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}{self.__signature__}>"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The facts, as (label, value); ``rooflama kernel NAME`` has more."""
+        written = [("writes", ", ".join(self.mutates))] if self.mutates else []
+        return [
+            ("kernel", f"{self.name}{self.__signature__}"),
+            *written,
+            ("what it does", inspect.getdoc(self) or ""),
+            ("definition", inspect.getsource(self.definition).rstrip()),
+        ]
 
     def __reduce__(self) -> str:
         """Copied and pickled by name, as a function is."""

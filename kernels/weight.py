@@ -13,6 +13,7 @@ from .backend import as_array, backend_for
 from .bound import Bindable
 from .checks import check
 from .errors import KernelInputError
+from .facts import Facts
 from .reference.quant_layouts import LAYOUTS, QuantLayout
 
 __all__ = ["LAYOUTS", "QuantLayout", "Weight", "check_weight", "resident_form"]
@@ -27,7 +28,7 @@ class _Fields(NamedTuple):
     shape: tuple[int, int]
 
 
-class Weight(_Fields, Bindable):
+class Weight(_Fields, Bindable, Facts):
     """A matrix [rows, columns] as planes. Make one with ``Weight.make``, which checks them.
 
     ggml_type: "Q4_1", "F16", ...: a key of ``LAYOUTS``.
@@ -59,6 +60,19 @@ class Weight(_Fields, Bindable):
     @property
     def nbytes(self) -> int:
         return sum(plane.numel() * plane.element_size() for plane in self.planes)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The facts, as (label, value)."""
+        rows, columns = self.shape
+        planes = zip(self.layout.planes, self.planes, strict=True)
+        return [
+            ("weight", f"{self.ggml_type} [{rows}, {columns}] on {self.device}"),
+            ("bytes", f"{self.nbytes:,}, {8 * self.nbytes / max(1, rows * columns):.3g} bits per weight"),
+            *(
+                (f"plane {p.name}", f"{list(held.shape)} {str(held.dtype).removeprefix('torch.')}")
+                for p, held in planes
+            ),
+        ]
 
     def to(self, device: torch.device | str) -> Weight:
         return self._replace(planes=tuple(plane.to(device) for plane in self.planes))

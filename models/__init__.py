@@ -8,6 +8,7 @@ from .kv_cache import OutOfPages, PagedKVCache, PagePool
 from .memory.budget import Target
 from .memory.plan import MemoryPlan
 from .memory.weights import checkpoint_weights, config_weights
+from .page_table import PageTable
 from .rope.spec import RopeSpec, rope_tables
 from .serving.engine import TokenEngine
 from .serving.runner import DecodeSlots, ModelRunner
@@ -30,6 +31,7 @@ __all__ = [
     "NaNLogits",
     "OutOfPages",
     "PagePool",
+    "PageTable",
     "PagedKVCache",
     "Request",
     "RopeSpec",

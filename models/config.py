@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
+from rooflama.kernels.facts import Facts
+
 from .errors import ConfigError
+from .memory.amounts import size
 from .rope.spec import RopeSpec
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Facts):
     """The numbers of a decoder-only transformer with grouped-query attention.
 
     Attributes:
@@ -147,3 +151,58 @@ class ModelConfig:
     def kv_bytes_per_token(self, itemsize: float) -> float:
         """Bytes of one token's keys and values in all layers: 2 L Hkv D itemsize."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The facts, as (label, value)."""
+        kinds = sorted(Counter(self.sliding_windows).items())
+        windows = ", ".join(f"{window or 'none'} on {count} layers" for window, count in kinds)
+        present = {"q, k, v": self.qkv_bias, "attention output": self.output_bias, "feed-forward": self.ffn_bias}
+        biases = [name for name, there in present.items() if there]
+        family = f"architecture {self.architecture}" + (f", {self.release}" if self.release else "")
+        token_bytes = self.kv_bytes_per_token(2)
+        return [
+            ("model", f"{self.name} ({family})"),
+            ("layers", f"{self.num_layers}, hidden {self.hidden_size}, feed-forward {self.intermediate_size}"),
+            ("attention", f"{self.attention_kind}: {self.num_heads} query heads on {self.num_kv_heads} key/value heads "
+                          f"(group {self.group_size}), head_dim {self.head_dim}"),
+            ("QK norm", "yes" if self.qk_norm else "no"),
+            *_beyond_llama(self),
+            ("RoPE", _rope(self)),
+            ("sliding window", windows if any(self.sliding_windows) else "none"),
+            ("biases", ", ".join(biases) or "none"),
+            ("context", f"{self.context_length:,} tokens"),
+            ("K/V cache", f"{token_bytes:,.0f} bytes per token in 16 bits, "
+                          f"{size(int(token_bytes * self.context_length))} at full context"),
+            ("vocabulary", f"{self.vocab_size:,} tokens"),
+            ("output", "tied to the token embedding" if self.tied_embeddings else "its own matrix"),
+            ("norm eps", f"{self.rms_norm_eps:.3g}"),
+        ]  # fmt: skip
+
+
+def _rope(config: ModelConfig) -> str:
+    """The rotation, and the layers that have another one or none."""
+    local = [] if config.local_rope is None else [f"with a sliding window {config.local_rope.describe()}"]
+    none = [f"none on {len(config.unrotated_layers)} of {config.num_layers} layers"] if config.unrotated_layers else []
+    pairs = ["pairs (2j, 2j+1)"] if config.rope_interleaved else []
+    return "; ".join([config.rope.describe(), *pairs, *local, *none])
+
+
+def _beyond_llama(config: ModelConfig) -> list[tuple[str, str]]:
+    """Facts of families with more parts than Llama; none for Llama."""
+    factors = {
+        "embedding": config.embedding_scale,
+        "residual": config.residual_scale,
+        "logits": config.logit_scale,
+        "q·k": config.softmax_scale * config.head_dim**0.5,
+    }
+    factors = {name: value for name, value in factors.items() if abs(value - 1) > 1e-6}
+    if "q·k" in factors:
+        factors["q·k"] = config.softmax_scale
+    caps = {"attention": config.attention_softcap, "logits": config.logit_softcap}
+    rows = [
+        ("factors", ", ".join(f"{name} {value:.4g}" for name, value in factors.items())),
+        ("soft caps", ", ".join(f"{name} {value:g}" for name, value in caps.items() if value)),
+        ("activation", "" if config.activation == "silu" else config.activation),
+        ("post norms", "yes" if config.post_norms else ""),
+    ]
+    return [(label, value) for label, value in rows if value]

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from rooflama.kernels import INTERPRETED
-from rooflama.models.facts import fact_table
+from rooflama.kernels.facts import fact_table
 
 PACKAGES = (
     "rooflama",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import exp
+from typing import Any
 
+from rooflama.kernels.facts import PALETTE, Html, element, tint
 from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import Sequence, Timings, TokenEngine, TokenLogprob
 
@@ -21,7 +24,8 @@ class Generation:
         finish_reason: ``stop`` (an end token or a stop string) or ``length`` (max_new_tokens, or a full context).
         timings: prompt tokens, seconds and steps.
         seed: reproduces this text in a call of its own.
-        logprobs: one entry per token id; None if the request asks for none.
+        logprobs: one entry per token id; None if the request asks for none. Displays colour each token by them.
+        tokenizer: the model's, for displays of single tokens.
     """
 
     text: str
@@ -30,16 +34,44 @@ class Generation:
     timings: Timings
     seed: int
     logprobs: list[TokenLogprob] | None = None
+    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
 
-    def _repr_html_(self) -> str:
-        from html import escape
-
+    @property
+    def note(self) -> str:
+        """What it took, in words."""
         t = self.timings
-        note = (
+        return (
             f"{t.prompt_tokens} prompt tokens in {t.prefill_s:.2f} s, {len(self.token_ids)} new at "
             f"{t.decode_tokens_per_s:.1f} tokens/s, ended by {self.finish_reason}"
         )
-        return f"<pre style='white-space:pre-wrap'>{escape(self.text)}</pre><small>{escape(note)}</small>"
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        if self.logprobs is None or self.tokenizer is None:
+            yield Text(self.text)
+        else:
+            styles = ("bold red", "red", "yellow", "")  # the likelier, the plainer
+            drawn = ((self._text_of(one.token_id), styles[int(3.99 * exp(one.logprob))]) for one in self.logprobs)
+            yield Text.assemble(*drawn)
+        yield Text(self.note, style="dim")
+
+    def _repr_html_(self) -> str:
+        if self.logprobs is None or self.tokenizer is None:
+            shown = [Html(element("span", self.text))]
+        else:
+            shown = [self._coloured(one) for one in self.logprobs]
+        return element("div", *shown, style="white-space:pre-wrap;font-family:monospace") + element("small", self.note)
+
+    def _coloured(self, one: TokenLogprob) -> Html:
+        """A token, the darker the likelier, with its alternatives as the text of the pointer."""
+        lines = [f"{exp(score):6.1%}  {self._text_of(token)!r}" for token, score in one.top]
+        title = "\n".join([f"{exp(one.logprob):.1%} {self._text_of(one.token_id)!r}", *lines])
+        return element("span", self._text_of(one.token_id), style=tint(PALETTE[0], exp(one.logprob)), title=title)
+
+    def _text_of(self, token_id: int) -> str:
+        assert self.tokenizer is not None
+        return self.tokenizer.piece(token_id).data.decode("utf-8", "replace")
 
 
 def generation(sequence: Sequence, text: TextStream) -> Generation:
@@ -51,6 +83,7 @@ def generation(sequence: Sequence, text: TextStream) -> Generation:
         sequence.timings,
         sequence.request.params.seed,
         sequence.reported_logprobs,
+        text.tokenizer,
     )
 
 
@@ -136,7 +169,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: list[str], *, after: int | None = None):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._decode = tokenizer.stream(skip_special=True, after=after)
         self._stops = stops
         self._held = ""
@@ -158,11 +191,11 @@ class TextStream:
         """The text that this token completes; empty once finished."""
         if self.finished:
             return ""
-        piece = self._tokenizer.piece(token)
+        piece = self.tokenizer.piece(token)
         shown = self._decode.feed(token)  # nothing for a special token
         self._hold(piece.data.decode("utf-8", "replace") if piece.special else shown, is_shown=not piece.special)
         text = self._release()
-        self.finished |= token in self._tokenizer.eos_ids
+        self.finished |= token in self.tokenizer.eos_ids
         return text
 
     def flush(self) -> str:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rooflama.kernels.facts import Facts
 from rooflama.models import ArgumentError, ModelConfig
 from rooflama.models.decoder import LOGITS_ROWS
 
@@ -33,7 +34,7 @@ OBSERVED = ("hidden", "q", "k", "v")
 COMPUTED = ("scores", "attention")
 
 
-class Trace(Mapping[str, Tensor]):
+class Trace(Facts, Mapping[str, Tensor]):
     """What ``trace`` was asked for, by name, as tensors on the CPU. ``token_ids`` are the prompt's."""
 
     def __init__(self, token_ids: list[int], tensors: dict[str, Tensor]):
@@ -48,9 +49,23 @@ class Trace(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def rows(self) -> list[tuple[str, str]]:
+        """The facts, as (label, value)."""
+        return [("trace", f"{len(self.token_ids)} tokens"), *((name, _words(t)) for name, t in self.items())]
+
     def __repr__(self) -> str:
         tensors = (f"{name}: {list(tensor.shape)}" for name, tensor in self._tensors.items())
         return f"Trace({len(self.token_ids)} tokens, {', '.join(tensors)})"
+
+
+def _words(tensor: Tensor) -> str:
+    shape = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    finite = tensor[tensor.isfinite()].float()
+    if not len(finite):
+        return f"{shape}, nothing finite"
+    return (
+        f"{shape}, from {finite.min():.3g} to {finite.max():.3g}, root mean square {finite.square().mean().sqrt():.3g}"
+    )
 
 
 def trace(model: Model, prompt: arguments.Prompt, what: Iterable[str] = ("hidden", "logits")) -> Trace:

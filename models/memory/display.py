@@ -9,7 +9,8 @@ from math import ceil, floor
 from rich.table import Table
 from rich.text import Text
 
-from ..facts import fact_html, fact_table
+from rooflama.kernels.facts import fact_html, fact_table
+
 from .amounts import count, size
 from .budget import Budget
 from .remedies import remedies
