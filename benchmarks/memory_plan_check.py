@@ -48,6 +48,8 @@ from rooflama.models import (
     adapter_for,
 )
 from rooflama.models.memory.weights import DryRunSource, config_tensors
+from rooflama.models.parallel import Ranks
+from rooflama.models.share import ALONE
 from rooflama.planning import plan_for_device
 
 ALLOWED = 0.02
@@ -72,7 +74,7 @@ def _config(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=vocab,
-        context_length=CONTEXTS[name][-1],
+        context_length=CONTEXTS.get(name, (8192,))[-1],
         rms_norm_eps=1e-5,
         softmax_scale=head_dim**-0.5,
         rope=RopeSpec(head_dim=head_dim, rotary_dim=head_dim, base=base),
@@ -84,6 +86,8 @@ def _config(
 def config_of(name: str) -> ModelConfig:
     if name == "SmolLM2-135M":
         return _config(name, 30, 576, 9, 3, 1536, 49152, True, 1e5)
+    if name == "Llama-3-70B":
+        return _config(name, 80, 8192, 64, 8, 28672, 128256, False, 5e5)
     return _config(name, 32, 4096, 32, 8, 14336, 128256, False, 5e5)
 
 
@@ -113,9 +117,9 @@ class ShapesOnly:
 class RandomSource(DryRunSource):
     """Uploads small random numbers and random codes, in the order in which loading uploads."""
 
-    def __init__(self, reader: CheckpointReader, device: Device):
-        super().__init__(reader, "triton")
-        self.device = device
+    def __init__(self, reader: CheckpointReader, device: Device, ranks: Ranks | None = None):
+        super().__init__(reader, "triton", ALONE if ranks is None else ranks.share)
+        self.device, self.ranks = device, ranks
         largest = max(info.nbytes for info in reader.checkpoint.tensors.values())
         self._codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 2 * largest, np.uint8))
 
@@ -152,9 +156,9 @@ def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: 
     return plan
 
 
-def first_gpu() -> str:
-    """The driver's name for torch's first GPU. nvidia-smi also counts GPUs that CUDA_VISIBLE_DEVICES hides."""
-    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+def gpu_id(index: int = 0) -> str:
+    """The driver's name for one of torch's GPUs. nvidia-smi also counts GPUs that CUDA_VISIBLE_DEVICES hides."""
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
 
 def driver_used(gpu: str) -> int:
@@ -218,7 +222,7 @@ def main() -> None:
     from timing import provenance
 
     arguments.out.parent.mkdir(exist_ok=True)
-    all_within, gpu = True, first_gpu()
+    all_within, gpu = True, gpu_id()
     cases = [(name, context, kv) for name, contexts in CONTEXTS.items() for context in contexts for kv in KV_DTYPES]
     with arguments.out.open("w", newline="") as file:
         writer = None

@@ -96,22 +96,25 @@ def ready(case: Case) -> Iterator[tuple[DecodeSlots, int]]:
     """A batch whose step has been captured, and the bytes that a step must read in the middle of STEPS steps."""
     length = max(1, case.context)
     with random_runner(case, STEPS + WARM_UP + 64) as (runner, weights, config):
-        ids = []
-        for _ in range(case.sequences):
-            ids.append(runner.cache.add())
-            runner.cache.reserve(ids[-1], config.context_length)
-            for start in range(0, length, runner.cache.max_append):
-                runner.cache.append(ids[-1], min(runner.cache.max_append, length - start))
-        count = len(ids)
-        slots = DecodeSlots(runner, count, swaps={})
-        for cache_id in ids:
-            sequence = Sequence(Request([0], None, SamplingParams()), cache_id=cache_id, num_cached=length)
-            slots.join(sequence, limit=config.context_length)
-        for _ in range(WARM_UP):
-            slots.step()
-        torch.cuda.synchronize()
-        cached = count * (length + WARM_UP + STEPS // 2) * config.kv_bytes_per_token(2)
+        slots = captured(runner, case.sequences, length)
+        cached = case.sequences * (length + WARM_UP + STEPS // 2) * config.kv_bytes_per_token(2)
         yield slots, weights + int(cached)
+
+
+def captured(runner: ModelRunner, sequences: int, length: int) -> DecodeSlots:
+    """Sequences of ``length`` tokens in the cache, after the steps that compile and capture."""
+    slots = DecodeSlots(runner, sequences, swaps={})
+    for _ in range(sequences):
+        cache_id = runner.cache.add()
+        runner.cache.reserve(cache_id, runner.max_context)
+        for start in range(0, length, runner.cache.max_append):
+            runner.cache.append(cache_id, min(runner.cache.max_append, length - start))
+        sequence = Sequence(Request([0], None, SamplingParams()), cache_id=cache_id, num_cached=length)
+        slots.join(sequence, limit=runner.max_context)
+    for _ in range(WARM_UP):
+        slots.step()
+    torch.cuda.synchronize()
+    return slots
 
 
 def run_case(case: Case) -> dict[str, float]:

@@ -35,7 +35,7 @@ from .kernel import Launch, kernel, launch
 from .launch import configuration, overlaps
 
 BLOCK = 1024  # elements of a program; every rank must use the same
-MOST_TRIES = 2**26  # looks at a flag, about a minute; then the result is NaN, since the peer must have ended
+MOST_TRIES = 2**27  # looks at a flag, about a minute; then the result is NaN, since the peer must have ended
 
 
 @triton.jit

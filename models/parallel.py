@@ -14,21 +14,26 @@ the others learn of it at once.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _symmetric_memory
 
-from rooflama.kernels import RooflamaError, sum_parts
-from rooflama.kernels.all_reduce import most_bytes
+from rooflama.kernels import RooflamaError, one_shot_sum, sum_parts
+from rooflama.kernels.all_reduce import BLOCK, Peers, most_bytes
 
 from .errors import ArgumentError
 from .share import Share
+
+if TYPE_CHECKING:
+    from rooflama.loaders.device import Device
 
 WAIT_FOR_PEOPLE = timedelta(days=30)  # ranks may wait for a person to type; a rank that ended is noticed otherwise
 
@@ -48,6 +53,48 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup, *, batch_invariant: bool = False):
         self.group, self.batch_invariant = group, batch_invariant
         self.share = Share(group.rank(), group.size())
+        self._peers: Peers | None = None
+        self._mapping: Any = None  # torch's handle, without which the peers' memory is unmapped
+
+    def connect(self, device: Device, dtype: torch.dtype) -> None:
+        """Let sums of few tokens in ``dtype`` go through memory that all ranks map. Every rank must call it.
+
+        Nothing changes unless all ranks are Nvidia GPUs of one host that can read each other's memory: sums then go
+        through the group's backend. ``device`` owns the memory, and frees it when it is closed.
+
+        Raises:
+            RankFailed, DeviceOutOfMemory: on this rank or on another one.
+        """
+        on_gpu, index = device.kind == "cuda", device.torch_device.index
+        places = self.exchange((platform.node(), index) if on_gpu else None)
+        others = [place for rank, place in enumerate(places) if rank != self.share.rank]
+        reaches = on_gpu and all(
+            place is not None
+            and place[0] == platform.node()
+            and place[1] != index
+            and torch.cuda.can_device_access_peer(index, place[1])
+            for place in others
+        )
+        if not all(self.exchange(reaches)):
+            return
+        ranks = self.share.size
+        capacity = most_bytes(ranks, device.torch_device)["ONE_SHOT_BYTES"] // dtype.itemsize // BLOCK * BLOCK
+        blocks, slot_bytes = capacity // BLOCK, 2 * capacity * dtype.itemsize
+        with self.together():
+            memory = device.allocate_shared(slot_bytes + 2 * 4 * blocks * ranks, label="addends of ranks")
+            launches = device.allocate((blocks,), torch.int32, label="launches of sums over ranks").tensor.zero_()
+        with self._guard():
+            self._mapping = _symmetric_memory.rendezvous(memory.tensor, self.group)
+        everyone = range(ranks)
+        self._peers = Peers(
+            tuple(self._mapping.get_buffer(rank, (2, capacity), dtype) for rank in everyone),
+            tuple(
+                self._mapping.get_buffer(rank, (2, blocks, ranks), torch.int32, slot_bytes // 4) for rank in everyone
+            ),
+            launches,
+            self.share.rank,
+        )
+        self.exchange(None)  # no rank writes to another before that one's memory is zero and mapped
 
     def total(self, addend: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """The sum of the ranks' addends [num_tokens, columns] (+ bias) (+ residual), the same on every rank.
@@ -56,6 +103,8 @@ class Ranks:
             RankFailed: another rank ended, or did not come within the group's timeout.
         """
         most = most_bytes(self.share.size, addend.device)
+        if self._peers is not None and addend.nbytes <= most["ONE_SHOT_BYTES"]:
+            return one_shot_sum(addend, self._peers, bias, residual)
         if self.batch_invariant or addend.nbytes <= most["GATHER_BYTES"]:
             return sum_parts(self._gathered(addend), bias, residual)
         with self._guard():

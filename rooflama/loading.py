@@ -148,6 +148,8 @@ def load(
             weight_bytes = owner.held_bytes
             num_tokens = min(tokenizer.vocab_size, config.vocab_size)
             runner = start_runner(decoder, plan, owner, longrope=longrope, num_tokens=num_tokens)
+        if ranks is not None:
+            ranks.connect(owner, plan.dtype)
         return Model(checkpoint.name, runner, tokenizer, owner, weight_bytes=weight_bytes, plan=plan)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
+from random import Random, SystemRandom
 from typing import Any, Self
 
 import torch
@@ -62,6 +63,8 @@ class Model:
         self.weight_bytes = weight_bytes
         self.plan = plan
         self.tokens = TokenEngine(runner, tokenizer.eos_ids, num_slots=max(MOST_SLOTS, plan.sequences))
+        ranks = runner.decoder.ranks  # all of them draw the same seeds
+        self._seeds = SystemRandom() if ranks is None else Random(ranks.exchange(secrets.randbits(64))[0])
         self._closed = False
 
     @property
@@ -242,7 +245,7 @@ class Model:
         for row, prompt in enumerate(prompts):
             ids = self.tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else prompt
             if options.seed is None:
-                seed = secrets.randbits(32) if options.params.temperature > 0 else 0
+                seed = self._seeds.getrandbits(32) if options.params.temperature > 0 else 0
             else:
                 seed = options.seed if row == 0 else (options.seed + row) % MOST_SEEDS
             request = Request(ids, options.max_new_tokens, replace(options.params, seed=seed))

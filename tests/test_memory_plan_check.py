@@ -78,5 +78,5 @@ def test_the_driver_is_asked_about_the_gpu_that_torch_uses(benchmark, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.get)
     monkeypatch.setattr(benchmark.subprocess, "run", run)
-    assert benchmark.driver_used(benchmark.first_gpu()) == 600 * 2**20
+    assert benchmark.driver_used(benchmark.gpu_id()) == 600 * 2**20
     assert "--id=GPU-ffc79498-8ff3-c2dc-3b0d-fafd804516ae" in asked

@@ -164,6 +164,20 @@ class Device:
                 tensor = raw.allocate(shape, dtype, self.torch_device, label, nbytes)
             return self._own(tensor, label)
 
+    def allocate_shared(self, nbytes: int, *, label: str) -> DeviceBuffer:
+        """Allocate memory that GPUs of other processes on this host can map: uint8 [nbytes], zero at first.
+
+        It is torch's symmetric memory, mapped by ``torch.distributed._symmetric_memory.rendezvous``.
+
+        Raises:
+            DeviceOutOfMemory, UseAfterClose, DeviceLost: as for ``allocate``.
+        """
+        with self._lock:
+            self._check_room(nbytes, label)
+            with self.guard(f"allocating {label!r}", asked=nbytes):
+                tensor = raw.allocate_shared(nbytes, self.torch_device, label)
+            return self._own(tensor, label)
+
     def upload(
         self,
         source: Tensor | np.ndarray,

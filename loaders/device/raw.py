@@ -34,6 +34,18 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, l
         return torch.empty(shape, dtype=dtype, device=device)
 
 
+def allocate_shared(nbytes: int, device: torch.device, label: str) -> Tensor:
+    """uint8 [nbytes] of zeros, in memory that other processes can map; written on return."""
+    from torch.distributed import _symmetric_memory
+
+    before_operation("allocate", label, nbytes)
+    with torch.inference_mode(False):
+        tensor = _symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+        tensor.zero_()
+    torch.cuda.synchronize(device)
+    return tensor
+
+
 class Staging:
     """Two pinned buffers, a copy stream, and per buffer the event after which it may be filled again."""
 
