@@ -18,7 +18,6 @@ import numpy as np
 from rooflama.kernels import LAYOUTS, reference
 from rooflama.loaders.checkpoint import Checkpoint
 from rooflama.loaders.gguf.repack import repack
-from rooflama.loaders.gguf.types import TYPE_SIZES
 from rooflama.loaders.opening import Location, locate
 from rooflama.loaders.text import Tokenizer, open_tokenizer
 from rooflama.models import Adapter, CheckpointReader, ConfigError, ModelConfig, checkpoint_weights, rope_tables
@@ -28,11 +27,6 @@ from ..loading import check_vocabulary, load
 from ..model import Model
 from ..planning import adapter_of
 
-# Byte offsets of the float16 scales in one block of each type; every other byte is a code or a small integer.
-SCALE_OFFSETS = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "IQ4_NL": (0,),
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,),
-}  # fmt: skip
 CONTEXT = 256  # tokens that the model is loaded for
 LAYOUT_ROWS = 64  # rows of each tensor type that are repacked and compared
 
@@ -196,7 +190,7 @@ def weights(subject: Subject) -> Finding:
     for name, info in subject.file.tensors.items():
         if info.ggml_type not in LAYOUTS:
             continue
-        finite, zero = _scan(subject.file.data(name), info.ggml_type)
+        finite, zero = _scan(subject.file.data(name), info.ggml_type, info.shape[-1])
         if not finite.all():
             row = int(np.argmin(finite))
             bad[name] = f"tensor {name} ({info.ggml_type}) holds NaN or infinity, first in row {row}"
@@ -213,25 +207,19 @@ def weights(subject: Subject) -> Finding:
     return Finding("PASS", f"{len(subject.file.tensors)} tensors finite, none zero throughout", details)
 
 
-def _scan(raw: np.ndarray, ggml_type: str) -> tuple[np.ndarray, bool]:
-    """(whether each row is finite, bool [rows]; whether all is 0), of uint8 [rows, bytes per row]."""
+def _scan(raw: np.ndarray, ggml_type: str, columns: int) -> tuple[np.ndarray, bool]:
+    """(whether each row is finite, bool [rows]; whether all is 0), of uint8 [rows, bytes per row].
+
+    Of a quantised row only the float16 scales and minima can be infinite or NaN.
+    """
     finite, zero = np.ones(len(raw), bool), True
     for start in range(0, len(raw), 4096):
-        rows = raw[start : start + 4096]
-        for values in _numbers(rows, ggml_type):
-            finite[start : start + len(rows)] &= np.isfinite(values).all(axis=1)
-            zero &= not values.any()
+        rows = slice(start, start + 4096)
+        for plane in repack(raw[rows], ggml_type, columns).planes:
+            if plane.is_floating_point():
+                finite[rows] &= plane.isfinite().all(1).numpy()
+                zero &= not plane.any()
     return finite, zero
-
-
-def _numbers(rows: np.ndarray, ggml_type: str) -> list[np.ndarray]:
-    """The floats that decide whether weights are finite: the scales of blocks, or the weights themselves."""
-    if ggml_type in SCALE_OFFSETS:
-        blocks = rows.reshape(len(rows), -1, TYPE_SIZES[ggml_type][1])
-        return [blocks[..., at : at + 2].copy().view(np.float16)[..., 0] for at in SCALE_OFFSETS[ggml_type]]
-    if ggml_type == "BF16":
-        return [(rows.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)]
-    return [rows.copy().view(np.float32 if ggml_type == "F32" else np.float16)]
 
 
 def rope(subject: Subject) -> Finding:
