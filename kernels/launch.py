@@ -142,15 +142,13 @@ TABLE: dict[str, dict[str, list[Row]]] = {
             row(BLOCK_N=4, BLOCK_K=256, num_warps=4),
         ],
     },
-    # Facts: rows, columns, tokens. Each of SPLITS parts of the columns is summed by programs of its own: the fewer the
-    # rows, the more of them fill the chip. Measured on an H100.
+    # Facts: rows, columns, tokens (padded), bits per code. Each of SPLITS parts of the columns is summed by programs of
+    # its own: the fewer the rows, the more of them fill the chip. From wgmma_tiles.csv, H100.
     "wgmma": {
         "any": [
-            row({"rows": 4096}, SPLITS=4),
-            row({"rows": 16384, "tokens": 16}, SPLITS=4),
-            row({"rows": 16384}, SPLITS=2),
-            row({"tokens": 16}, SPLITS=2),
-            row(SPLITS=1),
+            row({"rows": 4096, "tokens": 32}, SPLITS=8, ROWS=64, STAGES=2),
+            row({"rows": 16384}, SPLITS=4, ROWS=64, STAGES=2),
+            row(SPLITS=1, ROWS=64, STAGES=2),
         ],
     },
     # Facts: itemsize (of x).

@@ -48,22 +48,24 @@ from .weight import Weight
 X_GROUP = tl.constexpr(fixed_point.X_GROUP)
 
 
-def _lookup_assembly() -> str:
+def lookup_assembly(first: str, second: str, codes: str) -> str:
     """Eight four-bit codes of a word through ``IQ4_TABLE`` + 128: bytes of elements 0 4 1 5, and of 2 6 3 7.
 
-    prmt picks bytes by three bits. So the two halves of the table are looked up separately, and bit 3 chooses.
+    Operands by their names. prmt picks bytes by three bits. So the two halves of the table are looked up separately,
+    and bit 3 chooses.
     """
     words = [sum((value + 128) << (8 * i) for i, value in enumerate(IQ4_TABLE[j : j + 4])) for j in range(0, 16, 4)]
-    lines = ["{ .reg .b32 s, h, u, lower, upper, even, odd;", "and.b32 s, $2, 0x77777777;"]
-    lines += ["shr.u32 h, $2, 1; and.b32 h, h, 0x44444444; or.b32 h, h, 0x32103210;"]
+    lines = [f"{{ .reg .b32 s, h, u, lower, upper, even, odd; and.b32 s, {codes}, 0x77777777;"]
+    lines += [f"shr.u32 h, {codes}, 1; and.b32 h, h, 0x44444444; or.b32 h, h, 0x32103210;"]
     for name in ("even", "odd"):
         lines += [f"mov.b32 u, {words[0]}; prmt.b32 lower, u, {words[1]}, s;"]
         lines += [f"mov.b32 u, {words[2]}; prmt.b32 upper, u, {words[3]}, s;"]
         lines += [f"prmt.b32 {name}, lower, upper, h; shr.u32 s, s, 16; shr.u32 h, h, 16;"]
-    return " ".join([*lines, "prmt.b32 $0, even, odd, 0x6420; prmt.b32 $1, even, odd, 0x7531; }"])
+    lines += [f"prmt.b32 {first}, even, odd, 0x6420; prmt.b32 {second}, even, odd, 0x7531; }}"]
+    return " ".join(lines)
 
 
-_LOOKUP = tl.constexpr(_lookup_assembly())
+_LOOKUP = tl.constexpr(lookup_assembly("$0", "$1", "$2"))
 
 
 @triton.jit

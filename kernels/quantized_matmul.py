@@ -10,8 +10,8 @@ The number of tokens chooses one of five regimes ("quantized_matmul" in ``launch
 
     fixed_point  few tokens in 16 bits, quantised weights, not on AMD: integer dot products with x in 16-bit fixed
                  point (``quantized_fixed_point.py``).
-    wgmma        up to 64 tokens in 16 bits, Q4_K, on Hopper: tensor cores multiply the codes, and scales multiply the
-                 sums (``quantized_wgmma.py``).
+    wgmma        up to 64 tokens in 16 bits, quantised weights, columns in whole blocks of 256, on Hopper: tensor cores
+                 multiply the codes, and scales multiply the sums (``quantized_wgmma.py``).
     gemv         few tokens otherwise: float32 products (``quantized_gemv.py``).
     dot          each program owns BLOCK_M tokens x BLOCK_N rows. It dequantises the weights in registers, rounds them
                  to the dtype of the result, and multiplies on tensor cores (float32: in full precision).
@@ -239,8 +239,8 @@ def quantized_matmul(
         activations = Input(x, x.stride(0), norm_weight, eps)
         if num_tokens <= most["fixed_point"] and x.element_size() == 2 and columns > 0:
             return launch_fixed_point(activations, weight, output, swiglu, resident)
-        if num_tokens <= most["wgmma"] and serves(activations, weight, output):
-            return launch_wgmma(activations, weight, output, swiglu)
+        if num_tokens <= most["wgmma"] and serves(activations, weight):
+            return launch_wgmma(activations, weight, output, swiglu, resident)
         if num_tokens <= most["gemv"]:
             return launch_gemv(activations, weight, output, swiglu, resident)
     if batch_invariant or num_tokens <= most["dot"]:

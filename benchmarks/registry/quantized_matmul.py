@@ -14,7 +14,7 @@ from model_calls import BATCHES, CHUNK, F32, Call, Model, empty, weight, weight_
 from rooflama import kernels
 from rooflama.kernels import LAYOUTS
 from rooflama.kernels.launch import override
-from rooflama.kernels.quantized_wgmma import LEAST_TOKENS, SERVED
+from rooflama.kernels.quantized_wgmma_ends import LEAST_TOKENS
 
 
 def measured() -> Iterator[Case]:
@@ -71,8 +71,8 @@ def regimes() -> Iterator[Case]:
                     name: [lambda w=w, own=own, f=forced: f(w, *own) for w in weights]
                     for name, (most, *own) in limits.items()
                     if tokens <= most
-                    and not (name == "fixed_point" and ggml_type == "BF16")
-                    and not (name == "wgmma" and (ggml_type not in SERVED or tokens < LEAST_TOKENS))
+                    and not (name in ("fixed_point", "wgmma") and ggml_type == "BF16")
+                    and not (name == "wgmma" and tokens < LEAST_TOKENS)
                 },
             )
 

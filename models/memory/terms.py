@@ -17,7 +17,7 @@ from rooflama.kernels.all_reduce import most_bytes
 from rooflama.kernels.attention_decode import most_splits
 from rooflama.kernels.launch import configuration
 from rooflama.kernels.quantized_matmul import most_tokens, rows_per_pass
-from rooflama.kernels.quantized_wgmma import LEAST_TOKENS, MOST_TOKENS, SERVED, scratch_bytes
+from rooflama.kernels.quantized_wgmma_ends import LEAST_TOKENS, MOST_TOKENS, has_blocks, scratch_bytes
 from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK
 from rooflama.kernels.sampling_filters import LEVELS
@@ -156,13 +156,19 @@ def rank_logits_bytes(config: ModelConfig, sequences: int, ranks: int) -> int:
 def product_scratch_bytes(matrices: Iterable[Matrix], tokens: int) -> int:
     """4 splits N rows + 2.125 N columns: the partial sums and arranged activations of a product of 3 to 64 tokens.
 
-    N is the next of 8, 16, 32, 64. Planned on every GPU, though only Hopper computes products this way. The output
-    matrix is left out: its product has float32 results of normed activations, which take another way.
+    N is the next of 8, 16, 32, 64; for the output matrix twice that, since its normed activations are not rounded.
+    Planned on every GPU, though only Hopper computes products this way.
     """
     if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         return 0
-    served = (m for m in matrices if m.ggml_type in SERVED and not m.of_vocabulary)
-    return max((scratch_bytes(m.rows, m.columns, tokens, None) for m in served), default=0)
+    return max(
+        (
+            scratch_bytes(m.rows, m.columns, tokens, 1 + m.of_vocabulary, LAYOUTS[m.ggml_type], None)
+            for m in matrices
+            if has_blocks(LAYOUTS[m.ggml_type], m.columns)
+        ),
+        default=0,
+    )
 
 
 def prefill_moments(
@@ -176,7 +182,9 @@ def prefill_moments(
 
     With 3 to 64 tokens, ``product_scratch_bytes`` instead of dequantised rows.
     """
+    matrices = list(matrices)
     layer = [matrix for matrix in matrices if not matrix.of_vocabulary]
+    output = [matrix for matrix in matrices if matrix.of_vocabulary]
     carried, unit = carried_bytes(config, tokens, dtype.itemsize), tokens * dtype.itemsize
     narrow = [matrix for matrix in layer if matrix.columns == config.hidden_size]
     wide = [matrix for matrix in layer if matrix.columns == config.intermediate_size]
@@ -193,7 +201,7 @@ def prefill_moments(
             "products in parts": product_scratch_bytes(wide, tokens),
         },
         _meeting(config, carried, tokens, dtype.itemsize, ranks),
-        _scoring(config, tokens, sequences, ranks),
+        _scoring(config, output, tokens, sequences, ranks),
     ]
 
 
@@ -204,10 +212,11 @@ def _meeting(config: ModelConfig, carried: int, tokens: int, itemsize: int, rank
     }
 
 
-def _scoring(config: ModelConfig, tokens: int, sequences: int, ranks: int) -> Moment:
+def _scoring(config: ModelConfig, output: Iterable[Matrix], tokens: int, sequences: int, ranks: int) -> Moment:
     rows = max(sequences, min(tokens, LOGITS_ROWS))
     return {
         "logits and sampling": logits_bytes(config, rows),
+        "products in parts": product_scratch_bytes(output, rows),
         "logits of all ranks": rank_logits_bytes(config, rows, ranks),
     }
 
@@ -230,7 +239,7 @@ def definition_moments(
         },
         {"prefill activations": carried + unit * (config.hidden_size + 5 * config.intermediate_size)},
         _meeting(config, carried, tokens, itemsize, ranks),
-        _scoring(config, tokens, sequences, ranks),
+        _scoring(config, [], tokens, sequences, ranks),
     ]
 
 

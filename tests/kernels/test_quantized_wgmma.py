@@ -15,15 +15,9 @@ from rooflama.kernels.backend import INTERPRETED
 from rooflama.kernels.launch import override
 from rooflama.kernels.quantized_matmul import most_tokens
 from rooflama.kernels.quantized_tiles import Input, Output
-from rooflama.kernels.quantized_wgmma import (
-    SERVED,
-    _launch_arrange,
-    _launch_gather,
-    num_splits,
-    padded_tokens,
-    scratch_bytes,
-    serves,
-)
+from rooflama.kernels.quantized_wgmma import serves
+from rooflama.kernels.quantized_wgmma_ends import Plan, launch_arrange, launch_gather, scratch_bytes
+from rooflama.kernels.weight import LAYOUTS
 from strategies import DEVICE, exact, guarded, normal, seeds
 
 runs_triton = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="Triton runs on the CPU interpreted")
@@ -31,8 +25,16 @@ HOPPER = DEVICE.type == "cuda" and not torch.version.hip and torch.cuda.get_devi
 on_hopper = pytest.mark.skipif(not HOPPER, reason="wgmma exists on compute capability 9.x alone")
 halves = st.sampled_from([torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda"))
 
-# The column that stands at each place of a group of 32: lane q holds eight neighbours, a step s takes four of them.
-COLUMNS = [8 * q + 4 * s + 2 * h + p for s, h, q, p in itertools.product(range(2), range(2), range(4), range(2))]
+QUANTISED = [name for name, layout in LAYOUTS.items() if not layout.is_float]
+
+# The column that stands at each place of a group: lane q holds neighbours, a step s takes four of them.
+COLUMNS = {
+    group: [
+        group // 4 * q + 4 * s + 2 * h + p
+        for s, h, q, p in itertools.product(range(group // 16), range(2), range(4), range(2))
+    ]
+    for group in (16, 32)
+}
 
 
 def run(one):
@@ -40,27 +42,45 @@ def run(one):
 
 
 @runs_triton
-@given(num_tokens=st.integers(3, 20), blocks=st.integers(1, 3), dtype=halves, normed=st.booleans(), seed=seeds)
-def test_arrange_equals_numpy(num_tokens, blocks, dtype, normed, seed):
+@given(
+    num_tokens=st.integers(3, 64),
+    blocks=st.integers(1, 3),
+    ggml_type=st.sampled_from(["Q4_K", "Q2_K", "Q8_0"]),
+    dtype=halves,
+    normed=st.booleans(),
+    parts=st.integers(1, 2),
+    seed=seeds,
+)
+def test_arrange_equals_numpy(num_tokens, blocks, ggml_type, dtype, normed, parts, seed):
     rng = np.random.default_rng(seed)
-    columns, n = 256 * blocks, padded_tokens(num_tokens)
+    layout, columns = LAYOUTS[ggml_type], 256 * blocks
+    group, plan = layout.group, Plan.of(64, columns, num_tokens, parts, layout, DEVICE)
     x = guarded(normal(rng, num_tokens, columns, dtype=dtype))[0]
     norm = guarded(normal(rng, columns))[0] if normed else None
-    arranged = torch.full((columns // 32, n, 32), float("nan"), dtype=dtype, device=DEVICE)
-    sums = torch.full((blocks, n, 16), -1, dtype=torch.int16, device=DEVICE)
-    run(_launch_arrange(Input(x, x.stride(0), norm, 1e-5), arranged, sums))
+    arranged_shape, sums_shape, _ = plan.shapes(64, columns, layout)
+    arranged = torch.full(arranged_shape, float("nan"), dtype=dtype, device=DEVICE)
+    sums = torch.full(sums_shape, -1, dtype=torch.int16, device=DEVICE) if ggml_type != "Q8_0" else None
+    run(launch_arrange(Input(x, x.stride(0), norm, 1e-5), arranged, sums, plan))
 
     entering = reference.rms_norm(exact(x), exact(norm), 1e-5) if normed else exact(x)
-    places = np.zeros((n, columns // 32, 32))
-    places[:num_tokens] = entering.reshape(num_tokens, -1, 32)[:, :, COLUMNS]
-    got = exact(arranged)
-    assert_within_rounding(arranged, places.transpose(1, 0, 2))
-    if not normed:
-        assert (got == places.transpose(1, 0, 2)).all()
-    high, low = exact(sums.view(torch.bfloat16)).reshape(blocks, n, 2, 8).transpose(2, 0, 3, 1)
-    of_group, of_sizes = got.sum(2).reshape(blocks, 8, n), np.abs(got).sum(2).reshape(blocks, 8, n)
-    assert (np.abs(high - of_group) <= 2.0**-8 * np.abs(of_group) + 2.0**-21 * of_sizes).all()
-    assert (np.abs(high + low - of_group) <= 2.0**-17 * np.abs(of_group) + 2.0**-21 * of_sizes).all()
+    places = np.zeros((plan.padded, columns // group, group))
+    places[:num_tokens] = entering.reshape(num_tokens, -1, group)[:, :, COLUMNS[group]]
+    got = exact(arranged).transpose(0, 2, 1, 3).reshape(parts, plan.padded, columns // group, group)
+    first = torch.from_numpy(got[0]).to(dtype)
+    if normed:
+        assert_within_rounding(first, places)
+    else:
+        assert (got[0] == places).all()
+    if parts == 2:
+        unit = torch.finfo(dtype).eps ** 2 + 2.0**-22
+        assert (np.abs(got.sum(0) - places) <= unit * np.abs(places) + 2.0**-24).all()
+    if sums is not None:
+        per_block = 256 // group
+        high, low = exact(sums.view(torch.bfloat16)).reshape(-1, blocks, plan.n, 2, per_block).transpose(3, 0, 2, 1, 4)
+        high, low = (t.reshape(parts, plan.padded, -1) for t in (high, low))
+        of_group, of_sizes = got.sum(3), np.abs(got).sum(3)
+        assert (np.abs(high - of_group) <= 2.0**-8 * np.abs(of_group) + 2.0**-21 * of_sizes).all()
+        assert (np.abs(high + low - of_group) <= 2.0**-17 * np.abs(of_group) + 2.0**-21 * of_sizes).all()
 
 
 @runs_triton
@@ -75,11 +95,11 @@ def test_gather_equals_numpy(num_tokens, rows, splits, ending, seed):
     rng = np.random.default_rng(seed)
     swiglu = "swiglu" in ending
     rows += rows % 2 * swiglu
-    partials = guarded(normal(rng, splits, padded_tokens(num_tokens), rows))[0]
+    partials = guarded(normal(rng, splits, num_tokens + 3, rows))[0]
     bias = guarded(normal(rng, rows))[0] if "bias" in ending else None
     residual = guarded(normal(rng, num_tokens, rows, dtype=torch.float16))[0] if "residual" in ending else None
     out = torch.empty((num_tokens, rows // 2 if swiglu else rows), dtype=torch.float32, device=DEVICE)
-    run(_launch_gather(partials, Output(bias, residual, rows, out), num_tokens, swiglu))
+    run(launch_gather(partials, Output(bias, residual, rows, out), num_tokens, swiglu))
     want = exact(partials)[:, :num_tokens].sum(0)
     want += sum(exact(t) for t in (bias, residual) if t is not None)
     if swiglu:
@@ -89,8 +109,8 @@ def test_gather_equals_numpy(num_tokens, rows, splits, ending, seed):
 
 def test_every_block_is_in_one_split():
     for rows, columns, num_tokens in itertools.product((64, 6144, 28672), (256, 512, 1280, 4096), (3, 64)):
-        splits, blocks = num_splits(rows, columns, num_tokens, DEVICE)
-        assert (splits - 1) * blocks < columns // 256 <= splits * blocks
+        plan = Plan.of(rows, columns, num_tokens, 1, LAYOUTS["Q4_K"], DEVICE)
+        assert (plan.splits - 1) * plan.blocks < columns // 256 <= plan.splits * plan.blocks
 
 
 def products(num_tokens, rows, columns, dtype, ending, seed=0, ggml_type="Q4_K"):
@@ -104,32 +124,44 @@ def products(num_tokens, rows, columns, dtype, ending, seed=0, ggml_type="Q4_K")
         options["bias"] = guarded(normal(rng, rows))[0]
     if "residual" in ending:
         options["residual"] = guarded(normal(rng, num_tokens, rows, dtype=dtype))[0]
-    if "norm" in ending:  # the normed x is rounded to its dtype, so the result has that dtype, too
+    if "norm" in ending:
         norm_weight = guarded(normal(rng, columns, scale=2.0**-6))[0]  # small: silu(gate) * up must fit float16
-        options |= {"norm_weight": norm_weight, "eps": 1e-5, "out_dtype": dtype}
-        normed = reference.rms_norm(entering, exact(options["norm_weight"]), 1e-5)
-        entering = exact(torch.from_numpy(normed).to(dtype))
+        options |= {"norm_weight": norm_weight, "eps": 1e-5}
+        entering = reference.rms_norm(entering, exact(options["norm_weight"]), 1e-5)
+        if "float32" not in ending:  # the normed x is rounded to the dtype of the result
+            options["out_dtype"] = dtype
+            entering = exact(torch.from_numpy(entering).to(dtype))
     added = {name: exact(options[name]) for name in ("bias", "residual") if name in options}
     expected = reference.quantized_matmul(entering, weight.numpy(), **added, swiglu=options["swiglu"])
     return (x, weight), options, expected
 
 
 def assert_served(x, weight, options):
-    output = Output(None, None, 0, torch.empty(0, dtype=options["out_dtype"], device=DEVICE))
-    assert serves(Input(x, x.stride(0), options.get("norm_weight"), 0.0), weight, output)
+    assert serves(Input(x, x.stride(0), options.get("norm_weight"), 0.0), weight)
     assert most_tokens(weight.layout, DEVICE)["fixed_point"] < x.shape[0] <= most_tokens(weight.layout, DEVICE)["wgmma"]
 
 
-ENDINGS = ("plain", "bias", "bias and residual", "swiglu", "norm", "norm and bias and swiglu")
+ENDINGS = (
+    "plain",
+    "bias",
+    "bias and residual",
+    "swiglu",
+    "norm",
+    "norm and bias and swiglu",
+    "norm to float32",
+    "norm and residual to float32",
+)
+TOKENS = (3, 8, 9, 16, 31, 64, 64, 33)
 
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("ggml_type", SERVED)
+@pytest.mark.parametrize("ggml_type", QUANTISED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_tokens", [3, 8, 9, 16, 31, 64])
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_equals_float64(ggml_type, dtype, num_tokens, ending):
+@pytest.mark.parametrize("case", range(len(ENDINGS)))
+def test_equals_float64(ggml_type, dtype, case):
+    """Every type, dtype, ending and number of tokens; types differ in which number goes with which ending."""
+    num_tokens, ending = TOKENS[(case + QUANTISED.index(ggml_type)) % len(TOKENS)], ENDINGS[case]
     rows, columns = (200, 1280) if num_tokens % 2 else (64, 256) if num_tokens == 8 else (322, 4096)
     args, options, expected = products(num_tokens, rows, columns, dtype, ending, num_tokens, ggml_type)
     assert_served(*args, options)
@@ -142,10 +174,11 @@ def test_equals_float64(ggml_type, dtype, num_tokens, ending):
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("splits", [1, 2, 3, 8])
-def test_any_number_of_splits(splits):
-    args, options, expected = products(17, 130, 1792, torch.bfloat16, "bias")
-    with override("wgmma", SPLITS=splits):
+@pytest.mark.parametrize("ggml_type", ["Q4_K", "Q6_K", "Q5_0"])
+@pytest.mark.parametrize(("splits", "rows", "stages"), [(1, 64, 2), (2, 128, 3), (3, 64, 4), (8, 128, 2)])
+def test_any_tile(ggml_type, splits, rows, stages):
+    args, options, expected = products(17, 200, 1792, torch.bfloat16, "bias", ggml_type=ggml_type)
+    with override("wgmma", SPLITS=splits, ROWS=rows, STAGES=stages):
         got = exact(quantized_matmul(*args, **options))
     assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
 
@@ -198,5 +231,5 @@ def test_takes_the_scratch_it_states():
     torch.cuda.reset_peak_memory_stats()
     out = quantized_matmul(x, weight, **options)
     taken = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
-    stated = scratch_bytes(*weight.shape, x.shape[0], DEVICE)
+    stated = scratch_bytes(*weight.shape, x.shape[0], 1, weight.layout, DEVICE)
     assert stated <= taken <= stated + 3 * 512  # allocations are multiples of 512 bytes
