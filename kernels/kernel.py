@@ -124,6 +124,10 @@ class Kernel(Facts, Generic[P, Out]):
         with swapped_only({name: function for name, function in swapped.items() if name != self.name}):
             return swapped[self.name](*args, **kwargs)
 
+    def define(self, arguments: dict[str, Any]) -> Any:
+        """The definition of all arguments by name, as tensors. It writes the arguments that the kernel writes."""
+        return self._by_definition(self, arguments)
+
     def run(self, values: tuple, out: Any = None) -> Any:
         """Check, then compute, whatever is current: device, gradients, swaps.
 
@@ -151,7 +155,7 @@ class Kernel(Facts, Generic[P, Out]):
         if signature is None:
             computed = [value for value in values if not _is_record(type(value))]  # a weight's planes are read as bits
             if runs_numpy(*tensors_in((*computed, out)), computes=not self.moves_bits):
-                result = self._by_definition(self, arguments)
+                result = self.define(arguments)
                 return result if given is None else given.copy_(result)
         scratches: list[Tensor] = []
         scratch.taken = scratches

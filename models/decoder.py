@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,11 +20,12 @@ from rooflama.kernels import (
     write_kv,
 )
 
+from .weights import CheckpointReader, Projection, TensorSource
+
 if TYPE_CHECKING:
     from .config import ModelConfig
     from .kv_cache import PagedKVCache
     from .parallel import Ranks
-    from .weights import CheckpointReader, TensorSource
 
 
 class Observer(Protocol):
@@ -184,6 +185,15 @@ class Decoder:
             source.fused,
             source.ranks,
         )
+
+    def unfused(self) -> Decoder:
+        """The same weights, run as after ``load(fused=False)``."""
+
+        def plain(layer: Any) -> Any:
+            projections = {name: part for name, part in vars(layer).items() if isinstance(part, Projection)}
+            return replace(layer, **{name: projection.unfused() for name, projection in projections.items()})
+
+        return replace(self, layers=[plain(layer) for layer in self.layers], fused=False)
 
     def hidden_states(self, step: Step, dtype: torch.dtype) -> Tensor:
         """The residual stream after the last layer, [num_tokens, hidden_size] in ``dtype``."""

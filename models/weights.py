@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,12 @@ class Projection:
         self.bias = bias
         added = None if summed_over is not None else bias  # else once, to the sum
         self.biases = [None] * len(parts) if added is None else added.split([part.shape[0] for part in parts])
+
+    def unfused(self) -> Projection:
+        """The same weights with ``fused=False``."""
+        other = copy.copy(self)
+        other.fused = False
+        return other
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 
 __all__ = [
     "ArgumentError",
+    "Comparison",
     "ConfigError",
     "Engine",
     "Generation",
@@ -31,6 +32,7 @@ __all__ = [
     "Summary",
     "Trace",
     "check",
+    "compare",
     "demo_checkpoint",
     "inspect",
     "load",
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 
     from .checks.checklist import Report, check
     from .engine import Engine
+    from .comparing import compare
+    from .comparison import Comparison
     from .loading import demo_checkpoint, load, load_tokenizer
     from .model import Model
     from .planning import plan_memory
@@ -62,6 +66,8 @@ else:
         "models": ("ArgumentError", "ConfigError", "MemoryPlan", "ModelClosed"),
         "checks.checklist": ("Report", "check"),
         "engine": ("Engine",),
+        "comparing": ("compare",),
+        "comparison": ("Comparison",),
         "loading": ("demo_checkpoint", "load", "load_tokenizer"),
         "model": ("Model",),
         "planning": ("plan_memory",),

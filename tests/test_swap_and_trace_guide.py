@@ -19,11 +19,26 @@ TOKENS = 3  # drawn: a prompt's pass and two of decoding
 pytestmark = pytest.mark.usefixtures("numpy_backend")
 
 
+def run_script(number):
+    script = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)[number]
+    names = {}
+    exec(compile(script, "SWAP_AND_TRACE.md", "exec"), names)
+    return names
+
+
+@pytest.mark.demo_checkpoint
+def test_the_comparison_finds_a_plain_norm_exact(capsys):
+    checkpoint_path()
+    made = run_script(1)["made"]
+    assert capsys.readouterr().out.startswith("None ")
+    assert made.way == "unfused"
+    assert len(made.layers) == 61
+
+
 @pytest.mark.demo_checkpoint
 def test_the_script_prints_a_small_error_per_layer(capsys):
     checkpoint_path()
-    script = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)[0]
-    exec(compile(script, "SWAP_AND_TRACE.md", "exec"), {})
+    run_script(0)
     errors = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
     assert len(errors) == 30
     assert all(0 < error < 1e-5 for error in errors)

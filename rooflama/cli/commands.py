@@ -1,4 +1,4 @@
-"""The command line: ``rooflama demo | run | chat | inspect | plan | check | kernel | roofline | env``.
+"""The command line: ``rooflama demo | run | chat | inspect | plan | check | kernel | compare | roofline | env``.
 
 The exit status is 2 for an error that the user can fix, and 130 after Ctrl-C. Commands import what they need when they
 run, because torch takes seconds to import and ``--help`` does not need it.
@@ -15,6 +15,7 @@ from ..json_text import json_text
 from . import output as cli_output
 from . import plan as cli_plan
 from .chat import chat
+from .compare import compare
 from .options import Json, Loading, ModelSource, Rope, Sampling, with_groups
 from .roofline import roofline
 from .run import run
@@ -119,6 +120,7 @@ def kernel(
         print(card.markdown(), end="")
 
 
+app.command()(with_groups(compare))
 app.command()(roofline)
 
 
