@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from rooflama.models import ArgumentError, ConfigError, MemoryPlan, ModelClosed
 
     from .checks.checklist import Report, check
-    from .engine import Engine
     from .comparing import compare
     from .comparison import Comparison
+    from .engine import Engine
     from .loading import demo_checkpoint, load, load_tokenizer
     from .model import Model
     from .planning import plan_memory

@@ -27,6 +27,7 @@ from rooflama.kernels import (
     geglu,
     penalise,
     sample,
+    sum_parts,
     swap,
     swiglu,
 )
@@ -190,5 +191,7 @@ def _own_tensors(
         if kernel is add_rms_norm:
             before = done.hidden[DECODING, max(layer - 1, 0)]
             yield layer, ((hidden, before, runner.decoder.output_norm, config.rms_norm_eps), {})
+        if kernel is sum_parts:
+            yield layer, ((torch.stack([hidden, done.hidden[DECODING, max(layer - 1, 0)]]),), {})
         if kernel in (swiglu, geglu):
             yield layer, ((hidden, hidden), {})
