@@ -50,22 +50,38 @@ def dense_attention(
     """
     if is_traced():
         return _operator(query, key, value, seen, softmax_scale, sliding_window, softcap)
-    batch, num_heads, num_queries, head_dim = query.shape
     if seen is not None and seen.dtype == torch.bool:
         key, value, seen = _gathered(key, value, seen[:, 0, 0])
     if seen is None:
-        first, seq_lens = None, torch.full((batch,), key.shape[2], dtype=torch.int32, device=key.device)
+        first, seq_lens = None, torch.full(query.shape[:1], key.shape[2], dtype=torch.int32, device=key.device)
     else:
         first, seq_lens = seen[:, 0, 0, 0], seen[:, 0, 0, 1].contiguous()
-    k_pages, v_pages, block_table = as_pages(key, value, first)
-    tokens = query.transpose(1, 2).reshape(batch * num_queries, num_heads, head_dim)
-    options: dict[str, Any] = {"softmax_scale": softmax_scale, "sliding_window": sliding_window, "softcap": softcap}
+    return attend_pages(
+        query.transpose(1, 2),
+        *as_pages(key, value, first),
+        seq_lens,
+        softmax_scale=softmax_scale,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+
+
+def attend_pages(
+    query: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, seq_lens: Tensor, **options: Any
+) -> Tensor:
+    """Attention of the last queries of each sequence, as many of each: [batch, num_queries, num_heads, head_dim].
+
+    Args:
+        options: softmax_scale, sliding_window, softcap.
+    """
+    batch, num_queries, num_heads, head_dim = query.shape
+    tokens = query.reshape(batch * num_queries, num_heads, head_dim)
     if num_queries == 1:
         out, _ = attention_decode(tokens, k_pages, v_pages, block_table, seq_lens, **options)
     else:
         ends = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * num_queries
         out, _ = attention_prefill(tokens, k_pages, v_pages, block_table, seq_lens, ends, **options)
-    return out.view(batch, num_queries, num_heads, head_dim)
+    return out.view(query.shape)
 
 
 @torch.library.custom_op("rooflama::dense_attention", mutates_args=())
@@ -89,13 +105,15 @@ def _(query, key, value, seen, softmax_scale, sliding_window, softcap):
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
-def as_pages(key: Tensor, value: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def as_pages(
+    key: Tensor, value: Tensor, first: Tensor | None = None, most_keys: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(k_pages, v_pages, block_table) of dense K/V, [batch, num_kv_heads, num_keys, head_dim].
 
     Args:
-        first: int32 [batch], the key at which each sequence starts; None for the first one.
-
-    The block table has a column for every page of ``num_keys`` keys.
+        first: int32 [batch], the key at which each sequence starts; None for the first one. With a batch of one,
+            [num_seqs]: sequences that follow one another.
+        most_keys: of a sequence; all keys by default. The block table has a column for each of their pages.
     """
     batch, _, num_keys, _ = key.shape
     if key.stride() != value.stride() or not all(map(_can_be_viewed, (key, value))):
@@ -103,8 +121,10 @@ def as_pages(key: Tensor, value: Tensor, first: Tensor | None = None) -> tuple[T
     num_pages = min(_num_pages(key), _num_pages(value))
     starts = torch.arange(batch, dtype=torch.int32, device=key.device) * (key.stride(0) // key.stride(2))
     if first is not None:
-        starts += first
-    pages = torch.arange(0, num_keys, PAGE_SIZE, dtype=torch.int32, device=key.device)
+        starts = starts + first
+    pages = torch.arange(
+        0, num_keys if most_keys is None else most_keys, PAGE_SIZE, dtype=torch.int32, device=key.device
+    )
     return _viewed(key, num_pages), _viewed(value, num_pages), starts[:, None] + pages
 
 

@@ -22,9 +22,11 @@ from torch import Tensor
 
 from rooflama.models import ArgumentError
 
+from . import flash
 from .dense import dense_attention
 
 NAME = "rooflama"
+FLASH_NAME = "rooflama/flash-attn2"  # an owner and a name, as hub kernels have; "flash" and 2 make it flash attention 2
 
 
 def register() -> None:
@@ -33,6 +35,27 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
+
+
+def register_flash() -> None:
+    """Make ``attn_implementation="rooflama/flash-attn2"`` known: transformers' flash attention on our functions.
+
+    Continuous batching takes flash attention by name alone, and finds its functions through the loader of hub kernels.
+    That loader is given ``rooflama.integrations.flash`` here. transformers keeps one flash implementation at a time:
+    call this again after a model has loaded another one.
+    """
+    from transformers.integrations import hub_kernels
+    from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+    known = {"get_kernel": lambda *_, **__: flash, "is_kernels_available": lambda: True, "_kernels_available": True}
+    kept = {name: getattr(hub_kernels, name) for name in known if hasattr(hub_kernels, name)}
+    try:
+        for name in kept:
+            setattr(hub_kernels, name, known[name])
+        lazy_import_flash_attention(FLASH_NAME)
+    finally:
+        for name, value in kept.items():
+            setattr(hub_kernels, name, value)
 
 
 def attend(

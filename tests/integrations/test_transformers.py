@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
-from rooflama.integrations.transformers import make_mask, register
+from rooflama.integrations.transformers import make_mask, register, register_flash
 from rooflama.kernels import KernelInputError, swap
 from rooflama.kernels.kernel import KERNELS
 from rooflama.models import ArgumentError
@@ -178,6 +178,38 @@ def test_a_step_compiles_into_one_graph():
             )
             steps.append(forward(token, attention_mask=made, position_ids=place, past_key_values=kept).logits)
     assert_parity(steps[1], steps[0], "compiled")
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2-window"])
+def test_continuous_batching(name):
+    """On a GPU, llama3 decodes through flash_attn_with_kvcache, whose pages continuous batching makes."""
+    register_flash()
+    prompts = [random_tokens(length) for length in (3, 20)]
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    m = model(name)
+    with torch.no_grad():
+        m.set_attn_implementation("sdpa")
+        alone = [
+            m.generate(torch.tensor([prompt], device=DEVICE), generation_config=config, attention_mask=None)
+            for prompt in prompts
+        ]
+        m.set_attn_implementation("rooflama/flash-attn2")
+        batching = ContinuousBatchingConfig(num_blocks=8)
+        found = m.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=batching)
+    expected = [tokens[0, len(prompt) :].tolist() for prompt, tokens in zip(prompts, alone, strict=True)]
+    assert [output.generated_tokens for output in found.values()] == expected
+
+
+@pytest.mark.parametrize("pads", ["none", "left"])
+def test_flash_attention_of_transformers(pads):
+    ids, mask = batch(pads)
+    register_flash()
+    logits = {}
+    for implementation in ("sdpa", "rooflama/flash-attn2"):
+        model("llama3").set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits[implementation] = model("llama3")(ids, attention_mask=mask).logits[mask.bool()]
+    assert_parity(logits["rooflama/flash-attn2"], logits["sdpa"], pads)
 
 
 def test_transformers_4_asks_for_the_same_masks():
