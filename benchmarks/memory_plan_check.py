@@ -1,7 +1,8 @@
 """Compare the memory plan with measurements on a GPU: ``python benchmarks/memory_plan_check.py [--out FILE.csv]``.
 
-Each case runs in a process of its own. It uploads a model of random weights as loading does, prefills a prompt in full
-chunks, and decodes until the step is captured as a CUDA graph. Then it compares three figures with the plan:
+Each case runs in a process of its own. It uploads a model of random weights as loading does, runs a short prompt twice,
+so that its pass is captured as a CUDA graph, then prefills a prompt in full chunks, and decodes until the step is
+captured too. Then it compares three figures with the plan:
 
     allocated  torch.cuda.max_memory_allocated       the plan's lines without rounding and context
     reserved   torch.cuda.max_memory_reserved        with rounding
@@ -49,6 +50,7 @@ from rooflama.models import (
 )
 from rooflama.models.memory.weights import DryRunSource, config_tensors
 from rooflama.models.parallel import Ranks
+from rooflama.models.serving.passes import captured_sizes
 from rooflama.models.share import ALONE
 from rooflama.planning import plan_for_device
 
@@ -138,7 +140,7 @@ class RandomSource(DryRunSource):
 def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: Callable[[], None]) -> MemoryPlan:
     """Load, prefill and decode on ``device``. Returns the plan that was made before.
 
-    ``prefilled`` is called once, between prefill and decode.
+    ``prefilled`` is called once, between prefill and decode of the last prompt, which is the longest.
     """
     config = config_of(name)
     reader = CheckpointReader(ShapesOnly(config))
@@ -146,13 +148,17 @@ def run_case(name: str, context: int, kv_dtype: str, device: Device, prefilled: 
     source = RandomSource(reader, device)
     decoder = Decoder.load(source, config, adapter_for("llama"))
     runner = start_runner(decoder, plan, device)
-    length = min(context - NEW_TOKENS, PROMPT_CHUNKS * plan.prefill_chunk)
-    prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
-    engine, sequence = TokenEngine(runner), Sequence(Request(prompt, NEW_TOKENS, SamplingParams()))
-    engine.add(sequence)
-    engine.advance(sequence, until=lambda: bool(sequence.token_ids))
-    prefilled()
-    engine.advance(sequence, until=lambda: False)
+    engine = TokenEngine(runner)
+    longest = min(context - NEW_TOKENS, PROMPT_CHUNKS * plan.prefill_chunk)
+    short = min(longest - 1, captured_sizes(config)[-1])
+    for length in (short, short, longest):
+        prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
+        sequence = Sequence(Request(prompt, NEW_TOKENS, SamplingParams()))
+        engine.add(sequence)
+        engine.advance(sequence, until=lambda sequence=sequence: bool(sequence.token_ids))
+        if length == longest:
+            prefilled()
+        engine.advance(sequence, until=lambda: False)
     return plan
 
 

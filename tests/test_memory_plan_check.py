@@ -45,8 +45,9 @@ def test_a_case_holds_what_was_planned(benchmark, monkeypatch):
         assert device.held_bytes == plan.bytes_of("weights", "keys and values") + tables
         assert [b.nbytes for b in device.held()][: len(plan.weights.allocations)] == list(plan.weights.allocations)
         assert all(torch.isfinite(b.tensor.float()).all() for b in device.held()[:20])
-    request = requests[0]
-    assert len(request.prompt) + request.max_new_tokens == 1024
+    *short, longest = requests[::2]  # each advances twice
+    assert len(longest.prompt) + longest.max_new_tokens == 1024
+    assert {len(request.prompt) for request in short} == {len(longest.prompt) - 1}
 
 
 def test_weights_are_those_of_the_demo_checkpoint(benchmark):

@@ -5,8 +5,9 @@ the error of the estimate for the device context:
 
     total = weights + K/V pages + tables + workspace + CUDA graph + allocator rounding + device context
 
-Workspace terms are those of the widest moment of a prefill pass. A CUDA graph has memory of its own, so the terms of a
-decode step are added to them. On a CPU the total is the model's part alone, without Python and torch.
+Workspace terms are those of the widest moment of a prefill pass. CUDA graphs have memory of their own, so the terms of
+a decode step and of the largest captured pass are added to them. On a CPU the total is the model's part alone, without
+Python and torch.
 
 All lines but the rounding grow with context and sequences. The rounding shrinks by up to some tens of MiB when a
 request fits into the rest of a segment, so that a larger context may take less than a smaller one.
@@ -28,6 +29,7 @@ from rooflama.kernels import checks
 from ..config import ModelConfig
 from ..errors import ArgumentError
 from ..kv_cache import is_scaled
+from ..serving.passes import captured_sizes, padded
 from . import terms
 from .allocator import Segments
 from .terms import FORMULAS, Moment, pages_per_sequence
@@ -153,11 +155,12 @@ class Budget:
             Line("keys and values", "tokens", tokens * token, f"{tokens:,} tokens x {token:,} bytes = {heads}"),
             Line("keys and values", "rest of last pages", (slots - tokens) * token, f"{slots - tokens:,} tokens"),
             Line("tables", "rotary tables", tables, terms.rotary_formula(config)),
-            Line("tables", "block tables", blocks, "2 x 4 x sequences x pages of a context"),
+            Line("tables", "block tables", blocks, "4 x (2 x sequences + 32) x pages of a context"),
             *(Line("workspace", name, nbytes, FORMULAS[name]) for name, nbytes in self._prefill.items()),
         ]
         if on_gpu:
-            lines += [Line("CUDA graph", name, nbytes, FORMULAS[name]) for name, nbytes in self._graph.items()]
+            graphs = (*self._graph.items(), *self._captured.items(), ("captured results", self._captured_result))
+            lines += [Line("CUDA graph", name, nbytes, FORMULAS[name]) for name, nbytes in graphs]
             lines += [
                 Line("device", "allocator rounding", self._rounding, "torch's segments of 2 and 20 MiB, see allocator"),
                 Line("device", "context and kernels", self.target.context_bytes, "an estimate for the kind of device"),
@@ -176,20 +179,25 @@ class Budget:
         """Matrices that may be dequantised for the vendor's matmul library."""
         return () if self.batch_invariant else self.weights.matrices
 
-    @cached_property
-    def _prefill(self) -> Moment:
-        """The widest moment of a prefill pass."""
-        tokens, sequences = self.pass_tokens, self.sequences
+    def _widest(self, tokens: int) -> dict[str, int]:
+        """The widest moment of a prefill pass of so many tokens."""
         if self.target.backend == "numpy":
             moments = terms.definition_moments(
-                self.config, tokens, self.context, sequences, self.dtype.itemsize, self.ranks
+                self.config, tokens, self.context, self.sequences, self.dtype.itemsize, self.ranks
             )
         else:
             moments = terms.prefill_moments(
-                self.config, self._library_matrices, tokens, sequences, self.dtype, self.ranks
+                self.config, self._library_matrices, tokens, self.sequences, self.dtype, self.ranks
             )
         sums = [sum(moment.values()) for moment in moments]
-        widest = dict(moments[sums.index(max(sums))])
+        return dict(moments[sums.index(max(sums))])
+
+    @cached_property
+    def _prefill(self) -> Moment:
+        """The widest moment of a prefill pass."""
+        widest = self._widest(
+            self.pass_tokens if self.target.kind == "cpu" else padded(self.pass_tokens, captured_sizes(self.config))
+        )
         if self.target.kind != "cpu" and self._library_matrices:
             widest["matmul library"] = self.target.matmul_library_bytes
         return widest
@@ -203,8 +211,25 @@ class Budget:
         step["products in parts"] = terms.product_scratch_bytes(self._library_matrices, self.sequences)
         rows = terms.dequantised_bytes(self._library_matrices, self.sequences, self.dtype)
         if rows:
-            step |= {"dequantised rows": rows, "matmul library": self.target.matmul_library_bytes}
+            step["dequantised rows"] = rows
         return step
+
+    @cached_property
+    def _captured(self) -> Moment:
+        """What the graphs of prompt passes hold: the largest one's terms, which the others share, and the library's."""
+        sizes = captured_sizes(self.config)
+        tokens = padded(min(self.pass_tokens, sizes[-1]), sizes)
+        captured = {"captured prompt passes": sum(self._widest(tokens).values())}
+        if self._library_matrices:
+            captured["matmul library"] = self.target.matmul_library_bytes
+        return captured
+
+    @property
+    def _captured_result(self) -> int:
+        """The residual stream after the largest captured pass, which lies in the general pool."""
+        if self.target.kind == "cpu":
+            return 0
+        return captured_sizes(self.config)[-1] * self.config.hidden_size * self.dtype.itemsize
 
     def _table_bytes(self) -> tuple[int, int]:
         """(rotary tables, block tables)."""
@@ -218,14 +243,14 @@ class Budget:
         lasting = self.weights.segments.copy()
         tables, blocks = self._table_bytes()
         pools = terms.kv_allocations(self.config, self.kv_dtype, self.num_pages, self.page_size)
-        lasting.take_all([*pools, tables // 2, tables // 2, blocks // 2, blocks // 2])
+        lasting.take_all([*pools, tables // 2, tables // 2, blocks // 2, blocks // 2, self._captured_result])
         return lasting
 
-    def _segments(self) -> tuple[Segments, Segments]:
-        """torch's general pool and the graph's, after loading, a prefill pass and the capture of a decode step."""
+    def _segments(self) -> tuple[Segments, Segments, Segments]:
+        """torch's general pool and those of a decode step and of captured passes, after all of them have run."""
         general = self._lasting_segments.copy()
         general.take_all(self._prefill.values())
-        return general, Segments(self._graph.values())
+        return general, Segments(self._graph.values()), Segments(self._captured.values())
 
     @cached_property
     def _rounding(self) -> int:
@@ -244,9 +269,12 @@ class Budget:
     @property
     def allocated_bytes(self) -> int:
         """The peak of torch's allocated bytes. A prefill pass and a decode step do not run at the same time."""
-        prefilling, graph = self._segments()
+        prefilling, graph, _ = self._segments()
+        if self.target.kind == "cpu":
+            return prefilling.taken
+        library = self._captured.get("matmul library", 0)  # of the stream that captures
         decoding = self._lasting_segments.taken + self._prefill.get("matmul library", 0) + graph.taken
-        return max(prefilling.taken, decoding if self.target.kind != "cpu" else 0)
+        return library + max(prefilling.taken, decoding)
 
     @property
     def headroom_bytes(self) -> int | None:

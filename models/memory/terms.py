@@ -25,6 +25,7 @@ from rooflama.kernels.sampling_filters import LEVELS
 from ..config import ModelConfig
 from ..decoder import LOGITS_ROWS
 from ..kv_cache import is_scaled, ring_pages
+from ..serving.passes import MOST_SEQUENCES
 from .weights import Matrix
 
 DIGIT_BITS = 32 // LEVELS
@@ -46,6 +47,8 @@ FORMULAS = {
     "matmul library": "cuBLAS's workspace, allocated through torch",
     "sums over ranks": "n b E (1 + R)",
     "logits of all ranks": "4 S V (1 + 1 / R)",
+    "captured prompt passes": "the terms above for the largest captured pass",
+    "captured results": "n b E of the largest captured pass",
 }
 """The formula of each term of a moment; if moments differ, that of the most common one."""
 
@@ -97,8 +100,8 @@ def rope_table_bytes(config: ModelConfig, context: int, pass_tokens: int, sequen
 
 
 def block_table_bytes(context: int, sequences: int, page_size: int) -> int:
-    """2 x 4 S ceil(T / P): int32, one table for the prefill pass and one for the decode step."""
-    return 2 * 4 * sequences * -(-context // page_size)
+    """4 (2 S + 32) ceil(T / P): int32, one table each for a prefill pass, a decode step and captured passes."""
+    return 4 * (2 * sequences + MOST_SEQUENCES) * -(-context // page_size)
 
 
 def logits_bytes(config: ModelConfig, sequences: int) -> int:

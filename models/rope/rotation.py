@@ -39,7 +39,7 @@ class Rotation(Protocol):
     """A model's rotary embedding, as a runner uses it."""
 
     def pin(self, planned: list[int]) -> Tensor:
-        """The choice for each sequence, from its planned length in tokens: a tensor [num_seqs, ...] on the device."""
+        """The choice for each sequence, from its planned length in tokens: a tensor [num_seqs, ...] on the host."""
 
     def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
         """``Step``'s cos, sin and rope_rows for tokens at ``positions``, int32 [num_tokens], with one pin per token."""
@@ -63,7 +63,7 @@ def make_rotation(
         rotation = make_rotation(spec, max_context=max_context, longrope=longrope, device=device)
         return _WithLocal(rotation, *_upload([rope_tables(local, max_context)], device, "local rotary"))
     if isinstance(spec.scaling, Dynamic):
-        return _Computed(spec, device)
+        return _Computed(spec)
     return _Tables(spec, max_context, longrope, device)
 
 
@@ -85,9 +85,9 @@ class _Tables:
 
     def pin(self, planned: list[int]) -> Tensor:
         if not self._has_choice:
-            return torch.zeros(len(planned), dtype=torch.int32, device=self._cos.device)
+            return torch.zeros(len(planned), dtype=torch.int32)
         long = [choose_factor_set(self._spec, length, self._longrope) == "long" for length in planned]
-        return torch.tensor(long, device=self._cos.device).int() * self._max_context
+        return torch.tensor(long).int() * self._max_context
 
     def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
         return {"cos": self._cos, "sin": self._sin, "rope_rows": pins + positions}
@@ -96,13 +96,11 @@ class _Tables:
 class _Computed:
     """cos and sin, computed per pass in float64, rounded once. A pin is a sequence's w, float64 [rotary_dim / 2]."""
 
-    def __init__(self, spec: RopeSpec, device: Device):
-        self._spec, self._device = spec, device.torch_device
+    def __init__(self, spec: RopeSpec):
+        self._spec = spec
 
     def pin(self, planned: list[int]) -> Tensor:
-        return torch.from_numpy(np.stack([inverse_frequencies(self._spec, seq_len=length) for length in planned])).to(
-            self._device
-        )
+        return torch.from_numpy(np.stack([inverse_frequencies(self._spec, seq_len=length) for length in planned]))
 
     def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
         angles = pins * positions.unsqueeze(1)

@@ -9,50 +9,22 @@ and per set of sampling options is captured at its second step, and kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rooflama.kernels import current_swaps
+
 from ..decoder import Decoder, Observer, Step
 from ..errors import ArgumentError
 from ..kv_cache import PagedKVCache
 from ..rope.rotation import make_rotation
 from ..rope.spec import FactorSetPolicy
+from .passes import CapturedPasses, PassInputs, Span, captured_sizes, chunks
 from .sampler import Options, Rows, Sampler
 from .sequence import Request, Sequence
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens ``start`` to ``end`` (exclusive) of sequence ``index`` of a batch."""
-
-    index: int
-    start: int
-    end: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.end - self.start
-
-
-def chunks(lengths: list[int], limit: int) -> Iterator[list[Span]]:
-    """Cut sequences of these lengths into passes of at most ``limit`` tokens; a pass may span several sequences."""
-    chunk: list[Span] = []
-    room = limit
-    for index, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            span = Span(index, start, min(length, start + room))
-            chunk.append(span)
-            start, room = span.end, room - span.num_tokens
-            if room == 0:
-                yield chunk
-                chunk, room = [], limit
-    if chunk:
-        yield chunk
 
 
 class ModelRunner:
@@ -82,6 +54,9 @@ class ModelRunner:
         self.decoder, self.cache, self.num_tokens = decoder, cache, num_tokens
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
+        self._captured = (
+            CapturedPasses(cache.device, captured_sizes(decoder.config)) if self.device.type != "cpu" else None
+        )
         self.rotation = make_rotation(
             decoder.config.rope,
             local=decoder.config.local_rope,
@@ -142,30 +117,45 @@ class ModelRunner:
     ) -> Iterator[tuple[list[Span], Tensor]]:
         """Run prompts through the layers, appending to the cache.
 
-        Yields the spans of each chunk, and the residual stream [num_tokens, hidden_size] after the last layer.
+        Yields the spans of each chunk, and the residual stream [num_tokens, hidden_size] after the last layer, which
+        the next pass may overwrite.
         ``planned``, the most tokens that each sequence may reach, decides its rotation. ``observe`` is called with the
         intermediates of each layer.
         """
         pins = self.rotation.pin(planned)
         cached = [self.cache.length(sequence_id) for sequence_id in sequence_ids]
         for chunk in chunks([len(prompt) for prompt in prompts], self.prefill_chunk):
+            counts = [span.num_tokens for span in chunk]
             slots = [self.cache.append(sequence_ids[span.index], span.num_tokens) for span in chunk]
-            tokens = [token for span in chunk for token in prompts[span.index][span.start : span.end]]
             positions = [cached[span.index] + np.arange(span.start, span.end) for span in chunk]
-            sequence_of = np.repeat([span.index for span in chunk], [span.num_tokens for span in chunk])
-            starts = np.cumsum([0, *(span.num_tokens for span in chunk)])
-            batch = {
-                "token_ids": self._int32(tokens),
-                **self.rotation.rows(
-                    pins[torch.from_numpy(sequence_of).to(self.device)], self._int32(np.concatenate(positions))
-                ),
-                "slot_mapping": torch.from_numpy(np.concatenate(slots)).to(self.device),
-                "block_table": self.block_table([sequence_ids[span.index] for span in chunk]),
-                "seq_lens": self._int32([cached[span.index] + span.end for span in chunk]),
-                "query_start_loc": self._int32(starts),
-                "observe": observe,
-            }
-            yield chunk, self.hidden_states(**batch)  # not kept here while the next chunk runs
+            inputs = PassInputs(
+                block_table=self.cache.block_table([sequence_ids[span.index] for span in chunk], self.table_width),
+                pins=pins[[span.index for span in chunk]],
+                slot_mapping=torch.from_numpy(np.concatenate(slots)),
+                token_ids=_int32([token for span in chunk for token in prompts[span.index][span.start : span.end]]),
+                positions=_int32(np.concatenate(positions)),
+                sequence_of=_int32(np.repeat(np.arange(len(chunk)), counts)),
+                seq_lens=_int32([cached[span.index] + span.end for span in chunk]),
+                query_start_loc=_int32(np.cumsum([0, *counts])),
+            )
+            yield chunk, self._pass(inputs, observe)  # not kept here while the next chunk runs
+
+    def _pass(self, inputs: PassInputs, observe: Observer | None) -> Tensor:
+        is_plain = observe is None and not current_swaps()  # a graph calls neither
+        if is_plain and self._captured is not None and self._captured.serves(inputs):
+            return self._captured(self._run_pass, inputs)
+        return self._run_pass(PassInputs(*map(self.upload, inputs)), observe)
+
+    def _run_pass(self, inputs: PassInputs, observe: Observer | None = None) -> Tensor:
+        return self.hidden_states(
+            token_ids=inputs.token_ids,
+            **self.rotation.rows(inputs.pins[inputs.sequence_of], inputs.positions),
+            slot_mapping=inputs.slot_mapping,
+            block_table=inputs.block_table,
+            seq_lens=inputs.seq_lens,
+            query_start_loc=inputs.query_start_loc,
+            observe=observe,
+        )
 
     def hidden_states(self, **batch: Any) -> Tensor:
         """One pass through the layers: the residual stream [num_tokens, hidden_size] after the last.
@@ -175,8 +165,9 @@ class ModelRunner:
         step = Step(config=self.decoder.config, cache=self.cache, fused=self.decoder.fused, **batch)
         return self.decoder.hidden_states(step, self.dtype)
 
-    def _int32(self, values: list[int] | np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int32), device=self.device)
+
+def _int32(values: list[int] | np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(values, dtype=np.int32))
 
 
 def bucket(count: int, num_slots: int) -> int:
@@ -202,7 +193,7 @@ class DecodeSlots:
         self.token_ids = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int32, device=device)  # tokens in the cache
         self.limits = torch.zeros(num_slots, dtype=torch.int32, device=device)  # a row at its limit does not advance
-        self.pins = runner.rotation.pin([1] * num_slots)
+        self.pins = runner.upload(runner.rotation.pin([1] * num_slots))
         self.block_table = runner.block_table([]).new_zeros(num_slots, runner.table_width)
         self.sampler = Sampler(
             num_slots,
@@ -229,7 +220,7 @@ class DecodeSlots:
         assert cache_id is not None
         self.extend(row, cache_id, limit)
         self.lengths[row].fill_(length)
-        self.pins[row] = self.runner.rotation.pin([planned])[0]
+        self.pins[row] = self.runner.upload(self.runner.rotation.pin([planned]))[0]
 
     def extend(self, row: int, cache_id: int | None, limit: int) -> None:
         """Give a row its sequence's present pages and limit."""
