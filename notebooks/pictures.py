@@ -8,6 +8,8 @@ import matplotlib
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 
+from rooflama.kernels.facts import PALETTE
+
 matplotlib.rcParams.update(
     {
         "figure.facecolor": "white",
@@ -15,6 +17,7 @@ matplotlib.rcParams.update(
         "axes.titlesize": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
         "image.interpolation": "nearest",
     }
 )
