@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from rooflama.kernels import RooflamaError
-from rooflama.models.facts import fact_html, fact_table
+from rooflama.kernels.facts import fact_html, fact_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
