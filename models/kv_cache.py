@@ -3,15 +3,17 @@
     slot of token t = pages[t // page_size] * page_size + t % page_size
 
 Pages have reference counts, so that sequences can share a common beginning: ``fork`` shares every page, and the first
-append to a shared page copies it (copy on write). If every layer has a sliding window, a sequence's pages form a ring:
-a page that has left all windows is reused for newer tokens. All of this is on the host; kernels read block tables.
+append to a shared page copies it (copy on write). A page that nobody holds is free. It may keep its contents until it
+is taken again, so that a later sequence can ``begin`` with it. If every layer has a sliding window, a sequence releases
+each page that has left all windows. All of this is on the host; kernels read block tables.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -36,41 +38,84 @@ class SequenceError(RooflamaError, KeyError):
 
 
 class PagePool:
-    """The free pages among ``num_pages``, and for each other page the number of sequences that hold it."""
+    """The free pages among ``num_pages``, and for each other page the number of sequences that hold it.
+
+    Attributes:
+        references: of each page.
+        kept: pages whose contents someone may ask for again, held or free. Free ones are taken last, the least recently
+            used first.
+        on_taken: called with a page of ``kept`` whose contents are lost because it is taken.
+    """
 
     def __init__(self, num_pages: int):
         self.references = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.kept: set[int] = set()
+        self.on_taken: Callable[[int], object] = lambda page: None
+        self._empty = list(range(num_pages - 1, -1, -1))
+        self._idle: dict[int, None] = {}  # free pages of ``kept``, the least recently used first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._empty) + len(self._idle)
 
     def take(self, count: int) -> list[int]:
-        if count > len(self._free):
-            raise OutOfPages(
-                f"{count} pages needed, {len(self._free)} of {len(self.references)} free",
-                rule="a sequence's pages all come from one pool",
-                remedy="Free a sequence, or load the model with a larger max_context",
-            )
-        pages = [self._free.pop() for _ in range(count)]
+        self.require(count)
+        pages = []
+        for _ in range(count):
+            if self._empty:
+                pages.append(self._empty.pop())
+                continue
+            pages.append(next(iter(self._idle)))
+            del self._idle[pages[-1]]
+            self.kept.discard(pages[-1])
+            self.on_taken(pages[-1])
         for page in pages:
             self.references[page] = 1
         return pages
 
+    def require(self, count: int, *, besides: int = 0) -> None:
+        """Raise OutOfPages unless ``count`` pages are free besides some that are spoken for."""
+        if count > self.num_free - besides:
+            raise OutOfPages(
+                f"{count} pages needed, {self.num_free - besides} of {len(self.references)} free",
+                rule="a sequence's pages all come from one pool",
+                remedy="Free a sequence, or load the model with a larger max_context",
+            )
+
     def share(self, page: int) -> None:
+        if self.references[page] == 0:
+            del self._idle[page]
         self.references[page] += 1
 
     def give_back(self, page: int) -> None:
         self.references[page] -= 1
         if self.references[page] == 0:
-            self._free.append(page)
+            if page in self.kept:
+                self._idle[page] = None
+            else:
+                self._empty.append(page)
+
+    def keep_for(self, on_taken: Callable[[int], object]) -> None:
+        """Forget all contents that are kept, and keep others from now on."""
+        self.on_taken = on_taken
+        self._empty += self._idle
+        self._idle.clear()
+        self.kept.clear()
 
 
 @dataclass
 class _Sequence:
-    pages: list[int] = field(default_factory=list)  # the sequence's i-th page is pages[i % ring]
+    pages: list[int] = field(default_factory=list)  # those from page ``released`` of the sequence on
+    released: int = 0  # pages that have left all windows
     length: int = 0  # tokens written or about to be
+
+
+class Beginning(NamedTuple):
+    """Tokens that a new sequence need not compute: ``pages`` hold those from page ``first`` up to ``num_tokens``."""
+
+    first: int = 0
+    pages: tuple[int, ...] = ()
+    num_tokens: int = 0
 
 
 def ring_pages(config: ModelConfig, page_size: int, max_append: int) -> int:
@@ -117,6 +162,7 @@ class PagedKVCache:
         self.page_size = page_size
         self.max_append = max_append
         self.ring = ring_pages(config, page_size, max_append)
+        self.window = max(config.sliding_windows) if all(config.sliding_windows) else None  # keys that some layer sees
         self.pool = PagePool(num_pages)
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
@@ -135,7 +181,7 @@ class PagedKVCache:
             self.v_scale = [*pages("value scales", shape[:3], torch.float32)]
 
     def pages_for(self, num_tokens: int) -> int:
-        """The number of pages of a sequence of ``num_tokens`` tokens."""
+        """The most pages that a sequence of ``num_tokens`` tokens holds at once."""
         return min(-(-num_tokens // self.page_size), self.ring)
 
     def _sequence(self, sequence_id: int) -> _Sequence:
@@ -153,23 +199,70 @@ class PagedKVCache:
     def pages(self, sequence_id: int) -> tuple[int, ...]:
         return tuple(self._sequence(sequence_id).pages)
 
+    def released(self, sequence_id: int) -> int:
+        """How many of the sequence's first pages have left all windows; ``pages`` begins after them."""
+        return self._sequence(sequence_id).released
+
     def add(self) -> int:
         """Make an empty sequence, and return its id."""
         self._next_id += 1
         self._sequences[self._next_id] = _Sequence()
         return self._next_id
 
+    def begin(self, beginning: Beginning, num_tokens: int) -> int:
+        """Make a sequence that has some tokens already, with room for ``num_tokens``, and return its id.
+
+        Full pages are shared. A last page with room is copied, since the sequence will write to it. Raises OutOfPages,
+        before anything is changed.
+        """
+        first, pages, length = beginning
+        whole = pages[: length // self.page_size - first] if length else ()
+        missing = min(-(-num_tokens // self.page_size), first + self.ring) - first - len(whole)
+        self.pool.require(missing, besides=sum(self.pool.references[page] == 0 for page in pages))
+        for page in pages:
+            self.pool.share(page)
+        sequence_id = self.add()
+        sequence = self._sequences[sequence_id] = _Sequence([*pages], first, length)
+        try:
+            if len(whole) < len(pages):
+                self._unshare(sequence, [len(pages) - 1], self.pool.take(1))
+            self.reserve(sequence_id, num_tokens)
+        except BaseException:
+            self.free(sequence_id)
+            raise
+        return sequence_id
+
     def reserve(self, sequence_id: int, num_tokens: int) -> None:
-        """Take pages until the sequence has room for ``num_tokens`` tokens. Raises OutOfPages."""
+        """Take pages until there is room for ``num_tokens`` tokens, or for all that a window sees.
+
+        Raises OutOfPages, before anything is changed.
+        """
         sequence = self._sequence(sequence_id)
-        missing = self.pages_for(num_tokens) - len(sequence.pages)
+        last = min(-(-num_tokens // self.page_size), sequence.released + self.ring)
+        missing = last - sequence.released - len(sequence.pages)
         if missing > 0:
             sequence.pages += self.pool.take(missing)
 
     def capacity(self, sequence_id: int) -> int:
-        """The number of tokens that the sequence's pages have room for; sys.maxsize for a full ring."""
-        num_pages = len(self._sequence(sequence_id).pages)
-        return sys.maxsize if num_pages == self.ring else num_pages * self.page_size
+        """The number of tokens that the sequence's pages have room for, released ones included."""
+        sequence = self._sequence(sequence_id)
+        return (sequence.released + len(sequence.pages)) * self.page_size
+
+    def advance(self, sequence_id: int, num_tokens: int) -> None:
+        """Note that the sequence has ``num_tokens`` tokens. Pages that no later token sees are released."""
+        sequence = self._sequence(sequence_id)
+        past = self._past(sequence, num_tokens)
+        for page in past:
+            self.pool.give_back(page)
+        del sequence.pages[: len(past)]
+        sequence.released += len(past)
+        sequence.length = num_tokens
+
+    def _past(self, sequence: _Sequence, num_tokens: int) -> list[int]:
+        """The pages that no token from ``num_tokens`` on sees."""
+        if self.window is None:
+            return []
+        return sequence.pages[: max(0, max(0, num_tokens - self.window + 1) // self.page_size - sequence.released)]
 
     def append(self, sequence_id: int, num_tokens: int) -> np.ndarray:
         """Make room for the next ``num_tokens`` tokens, and return their slots, int64 [num_tokens].
@@ -184,16 +277,21 @@ class PagedKVCache:
             )
         sequence = self._sequence(sequence_id)
         start, end = sequence.length, sequence.length + num_tokens
-        touched = {i % self.ring for i in range(start // self.page_size, -(-end // self.page_size))}
-        shared = sorted(i for i in touched if i < len(sequence.pages) and self.pool.references[sequence.pages[i]] > 1)
-        missing = max(0, self.pages_for(end) - len(sequence.pages))
+        held = sequence.released + len(sequence.pages)
+        touched = range(start // self.page_size, min(held, -(-end // self.page_size)))
+        shared = [i for i in touched if self.pool.references[sequence.pages[i - sequence.released]] > 1]
+        missing = max(0, -(-end // self.page_size) - held)
+        past = self._past(sequence, start)
+        self.pool.require(len(shared) + missing, besides=-sum(self.pool.references[page] == 1 for page in past))
+        self.advance(sequence_id, start)
         fresh = self.pool.take(len(shared) + missing)
+        shared = [i - sequence.released for i in shared]
         self._unshare(sequence, shared, fresh[: len(shared)])
         sequence.pages += fresh[len(shared) :]
         sequence.length = end
         positions = np.arange(start, end)
         pages = np.asarray(sequence.pages, dtype=np.int64)
-        return pages[positions // self.page_size % self.ring] * self.page_size + positions % self.page_size
+        return pages[positions // self.page_size - sequence.released] * self.page_size + positions % self.page_size
 
     def _unshare(self, sequence: _Sequence, indices: list[int], copies: list[int]) -> None:
         if not indices:
@@ -213,25 +311,25 @@ class PagedKVCache:
     def fork(self, sequence_id: int) -> int:
         """Make a sequence with the same tokens and pages, and return its id. The first of the two to write copies."""
         original = self._sequence(sequence_id)
-        held = original.pages[: self.pages_for(original.length)]
+        held = original.pages[: -(-original.length // self.page_size) - original.released]
         for page in held:
             self.pool.share(page)
         self._next_id += 1
-        self._sequences[self._next_id] = _Sequence(list(held), original.length)
+        self._sequences[self._next_id] = _Sequence(list(held), original.released, original.length)
         return self._next_id
 
     def free(self, sequence_id: int) -> None:
         """Give the sequence's pages back; its id is invalid afterwards."""
-        for page in self._sequence(sequence_id).pages:
+        for page in reversed(self._sequence(sequence_id).pages):  # so that the last ones are taken first
             self.pool.give_back(page)
         del self._sequences[sequence_id]
 
     def block_table(self, sequence_ids: list[int], width: int) -> Tensor:
-        """int32 [num_seqs, width] on the host. Entries beyond a sequence's pages are 0; no kernel reads them."""
+        """int32 [num_seqs, width] on the host. Entries without a page are 0; no kernel reads them."""
         table = torch.zeros(len(sequence_ids), width, dtype=torch.int32)
         for row, sequence_id in enumerate(sequence_ids):
-            pages = torch.tensor(self._sequence(sequence_id).pages, dtype=torch.int32)
-            if len(pages) == self.ring:
-                pages = pages.repeat(-(-width // self.ring))
-            table[row, : len(pages)] = pages[:width]
+            sequence = self._sequence(sequence_id)
+            places = table[row, sequence.released :]
+            pages = torch.tensor(sequence.pages[: len(places)], dtype=torch.int32)
+            places[: len(pages)] = pages
         return table

@@ -48,9 +48,11 @@ def load(
     dtype: str = "auto",
     kv_dtype: str = "auto",
     max_context: int | None = None,
+    max_sequences: int = 1,
     memory_limit: int | str | None = None,
     longrope: FactorSetPolicy = "auto",
     rope: Mapping[str, Any] | str | None = None,
+    prefix_cache: bool = True,
     batch_invariant: bool = False,
     fused: bool = True,
     tensor_parallel: bool | ProcessGroup = False,
@@ -67,6 +69,8 @@ def load(
         kv_dtype: of the key/value pages: ``auto`` (that of the activations), one of those, ``fp8`` or ``int8``.
         max_context: the most tokens of a sequence. None takes the model's own context, or, with a warning, as much of
             it as fits into memory. A context beyond the model's training and its RoPE scaling is a warning.
+        max_sequences: how many sequences of ``max_context`` tokens hold pages at once. Shorter ones share these pages,
+            so that more of them run at once.
         memory_limit: bytes, or text such as ``8GiB``, that the process may take on the device for this model, the
             driver's context included; on a CPU, without Python and torch. None for all free memory. The model's memory
             is planned first, and nothing is allocated if it does not fit.
@@ -78,6 +82,9 @@ def load(
             scaling; without one, single parameters change, such as ``base``. ``models.rope.override`` lists the keys.
             The model's own context becomes the one that the scaling reaches (factor times the original context); with
             ``dynamic`` it stays, and ``max_context`` says how far to stretch.
+        prefix_cache: whether requests share the keys and values of equal beginnings of their texts, so that a system
+            prompt, or the history of a chat, is computed once. Results then agree up to rounding with those without,
+            and in every bit with ``batch_invariant=True``.
         batch_invariant: make each sequence's results equal in every bit, whatever sequences run at the same time and
             however its prompt is cut into chunks. Otherwise they agree up to rounding, since products of few and of
             many tokens use different kernels. Prompts become several times slower. Only the Triton kernels promise
@@ -107,6 +114,8 @@ def load(
     limit = arguments.whole_or_none("memory_limit", limit, "memory_limit is bytes, or text such as 8GiB")
     batch_invariant = arguments.flag("batch_invariant", batch_invariant)
     fused = arguments.flag("fused", fused)
+    prefix_cache = arguments.flag("prefix_cache", prefix_cache)
+    max_sequences = arguments.whole("max_sequences", max_sequences, "max_sequences counts sequences, at least one")
     ranks = ranks_of(tensor_parallel, batch_invariant=batch_invariant)
     choose_dtypes(dtype, kv_dtype, find_device(str(device))[1])  # before anything is read or downloaded
     if max_context is not None and max_context < 1:
@@ -139,7 +148,7 @@ def load(
             )
             config = with_rope(adapter.read_config(source), rope)
             check_vocabulary(tokenizer, config.vocab_size)
-            plan = _plan(source, config, owner, max_context, dtype, kv_dtype)
+            plan = _plan(source, config, owner, max_context, max_sequences, dtype, kv_dtype)
         if ranks is not None:
             plan = _common_plan(ranks, plan, owner)
         warn_beyond_training(plan)
@@ -150,7 +159,15 @@ def load(
             runner = start_runner(decoder, plan, owner, longrope=longrope, num_tokens=num_tokens)
         if ranks is not None:
             ranks.connect(owner, plan.dtype)
-        return Model(checkpoint.name, runner, tokenizer, owner, weight_bytes=weight_bytes, plan=plan)
+        return Model(
+            checkpoint.name,
+            runner,
+            tokenizer,
+            owner,
+            weight_bytes=weight_bytes,
+            plan=plan,
+            prefix_cache=prefix_cache,
+        )
 
 
 @contextmanager
@@ -215,7 +232,13 @@ def check_vocabulary(tokenizer: Tokenizer, num_rows: int) -> None:
 
 
 def _plan(
-    source: TensorSource, config: ModelConfig, device: Device, max_context: int | None, dtype: str, kv_dtype: str
+    source: TensorSource,
+    config: ModelConfig,
+    device: Device,
+    max_context: int | None,
+    max_sequences: int,
+    dtype: str,
+    kv_dtype: str,
 ) -> MemoryPlan:
     """The plan for ``max_context`` tokens, or for as much of the model's context as fits. Raises DeviceOutOfMemory."""
     context = config.context_length if max_context is None else max_context
@@ -224,6 +247,7 @@ def _plan(
         config,
         device,
         context=context,
+        sequences=max_sequences,
         dtype=dtype,
         kv_dtype=kv_dtype,
         batch_invariant=source.batch_invariant,

@@ -54,6 +54,7 @@ class Model:
         *,
         weight_bytes: int,
         plan: MemoryPlan,
+        prefix_cache: bool = True,
     ):
         self.name = name
         self.runner = runner
@@ -62,7 +63,9 @@ class Model:
         self.device = device
         self.weight_bytes = weight_bytes
         self.plan = plan
-        self.tokens = TokenEngine(runner, tokenizer.eos_ids, num_slots=max(MOST_SLOTS, plan.sequences))
+        self.tokens = TokenEngine(
+            runner, tokenizer.eos_ids, num_slots=max(MOST_SLOTS, plan.sequences), prefix_cache=prefix_cache
+        )
         ranks = runner.decoder.ranks  # all of them draw the same seeds
         self._seeds = SystemRandom() if ranks is None else Random(ranks.exchange(secrets.randbits(64))[0])
         self._closed = False

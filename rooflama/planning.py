@@ -112,10 +112,11 @@ def plan_for_device(
     context: int,
     dtype: str,
     kv_dtype: str,
+    sequences: int = 1,
     batch_invariant: bool = False,
     share: Share = ALONE,
 ) -> MemoryPlan:
-    """The plan of one sequence of ``context`` tokens on an open device, within its limit and its free memory.
+    """The plan of sequences of ``context`` tokens on an open device, within its limit and its free memory.
 
     ``share``: of the rank that runs on the device.
     """
@@ -126,6 +127,7 @@ def plan_for_device(
         weights,
         target,
         context=context,
+        sequences=sequences,
         dtype=dtype,
         kv_dtype=kv_dtype,
         batch_invariant=batch_invariant,

@@ -41,6 +41,9 @@ class Rotation(Protocol):
     def pin(self, planned: list[int]) -> Tensor:
         """The choice for each sequence, from its planned length in tokens: a tensor [num_seqs, ...] on the host."""
 
+    def key(self, planned: int) -> str:
+        """Names the rotation of a sequence: equal for planned lengths that rotate alike."""
+
     def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
         """``Step``'s cos, sin and rope_rows for tokens at ``positions``, int32 [num_tokens], with one pin per token."""
 
@@ -83,6 +86,9 @@ class _Tables:
         tables = [rope_tables(spec, max_context, factor_set=factor_set) for factor_set in sets]
         self._cos, self._sin = _upload(tables, device, "rotary")
 
+    def key(self, planned: int) -> str:
+        return choose_factor_set(self._spec, planned, self._longrope) or ""
+
     def pin(self, planned: list[int]) -> Tensor:
         if not self._has_choice:
             return torch.zeros(len(planned), dtype=torch.int32)
@@ -98,6 +104,9 @@ class _Computed:
 
     def __init__(self, spec: RopeSpec):
         self._spec = spec
+
+    def key(self, planned: int) -> str:
+        return inverse_frequencies(self._spec, seq_len=planned).tobytes().hex()
 
     def pin(self, planned: list[int]) -> Tensor:
         return torch.from_numpy(np.stack([inverse_frequencies(self._spec, seq_len=length) for length in planned]))
@@ -118,6 +127,9 @@ class _WithLocal:
 
     def __init__(self, rotation: Rotation, cos: Tensor, sin: Tensor):
         self._rotation, self._cos, self._sin = rotation, cos, sin
+
+    def key(self, planned: int) -> str:
+        return self._rotation.key(planned)
 
     def pin(self, planned: list[int]) -> Tensor:
         return self._rotation.pin(planned)

@@ -22,6 +22,7 @@ from torch import Tensor
 from rooflama.kernels import swapped_only
 
 from ..errors import ModelClosed
+from .prefix_cache import PrefixCache
 from .runner import DecodeSlots, ModelRunner
 from .sampling import TokenLogprob
 from .scheduler import Batch, Scheduler
@@ -39,6 +40,7 @@ class TokenEngine:
         end_ids: tokens that end a sequence.
         num_slots: the most sequences that hold pages at once.
         token_budget: the most tokens of a step; None for as many as a prefill pass takes.
+        prefix_cache: whether sequences share the pages of equal beginnings.
 
     Attributes:
         turns: who computes. A caller that uses the runner's cache itself holds a turn.
@@ -51,6 +53,7 @@ class TokenEngine:
         *,
         num_slots: int = MOST_SLOTS,
         token_budget: int | None = None,
+        prefix_cache: bool = True,
     ):
         self.runner, self.end_ids, self.num_slots = runner, frozenset(end_ids), num_slots
         self.turns = Turns()
@@ -59,6 +62,7 @@ class TokenEngine:
             max_context=runner.max_context,
             num_slots=num_slots,
             token_budget=min(token_budget or runner.prefill_chunk, runner.prefill_chunk),
+            prefixes=PrefixCache(runner) if prefix_cache else None,
             leave=self._leave,
         )
         self._groups: list[DecodeSlots] = []  # one for each set of swapped kernels
@@ -148,7 +152,7 @@ class TokenEngine:
             self._groups.clear()
             self._in_flight.clear()
             self.__dict__.pop("runner", None)
-            self.scheduler.__dict__.pop("cache", None)
+            self.scheduler.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -210,6 +214,8 @@ class TokenEngine:
         complete: list[Sequence] = []
         for (sequence, count), end in zip(batch.prefill, ends, strict=True):
             sequence.num_cached += count
+            if self.scheduler.prefixes is not None:
+                self.scheduler.prefixes.insert(sequence)
             if sequence.num_cached == sequence.num_tokens:
                 complete.append(sequence)
                 rows.append(hidden[end - 1])

@@ -8,6 +8,7 @@ and per set of sampling options is captured at its second step, and kept.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -94,6 +95,12 @@ class ModelRunner:
                 rule=f"together they must fit into the context of {self.max_context} tokens",
                 remedy="Shorten the prompt, ask for fewer tokens, or load the model with a larger max_context",
             )
+
+    def identity(self, planned: int) -> bytes:
+        """What changes the keys and values of given tokens: the model, dtypes, and the rotation of a planned length."""
+        decoder, kv_dtype = self.decoder, self.cache.k_pages[0].dtype
+        model = (decoder.config, decoder.fused, decoder.batch_invariant, self.dtype, kv_dtype)
+        return hashlib.blake2b(repr((model, self.rotation.key(planned))).encode(), digest_size=16).digest()
 
     @property
     def table_width(self) -> int:

@@ -12,7 +12,8 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..kv_cache import OutOfPages, PagedKVCache
+from ..kv_cache import Beginning, OutOfPages, PagedKVCache
+from .prefix_cache import PrefixCache
 from .sequence import Sequence, Status
 
 
@@ -24,13 +25,13 @@ class Batch:
         decode: sequences that draw their next token.
         prefill: (sequence, number of its next tokens) of one prefill pass; all have the same swapped kernels.
         extended: those of ``decode`` whose pages have changed.
-        failed: sequences that no number of free pages would serve, and why.
+        failed: sequences that could not begin, though all pages were free or for another reason.
     """
 
     decode: list[Sequence] = field(default_factory=list)
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
     extended: list[Sequence] = field(default_factory=list)
-    failed: list[tuple[Sequence, OutOfPages]] = field(default_factory=list)
+    failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -41,6 +42,7 @@ class Scheduler:
         max_context: the most tokens of a sequence.
         num_slots: the most sequences that hold pages at once.
         token_budget: the most tokens of a step, those of prefill and of decoding together.
+        prefixes: the known beginnings of texts; None to share nothing.
         leave: called with a sequence that gives its pages up, to take it out of its row.
 
     Attributes:
@@ -55,10 +57,11 @@ class Scheduler:
         max_context: int,
         num_slots: int,
         token_budget: int,
+        prefixes: PrefixCache | None,
         leave: Callable[[Sequence], None],
     ):
         self.cache, self.max_context, self._leave = cache, max_context, leave
-        self.num_slots, self.token_budget = num_slots, token_budget
+        self.num_slots, self.token_budget, self.prefixes = num_slots, token_budget, prefixes
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -73,63 +76,81 @@ class Scheduler:
         for sequence in list(self.running):  # preemption may take later ones out
             if sequence.row < 0:
                 continue
-            if sequence.num_cached == sequence.limit < self._most(sequence) and self._grow(sequence):
+            full = sequence.num_cached == sequence.limit < self._most(sequence)
+            if full and self._grow(sequence, sequence.num_cached + 1):
                 batch.extended.append(sequence)
             if sequence.num_cached < sequence.limit and sequence.row >= 0:
                 batch.decode.append(sequence)
         room, swaps = max(1, self.token_budget - len(batch.decode)), None
-        for sequence in self.running:
-            if sequence.row < 0 and room and (swaps is None or sequence.swaps == swaps):
-                room, swaps = self._take(sequence, room, batch), sequence.swaps
+        for sequence in list(self.running):
+            count = min(room, sequence.num_tokens - sequence.num_cached)
+            if sequence.row >= 0 or not count or (swaps is not None and sequence.swaps != swaps):
+                continue
+            if self._grow(sequence, sequence.num_cached + count):
+                room, swaps = room - count, sequence.swaps
+                batch.prefill.append((sequence, count))
         while room and self.waiting and (swaps is None or self.waiting[0].swaps == swaps):
             sequence = self.waiting[0]
             if len(self.running) == self.num_slots or not self._admit(sequence, batch):
                 break
             if sequence.cache_id is not None:
-                room, swaps = self._take(sequence, room, batch), sequence.swaps
+                count = min(room, sequence.num_tokens - sequence.num_cached)
+                room, swaps = room - count, sequence.swaps
+                batch.prefill.append((sequence, count))
         return batch
 
     def _most(self, sequence: Sequence) -> int:
         """The most tokens that the sequence's cache ever holds: its last token is never read."""
         return sequence.request.planned_tokens(self.max_context) - 1
 
-    def _take(self, sequence: Sequence, room: int, batch: Batch) -> int:
-        """Let a sequence prefill as many of its next tokens as there is room for; returns the room left."""
-        count = min(room, sequence.num_tokens - sequence.num_cached)
-        batch.prefill.append((sequence, count))
-        return room - count
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Give a sequence pages for one more token. False if it had to be preempted itself."""
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a sequence room for ``num_tokens`` tokens. False if it had to be preempted itself."""
         while sequence.cache_id is not None:
             try:
-                self._reserve(sequence, sequence.cache_id, sequence.num_cached + 1)
+                self.cache.advance(sequence.cache_id, sequence.num_cached)
+                self.cache.reserve(sequence.cache_id, num_tokens)
             except OutOfPages:
                 self.preempt(self.running[-1])
             else:
+                self._set_limit(sequence, sequence.cache_id)
                 return True
         return False
 
-    def _reserve(self, sequence: Sequence, cache_id: int, num_tokens: int) -> None:
-        self.cache.reserve(cache_id, num_tokens)
+    def _set_limit(self, sequence: Sequence, cache_id: int) -> None:
         sequence.limit = min(self.cache.capacity(cache_id), self._most(sequence))
 
     def _admit(self, sequence: Sequence, batch: Batch) -> bool:
         """Give the first waiting sequence pages for its text and one more token. False if too few are free."""
-        cache_id = self.cache.add()
         try:
-            self._reserve(sequence, cache_id, min(sequence.num_tokens + 1, self._most(sequence)))
-        except OutOfPages as error:
-            self.cache.free(cache_id)
-            if self.running:
+            with self.cache.device.guard("generation"):
+                beginning, cache_id = self._begin(sequence)
+        except Exception as error:
+            if isinstance(error, OutOfPages) and self.running:
                 return False
             self.waiting.remove(sequence)
             batch.failed.append((sequence, error))
             return True
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_arrival)
-        sequence.status, sequence.cache_id, sequence.num_cached = Status.RUNNING, cache_id, 0
+        sequence.status, sequence.cache_id = Status.RUNNING, cache_id
+        sequence.num_cached = beginning.num_tokens
+        self._set_limit(sequence, cache_id)
+        if self.prefixes is not None:
+            self.prefixes.count(sequence, beginning)
         return True
+
+    def _begin(self, sequence: Sequence) -> tuple[Beginning, int]:
+        """A sequence of the cache that begins with what is known of the text."""
+        room = min(sequence.num_tokens + 1, self._most(sequence))
+        beginning = Beginning()
+        if self.prefixes is not None:
+            beginning = self.prefixes.find(sequence)
+        try:
+            return beginning, self.cache.begin(beginning, room)
+        except OutOfPages:
+            if self.running:
+                raise
+            return Beginning(), self.cache.begin(Beginning(), room)  # a copy takes a page more
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages away. It waits, and its tokens are read again later."""
@@ -150,10 +171,19 @@ class Scheduler:
                 self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
+        if self.prefixes is not None and sequence.error is None:
+            self.prefixes.insert(sequence)
         self.cache.free(sequence.cache_id)
         sequence.cache_id, sequence.num_cached, sequence.limit = None, 0, 0
         sequence.life += 1
         self._leave(sequence)
+
+    def close(self) -> None:
+        """Release the cache."""
+        if "cache" in self.__dict__:
+            self.cache.pool.keep_for(lambda page: None)
+        for name in ("cache", "prefixes"):
+            self.__dict__.pop(name, None)
 
 
 def _arrival(sequence: Sequence) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,9 +108,18 @@ class Sequence:
     row: int = -1
     life: int = 0
     clock: float = 0.0
+    _packed: bytes = b""
 
     def __post_init__(self) -> None:
         self.timings = Timings(len(self.request.prompt))
+
+    def packed(self, num_tokens: int) -> bytes:
+        """Its first tokens, the prompt's and those drawn, as int32."""
+        packed = len(self._packed) // 4
+        if packed < num_tokens:
+            known = max(0, packed - len(self.request.prompt))
+            self._packed += array("i", [*self.request.prompt[packed:], *self.token_ids[known:]]).tobytes()
+        return self._packed[: 4 * num_tokens]
 
     @property
     def num_tokens(self) -> int:

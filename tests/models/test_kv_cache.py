@@ -1,16 +1,18 @@
 """The page pool as a state machine: whatever is added, appended, forked and freed, every token is read back."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
 from rooflama.kernels import use_backend
 from rooflama.loaders.device import open_device
 from rooflama.models import ModelConfig, OutOfPages, PagedKVCache, RopeSpec
-from rooflama.models.kv_cache import ring_pages
+from rooflama.models.kv_cache import Beginning, ring_pages
 
 PAGE_SIZE = 16
 NUM_PAGES = 12
@@ -38,7 +40,11 @@ def tiny_config(num_layers=2, window=0):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Writes a fresh number for every appended token and remembers what each sequence must read back."""
+    """Writes a fresh number for every token and remembers, in a dictionary, what each sequence must read back.
+
+    A sequence that is freed may leave its pages behind, with their contents: a later one begins with them, unless they
+    were taken meanwhile. So is one that is preempted.
+    """
 
     sequences = Bundle("sequences")
     window = 0
@@ -55,8 +61,29 @@ class CacheMachine(RuleBasedStateMachine):
             device=self.device,
         )
         self.expected: dict[int, list[float]] = {}
-        self.oldest: dict[int, int] = {}  # the first position that the last append could see
+        self.oldest: dict[int, int] = {}  # the first position that must still be there
+        self.left: list[tuple[list[float], int, tuple[int, ...]]] = []  # values, first page, pages
         self.counter = 0
+        self.cache.pool.keep_for(self.taken)
+
+    def taken(self, page):
+        self.left = [entry for entry in self.left if page not in entry[2]]
+
+    def state(self, sequence=None):
+        known = None if sequence is None else (self.cache.length(sequence), self.cache.pages(sequence))
+        return known, list(self.cache.pool.references), self.cache.pool.num_free, list(self.left)
+
+    def write(self, sequence, slots):
+        values = [float(self.counter + i) for i in range(len(slots))]
+        self.counter += len(slots)
+        for layer, pool in enumerate((*self.cache.k_pages, *self.cache.v_pages)):
+            flat = pool.view(-1, *pool.shape[2:])
+            flat[torch.from_numpy(slots)] = torch.tensor(values).view(-1, 1, 1) + layer * 1e5
+        self.expected[sequence] += values
+
+    def first_seen(self, length):
+        """Of the token at position ``length``."""
+        return max(0, length - self.window + 1) if self.window else 0
 
     @rule(target=sequences)
     def add(self):
@@ -67,28 +94,44 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(sequence=sequences, num_tokens=st.integers(1, MAX_APPEND))
     def append(self, sequence, num_tokens):
-        before = (self.cache.length(sequence), self.cache.pages(sequence), self.cache.pool.num_free)
+        before, length = self.state(sequence), self.cache.length(sequence)
         try:
             with use_backend("numpy"):
                 slots = self.cache.append(sequence, num_tokens)
         except OutOfPages:
-            assert before == (self.cache.length(sequence), self.cache.pages(sequence), self.cache.pool.num_free)
+            assert self.state(sequence) == before
             return
-        self.oldest[sequence] = max(0, before[0] - self.window + 1) if self.window else 0
-        values = [float(self.counter + i) for i in range(num_tokens)]
-        self.counter += num_tokens
-        for layer, pool in enumerate((*self.cache.k_pages, *self.cache.v_pages)):
-            flat = pool.view(-1, *pool.shape[2:])
-            flat[torch.from_numpy(slots)] = torch.tensor(values).view(-1, 1, 1) + layer * 1e5
-        self.expected[sequence] += values
+        self.oldest[sequence] = self.first_seen(length)
+        self.write(sequence, slots)
+
+    @rule(sequence=sequences)
+    def decode(self, sequence):
+        """A token whose slot is computed from the block table, as a captured step does."""
+        length = self.cache.length(sequence)
+        self.cache.advance(sequence, length)
+        self.oldest[sequence] = self.first_seen(length)
+        before = self.state(sequence)
+        try:
+            self.cache.reserve(sequence, length + 1)
+        except OutOfPages:
+            assert self.state(sequence) == before
+            return
+        page = self.cache.block_table([sequence], length // PAGE_SIZE + 1)[0, -1].item()
+        if self.cache.pool.references[page] == 1:  # else it was forked, which decoding does not undo
+            self.write(sequence, np.array([page * PAGE_SIZE + length % PAGE_SIZE]))
+            self.cache.advance(sequence, length + 1)
+            self.oldest[sequence] = self.first_seen(length + 1)
 
     @rule(sequence=sequences, num_tokens=st.integers(0, 60))
     def reserve(self, sequence, num_tokens):
-        free = self.cache.pool.num_free
+        before = self.state(sequence)
         try:
             self.cache.reserve(sequence, num_tokens)
         except OutOfPages:
-            assert self.cache.pool.num_free == free
+            assert self.state(sequence) == before
+        else:
+            wanted = min(num_tokens, (self.cache.released(sequence) + self.cache.ring) * PAGE_SIZE)
+            assert self.cache.capacity(sequence) >= wanted
 
     @rule(target=sequences, sequence=sequences)
     def fork(self, sequence):
@@ -102,18 +145,50 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.free(sequence)
         del self.expected[sequence]
 
+    @rule(sequence=consumes(sequences))
+    def leave(self, sequence):
+        """Free a sequence whose pages keep their contents."""
+        values, first = self.expected.pop(sequence), self.cache.released(sequence)
+        pages = self.cache.pages(sequence)[: -(-len(values) // PAGE_SIZE) - first]
+        if pages:
+            self.left.append((values, first, pages))
+            self.cache.pool.kept.update(pages)
+        self.cache.free(sequence)
+
+    @precondition(lambda self: self.left)
+    @rule(target=sequences, data=st.data(), room=st.integers(0, 40))
+    def begin(self, data, room):
+        """A sequence with a beginning of what another has left."""
+        values, first, pages = data.draw(st.sampled_from(self.left))
+        least = min(len(values), first * PAGE_SIZE + (self.window or 1))
+        count = data.draw(st.integers(least, len(values)))
+        beginning = Beginning(first, pages[: -(-count // PAGE_SIZE) - first], count)
+        before = self.state()
+        try:
+            with use_backend("numpy"):
+                sequence = self.cache.begin(beginning, count + room)
+        except OutOfPages:
+            assert self.state() == before
+            return multiple()
+        self.expected[sequence] = values[:count]
+        self.oldest[sequence] = max(first * PAGE_SIZE, self.first_seen(count))
+        return sequence
+
     @invariant()
     def every_sequence_reads_what_it_wrote(self):
         """Through the block table, as the kernels do; with a window, what the last append's first token still sees."""
         for sequence, values in self.expected.items():
             assert self.cache.length(sequence) == len(values)
-            visible = np.arange(self.oldest[sequence], len(values))
-            width = -(-max(len(values), 1) // PAGE_SIZE)
-            pages = self.cache.block_table([sequence], width)[0].numpy().astype(np.int64)
-            slots = pages[visible // PAGE_SIZE] * PAGE_SIZE + visible % PAGE_SIZE
-            expected = torch.tensor(values, dtype=torch.float32)[torch.from_numpy(visible)].view(-1, 1, 1)
-            for layer, pool in enumerate((*self.cache.k_pages, *self.cache.v_pages)):
-                assert (pool.view(-1, *pool.shape[2:])[torch.from_numpy(slots)] == expected + layer * 1e5).all()
+            self.assert_read(self.cache.block_table([sequence], 100)[0].numpy(), self.oldest[sequence], values)
+        for values, first, pages in self.left:
+            self.assert_read(np.array([0] * first + list(pages)), first * PAGE_SIZE, values)
+
+    def assert_read(self, table, oldest, values):
+        visible = np.arange(oldest, len(values))
+        slots = table.astype(np.int64)[visible // PAGE_SIZE] * PAGE_SIZE + visible % PAGE_SIZE
+        expected = torch.tensor(values, dtype=torch.float32)[torch.from_numpy(visible)].view(-1, 1, 1)
+        for layer, pool in enumerate((*self.cache.k_pages, *self.cache.v_pages)):
+            assert (pool.view(-1, *pool.shape[2:])[torch.from_numpy(slots)] == expected + layer * 1e5).all()
 
     @invariant()
     def a_window_bounds_the_pages(self):
@@ -134,12 +209,13 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 class WindowedCacheMachine(CacheMachine):
-    """Every layer has a window: a sequence's pages form a ring, and it may grow for ever."""
+    """Every layer has a window: pages that have left it are released, so that a sequence may grow for ever."""
 
     window = 24
 
 
-machine_settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+deep = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+machine_settings = settings(max_examples=2000 if deep else 20, stateful_step_count=50 if deep else 25, deadline=None)
 TestCache = CacheMachine.TestCase
 TestCache.settings = machine_settings
 TestWindowedCache = WindowedCacheMachine.TestCase
@@ -165,7 +241,8 @@ def test_a_windowed_sequence_outgrows_the_pool():
             slots = cache.append(sequence, 16)
             assert len(set(slots.tolist())) == 16
         assert cache.length(sequence) == 4096
-        assert len(cache.pages(sequence)) == 4
+        assert len(cache.pages(sequence)) == 3  # 16 new tokens and the 23 before them
+        assert cache.released(sequence) == 253
 
 
 def test_running_out_names_the_numbers():

@@ -1,0 +1,188 @@
+"""Beginnings of texts whose keys and values are in pages already, so that later sequences share them.
+
+A page's identity is a chain of hashes: of its tokens, of the page before it, and at the root of everything else that
+changes keys and values. A page that a sequence has filled is known by its identity; a last page that is partly filled,
+by its predecessor's and its tokens. A sequence begins with the longest chain of known pages that its tokens match, and
+with a copy of one page more that matches in part.
+
+Pages stay known while sequences hold them, and afterwards until the pool takes them for something else: the page that
+was used longest ago is taken first.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..kv_cache import Beginning
+from .runner import ModelRunner
+from .sequence import Sequence
+
+TOKEN_BYTES = 4  # token ids are packed as int32
+
+
+class _Page(NamedTuple):
+    """What a known page holds: ``tokens`` after the chain ``parent``. ``identity`` is None if it is not full."""
+
+    parent: bytes
+    tokens: bytes
+    identity: bytes | None
+
+
+@dataclass
+class PrefixStatistics:
+    """Counts since the engine began.
+
+    Attributes:
+        lookups, hits: sequences that took pages, and those that found a part of their text.
+        tokens_asked, tokens_saved: of their texts, and how many of these were found.
+        pages_taken: known pages that the pool took for something else.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    tokens_asked: int = 0
+    tokens_saved: int = 0
+    pages_taken: int = 0
+
+
+class PrefixCache:
+    """The pages of a runner's cache whose contents are known.
+
+    Sequences under swapped kernels take no part. The newest of several prefix caches of one page cache is the one in
+    use; the others find nothing.
+
+    Attributes:
+        statistics: of its use.
+    """
+
+    def __init__(self, runner: ModelRunner):
+        self._cache, self._max_context = runner.cache, runner.max_context
+        self._identity = functools.cache(runner.identity)
+        self._page_bytes = self._cache.page_size * TOKEN_BYTES
+        self._least = self._cache.page_size // 8 * TOKEN_BYTES  # to copy a page for less is not worth it
+        self._known: dict[int, _Page] = {}
+        self._full: dict[bytes, int] = {}  # identity -> page
+        self._after: dict[tuple[bytes, bytes], set[int]] = {}  # (chain before it, its first token) -> pages
+        self.statistics = PrefixStatistics()
+        self._cache.pool.keep_for(self._taken)
+
+    def _root(self, sequence: Sequence) -> bytes:
+        """What changes keys and values besides tokens."""
+        return self._identity(sequence.request.planned_tokens(self._max_context))
+
+    def _serves(self, sequence: Sequence) -> bool:
+        return not sequence.swaps and self._cache.pool.on_taken == self._taken
+
+    def find(self, sequence: Sequence) -> Beginning:
+        """The longest beginning of a sequence's text that is in pages. At least its last token is left to compute."""
+        if not self._serves(sequence):
+            return Beginning()
+        return self._longest(self._root(sequence), sequence.packed(sequence.num_tokens - 1))
+
+    def count(self, sequence: Sequence, beginning: Beginning) -> None:
+        """Note that a sequence took pages, and what it began with."""
+        self.statistics.lookups += 1
+        self.statistics.hits += beginning.num_tokens > 0
+        self.statistics.tokens_asked += sequence.num_tokens
+        self.statistics.tokens_saved += beginning.num_tokens
+        if sequence.life == 0:
+            sequence.timings.cached_tokens = beginning.num_tokens
+
+    def _longest(self, root: bytes, tokens: bytes) -> Beginning:
+        size, chain, found = self._page_bytes, root, Beginning()
+        chains = [chain]
+        pages: list[int | None] = []
+        for start in range(0, len(tokens) - size + 1, size):
+            chain = _chained(chain, tokens[start : start + size])
+            chains.append(chain)
+            pages.append(self._full.get(chain))
+        for count in range(len(pages), 0, -1):
+            if (held := self._seen_from(pages, count)) is not None:
+                found = Beginning(count - len(held), held, count * self._cache.page_size)
+                break
+        count = found.num_tokens // self._cache.page_size
+        page, matched = self._partial(chains[count], tokens[count * size :])
+        if page is None:
+            return found
+        return Beginning(found.first, (*found.pages, page), found.num_tokens + matched // TOKEN_BYTES)
+
+    def _seen_from(self, pages: list[int | None], count: int) -> tuple[int, ...] | None:
+        """The last of the first ``count`` pages that the next token sees; None if one of them is not there."""
+        window, size = self._cache.window, self._cache.page_size
+        first = 0 if window is None else max(0, count * size - window + 1) // size
+        held = tuple(page for page in pages[first:count] if page is not None)
+        return held if len(held) == count - first else None
+
+    def _partial(self, chain: bytes, tokens: bytes) -> tuple[int | None, int]:
+        """The page after ``chain`` with the most bytes in common with ``tokens``, and how many."""
+        best, most = None, self._least - 1
+        for page in self._after.get((chain, tokens[:TOKEN_BYTES]), ()):
+            if (matched := _common(self._known[page].tokens, tokens)) > most:
+                best, most = page, matched
+        return best, most
+
+    def insert(self, sequence: Sequence) -> None:
+        """Make known the pages of a sequence, as far as its tokens are in them."""
+        if sequence.cache_id is None or not self._serves(sequence):
+            return
+        pages, first = self._cache.pages(sequence.cache_id), self._cache.released(sequence.cache_id)
+        tokens = sequence.packed(min(sequence.num_cached, sequence.num_tokens))
+        chain = self._root(sequence)
+        for start in range(0, len(tokens), self._page_bytes):
+            part = tokens[start : start + self._page_bytes]
+            identity = _chained(chain, part) if len(part) == self._page_bytes else None
+            index = start // self._page_bytes - first
+            if index >= 0:
+                self._insert(pages[index], _Page(chain, part, identity))
+            chain = identity or chain
+
+    def _insert(self, page: int, holds: _Page) -> None:
+        known = self._known.get(page)
+        if known == holds or (holds.identity is not None and holds.identity in self._full):
+            return
+        if holds.identity is None:
+            most = self._partial(holds.parent, holds.tokens)[1]
+            if len(holds.tokens) < self._least or most == len(holds.tokens):
+                return  # too little, or no more than another page has
+        if known is not None:
+            self._drop(page)
+        self._known[page] = holds
+        self._after.setdefault((holds.parent, holds.tokens[:TOKEN_BYTES]), set()).add(page)
+        if holds.identity is not None:
+            self._full[holds.identity] = page
+        self._cache.pool.kept.add(page)
+
+    def _taken(self, page: int) -> None:
+        self.statistics.pages_taken += 1
+        self._drop(page)
+
+    def _drop(self, page: int) -> None:
+        parent, tokens, identity = self._known.pop(page)
+        siblings = self._after[parent, tokens[:TOKEN_BYTES]]
+        siblings.discard(page)
+        if not siblings:
+            del self._after[parent, tokens[:TOKEN_BYTES]]
+        if identity is not None:
+            del self._full[identity]
+
+    def forget(self) -> None:
+        """Know no page any more. Call it after changing the weights of a loaded model."""
+        for known in (self._known, self._full, self._after):
+            known.clear()
+        self._cache.pool.keep_for(self._taken)
+
+
+def _chained(chain: bytes, tokens: bytes) -> bytes:
+    return hashlib.blake2b(chain + tokens, digest_size=16).digest()
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """The number of bytes of the tokens with which both begin."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    different = next(i for i in range(length) if one[i] != other[i])
+    return different // TOKEN_BYTES * TOKEN_BYTES
