@@ -54,8 +54,10 @@ test: $(VENV)/.test $(VENV)/.checkpoint  ## the whole suite, on the CPU
 check-kernel: $(VENV)/.test  ## the tests of kernels/NAME.py on two cores: make check-kernel NAME=quantized_tiles
 	$(BIN)/python tests/kernel_tests.py $(NAME)
 
-# The fast part of the suite: each kernel's laws on one drawn case, every reader of files, tiny models, the command line.
-FAST_TESTS := tests/kernels tests/test_interpreter.py tests/loaders tests/models/test_parity.py tests/test_cli.py
+# The fast part of the suite: each kernel's laws on one drawn case, every reader of files, tiny models, the command line,
+# and what plugs into other libraries.
+FAST_TESTS := tests/kernels tests/test_interpreter.py tests/loaders tests/models/test_parity.py tests/test_cli.py \
+	tests/integrations
 FAST := HYPOTHESIS_PROFILE=smoke OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 $(VENV)-%/.ready: pyproject.toml constraints-%.txt
