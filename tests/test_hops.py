@@ -2,18 +2,20 @@
 
 A file of ours is on the path if one of its functions takes, holds or returns the tensor or the token, in any form:
 
-    the tensor    its header entry, its bytes, and whatever is built of them: planes, weight, projection, layer, decoder
+    the tensor    its header entry, its bytes, and what is made of them: planes, weight, projection
     the token     its text, its id, and its row of the activations
 
-Files that only count, place or time (pages, positions, turns) are not on the path: they never see it. Kernels are left
-out: each is a file of its own, with its checks and its definition. Both are measured, by a profiler that looks at every
-local variable of every call while a checkpoint is loaded and answers. The tensor's numbers are all alike, and the token
-is a word that occurs nowhere else, so either is recognised in whatever form it takes.
+A list, tuple or dictionary of it counts as it does. A record that carries it among other things, such as a layer or a
+sequence, counts where it is put in or taken out: files that only pass the record on, count, place or time never look at
+it. Kernels are left out: each is a file of its own, with its checks and its definition.
+
+Both paths are measured, by a profiler that looks at every local variable of every call while a checkpoint is loaded and
+answers. The tensor's numbers are all alike, and the token is a word that occurs nowhere else, so either is recognised
+in whatever form it takes.
 """
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,12 @@ def is_the_tensor(value: Any) -> bool:
         return value.device.type == "cpu" and is_the_tensor(value.detach().numpy())
     if isinstance(value, np.ndarray):
         if value.dtype.kind == "f":
-            return value.size > 0 and bool((np.abs(value - VALUE) < 1e-3 * VALUE).all())
+            return value.size > 0 and np.allclose(value, VALUE, rtol=1e-3, atol=0)
         return value.dtype.itemsize == 1 and value.size > 0 and bool(np.mean(value.view(np.uint8) == 127) > 0.9)
     if isinstance(value, TensorInfo):
         return value.name == TENSOR
     if isinstance(value, Projection):
         return is_the_tensor(vars(value).get("parts"))  # not there yet while it is made
-    if is_dataclass(value) and not isinstance(value, type):
-        return any(is_the_tensor(getattr(value, field.name, None)) for field in fields(value))
     return any(is_the_tensor(item) for item in contents(value))
 
 
