@@ -183,11 +183,10 @@ def _own_tensors(
                 yield layer, ((pool[layer], table, lens, scale[layer]), {"num_keys": len(token_ids)})
         if kernel is copy_pages:
             source = torch.arange(len(pages), device=device)
-            for pool in (cache.k_pages[layer], cache.v_pages[layer]):
-                yield (
-                    layer,
-                    ((torch.cat([pool[pages], torch.zeros_like(pool[pages])]), source, source + len(pages)), {}),
-                )
+            for kept in (cache.k_pages[layer], cache.v_pages[layer]):
+                bits = as_codes(kept)[pages]
+                twice = torch.cat([bits, torch.zeros_like(bits)]).view(kept.dtype)
+                yield layer, ((twice, source, source + len(pages)), {})
         if kernel is add_rms_norm:
             before = done.hidden[DECODING, max(layer - 1, 0)]
             yield layer, ((hidden, before, runner.decoder.output_norm, config.rms_norm_eps), {})

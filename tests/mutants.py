@@ -2,7 +2,7 @@
 
     python tests/mutants.py                          every mutant of mutant_table
     python tests/mutants.py norm rope                those of these groups: the word before the colon of a name
-    python tests/mutants.py --generate 200 --seed 0  200 random small changes to the kernels (kernel_mutations.py)
+    python tests/mutants.py --generate 200 --seed 0  200 random small changes to the kernels (testing/mutations.py)
     python tests/mutants.py --generate 20 sampling   20 to kernels/sampling.py
 
 First the tests run without a bug. A mutant of the table must make its own tests fail. Exit status 1: one survives, runs
@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from equivalent_mutants import EQUIVALENT
-from kernel_mutations import Mutation, mutations
 from kernel_tests import KERNEL_TESTS, suite_of
 from mutant_table import MUTANTS, Mutant
+from rooflama.testing.mutations import Mutation, mutations
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_SCORE = 0.97
@@ -97,12 +97,13 @@ class Runner:
 
 
 def copy_tree(target: Path) -> None:
-    """Copy the kernels, and the loaders that their tests use, as an importable ``rooflama``, and the tests."""
+    """Copy the kernels, with what their tests import of ``rooflama``, as an importable package; and the tests."""
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis", ".pytest_cache")
     (target / "rooflama").mkdir()
     (target / "rooflama" / "__init__.py").touch()
     for room in ("kernels", "loaders"):
         shutil.copytree(ROOT / room, target / "rooflama" / room, ignore=ignored)
+    shutil.copytree(ROOT / "rooflama" / "testing", target / "rooflama" / "testing", ignore=ignored)
     shutil.copytree(ROOT / "tests", target / "tests", ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", target)
     # The ci profile's examples, without the time that shrinking a failure takes.

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 
 from rooflama.kernels import sample, sampling
-from strategies import DEVICE
+from rooflama.testing.strategies import DEVICE
 
 # A search takes about twenty launches per chunk, at milliseconds each under the interpreter.
 few_if_interpreted = settings(max_examples=3) if DEVICE.type == "cpu" else lambda test: test

@@ -9,8 +9,8 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal
-from strategies import DEVICE
+from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.strategies import DEVICE
 
 
 @triton.jit

@@ -8,10 +8,10 @@ import pytest
 
 import mutants
 from equivalent_mutants import EQUIVALENT
-from kernel_mutations import mutations
 from kernel_tests import KERNEL_TESTS, suite_of
 from mutant_table import MUTANTS
 from mutants import ROOT, Outcome
+from rooflama.testing.mutations import mutations
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name for mutant in MUTANTS])

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_within_rounding
 from rooflama.integrations.dense import PAGE_SIZE, as_pages, dense_attention
 from rooflama.kernels import KernelInputError, swap
-from strategies import DEVICE, dtypes, exact, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
+from rooflama.testing.strategies import DEVICE, dtypes, exact, normal, seeds
 
 NAN = float("nan")
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from assertions import assert_bit_equal, assert_within_rounding
-from attention_cases import NAN, int32, starts
 from rooflama.integrations.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from rooflama.kernels import reference
 from rooflama.models import ArgumentError
-from strategies import DEVICE, dtypes, exact, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
+from rooflama.testing.attention import NAN, int32, starts
+from rooflama.testing.strategies import DEVICE, dtypes, exact, normal, seeds
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from rooflama.integrations.transformers import make_mask, register, register_fla
 from rooflama.kernels import KernelInputError, swap
 from rooflama.kernels.kernel import KERNELS
 from rooflama.models import ArgumentError
+from rooflama.testing.strategies import DEVICE
 from running_models import assert_parity
-from strategies import DEVICE
 from tiny_checkpoints import WINDOW, cases, make_module, random_tokens
 
 FAMILIES = ["llama3", "llama-group7", "qwen2", "qwen2-window", "qwen3", "phi3-4k", "phi3-128k", "mistral-window"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from assertions import assert_guards_intact
-from strategies import DEVICE, guarded
+from rooflama.testing.assertions import assert_guards_intact
+from rooflama.testing.strategies import DEVICE, guarded
 
 KEPT = 64  # allocations that stay under watch, so that a later launch is seen writing beside an earlier one's output
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from rooflama.kernels import KernelInputError, all_reduce, one_shot_sum, reference, sum_parts, use_backend
 from rooflama.kernels.all_reduce import BLOCK, Peers
-from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
+from rooflama.testing.strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
 sizes = {"ranks": st.integers(1, 5), "num_tokens": st.integers(0, 3), "columns": st.integers(1, 1500)}
 optional = {"biased": st.booleans(), "joined": st.booleans()}

@@ -8,8 +8,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_within_rounding
-from attention_cases import (
+from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
+from rooflama.kernels.attention_common import Attended
+from rooflama.kernels.attention_decode import _merge_splits_kernel
+from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
+from rooflama.testing.attention import (
     GROUPS,
     HEAD_DIMS,
     PAGE_SIZES,
@@ -31,10 +34,7 @@ from attention_cases import (
     untouched,
     with_keys,
 )
-from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
-from rooflama.kernels.attention_common import Attended
-from rooflama.kernels.attention_decode import _merge_splits_kernel
-from strategies import DEVICE, exact, normal
+from rooflama.testing.strategies import DEVICE, exact, normal
 
 LLAMA = Drawn(query_lens=(1,) * 4, seq_lens=(37, 0, 290, 130), num_kv_heads=2, group=4, head_dim=64)
 

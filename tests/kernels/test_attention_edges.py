@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from assertions import assert_bit_equal
-from attention_cases import Drawn, arguments, assert_attention, define, run_decode, run_prefill, sequences
 from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
 from rooflama.kernels.launch import override
-from strategies import DEVICE
+from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.attention import Drawn, arguments, assert_attention, define, run_decode, run_prefill, sequences
+from rooflama.testing.strategies import DEVICE
 
 # More queries than keys: the first ones stand before position 0 and see nothing.
 EARLY = Drawn(query_lens=(4, 40), seq_lens=(1, 37), num_kv_heads=1, group=2, head_dim=16)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal
-from attention_cases import (
+from rooflama.kernels import KernelInputError, attention_prefill, reference
+from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.attention import (
     GROUPS,
     HEAD_DIMS,
     NAN,
@@ -31,8 +32,7 @@ from attention_cases import (
     visible,
     with_keys,
 )
-from rooflama.kernels import KernelInputError, attention_prefill, reference
-from strategies import DEVICE, exact, normal
+from rooflama.testing.strategies import DEVICE, exact, normal
 
 LLAMA = Drawn(query_lens=(37, 0, 70), seq_lens=(37, 5, 133), num_kv_heads=2, group=4, head_dim=64)
 

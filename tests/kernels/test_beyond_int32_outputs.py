@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from assertions import assert_bit_equal
 from rooflama.kernels import add_rms_norm, attention_decode, attention_prefill, gather_kv, rms_norm, swiglu
-from strategies import DEVICE, beyond_int32, normal
+from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.strategies import DEVICE, beyond_int32, normal
 
 pytestmark = pytest.mark.gpu
 COLUMNS = 32768

@@ -20,7 +20,7 @@ from rooflama.kernels.bound import (
     signature_of,
     tensors_in,
 )
-from strategies import DEVICE
+from rooflama.testing.strategies import DEVICE
 
 
 class Pair(NamedTuple):

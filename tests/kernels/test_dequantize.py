@@ -6,13 +6,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact
-from quant_blocks import TYPES, guarded_weight, random_blocks, random_bytes, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, Weight, dequantize, reference, resident_form
 from rooflama.kernels.dequantize import _dequantize_kernel
 from rooflama.kernels.quantized_tiles import planes_of
 from rooflama.loaders.gguf.repack import repack
-from strategies import DEVICE, dtypes, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact
+from rooflama.testing.strategies import DEVICE, dtypes, seeds
+from rooflama.testing.weights import (
+    TYPES,
+    guarded_weight,
+    random_blocks,
+    random_bytes,
+    random_weight,
+    some_columns,
+    virtual_rows,
+)
 
 
 def rounded_definition(weight, dtype):

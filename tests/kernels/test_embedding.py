@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact
-from quant_blocks import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
 from rooflama.kernels import KernelInputError, dequantize, embedding, reference
 from rooflama.kernels.embedding import _embedding_kernel
 from rooflama.kernels.quantized_tiles import planes_of
-from strategies import DEVICE, dtypes, guarded, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact
+from rooflama.testing.strategies import DEVICE, dtypes, guarded, seeds
+from rooflama.testing.weights import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
 
 
 @pytest.mark.parametrize("ggml_type", TYPES)

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from assertions import assert_bit_equal
-from quant_blocks import random_weight
 from rooflama.kernels import (
     KernelInputError,
     attention_decode,
@@ -19,7 +17,9 @@ from rooflama.kernels import (
     rms_norm,
     sample,
 )
-from strategies import DEVICE
+from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.strategies import DEVICE
+from rooflama.testing.weights import random_weight
 
 X, WEIGHT = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE), torch.ones(32, device=DEVICE)
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from assertions import assert_bit_equal
 from replaying import replay_on_the_cpu
 from rooflama.kernels import KernelInputError, use_backend
 from rooflama.kernels import kernel as module
@@ -23,7 +22,8 @@ from rooflama.kernels.backend import INTERPRETED
 from rooflama.kernels.bound import scratch
 from rooflama.kernels.checks import check
 from rooflama.kernels.kernel import KERNELS, Launch, kernel, launch, like, swap
-from strategies import DEVICE
+from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.strategies import DEVICE
 
 X = torch.arange(10.0, device=DEVICE)
 checked = []  # arguments, of each call

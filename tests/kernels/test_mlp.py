@@ -6,9 +6,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from rooflama.kernels import KernelInputError, geglu, reference, swiglu, use_backend
-from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
+from rooflama.testing.strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
 sizes = {"num_tokens": st.integers(0, 5), "intermediate": st.integers(1, 2500)}
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
 from rooflama.kernels import KernelInputError, add_rms_norm, reference, rms_norm
-from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
+from rooflama.testing.strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
 sizes = {"num_tokens": st.integers(0, 9), "hidden": st.integers(1, 700)}
 

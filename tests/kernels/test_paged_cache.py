@@ -6,13 +6,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact
-from paged_cases import LIMITS, poisoned_pages, ragged_table, random_slots, slots_of
 from rooflama.kernels import copy_pages, gather_kv, reference, use_backend, write_kv
 from rooflama.kernels.paged_cache import _gather_kv_kernel
 from rooflama.kernels.paged_common import paged_kv
 from rooflama.kernels.reference.paged_cache import quantize, round_to_e4m3
-from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact
+from rooflama.testing.paged import LIMITS, poisoned_pages, ragged_table, random_slots, slots_of
+from rooflama.testing.strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
 page_sizes = st.sampled_from([16, 32, 64, 128, 256])
 head_dims = st.sampled_from([1, 16, 64, 80, 96, 128, 256])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rooflama.kernels import KernelInputError, copy_pages, gather_kv, write_kv
-from strategies import DEVICE
+from rooflama.testing.strategies import DEVICE
 
 ZEROS = torch.zeros(2, 3, 16, device=DEVICE)
 PAGES = torch.zeros(4, 16, 3, 16, device=DEVICE)

@@ -6,10 +6,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact
 from rooflama.kernels import KernelInputError, penalise, penalties, reference, use_backend
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact
+from rooflama.testing.strategies import DEVICE, beyond_int32, exact, guarded, normal, seeds
 from sampling_cases import column, warped_by_transformers
-from strategies import DEVICE, beyond_int32, exact, guarded, normal, seeds
 
 
 @pytest.fixture

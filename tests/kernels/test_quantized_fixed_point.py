@@ -8,12 +8,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact
-from quant_blocks import TYPES, guarded_weight, random_weight, some_columns
 from rooflama.kernels import LAYOUTS, quantized_matmul, reference
 from rooflama.kernels.quantized_matmul import most_tokens
 from rooflama.kernels.reference.fixed_point import fixed_point
-from strategies import DEVICE, DTYPES, exact, guarded, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact
+from rooflama.testing.strategies import DEVICE, DTYPES, exact, guarded, normal, seeds
+from rooflama.testing.weights import TYPES, guarded_weight, random_weight, some_columns
 
 QUANTISED = [name for name in TYPES if not LAYOUTS[name].is_float]
 MOST_TOKENS = most_tokens(LAYOUTS["Q4_K"], DEVICE)["fixed_point"]

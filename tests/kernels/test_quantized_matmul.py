@@ -8,8 +8,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
-from quant_blocks import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
 from rooflama.kernels import (
     LAYOUTS,
     Weight,
@@ -20,7 +18,9 @@ from rooflama.kernels import (
 )
 from rooflama.kernels.launch import override
 from rooflama.kernels.quantized_tiles import Input, Output, planes_of
-from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
+from rooflama.testing.strategies import DEVICE, dtypes, exact, guarded, normal, seeds
+from rooflama.testing.weights import TYPES, guarded_weight, random_weight, some_columns, virtual_rows
 
 # The gemv regime serves up to 8 tokens, dot up to 64, matmul the rest.
 tokens_of_any_regime = st.sampled_from([0, 1, 2, 3, 5, 8, 9, 17, 33, 64, 65])

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from assertions import assert_bit_equal
-from quant_blocks import random_weight
 from rooflama.kernels import KernelInputError, Weight, quantized_matmul
-from strategies import DEVICE, normal
+from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.strategies import DEVICE, normal
+from rooflama.testing.weights import random_weight
 
 
 def test_opcheck():

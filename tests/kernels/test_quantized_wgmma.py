@@ -8,8 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_within_rounding
-from quant_blocks import guarded_weight, random_weight
 from rooflama.kernels import quantized_matmul, reference
 from rooflama.kernels.backend import INTERPRETED
 from rooflama.kernels.launch import override
@@ -18,7 +16,9 @@ from rooflama.kernels.quantized_tiles import Input, Output
 from rooflama.kernels.quantized_wgmma import serves
 from rooflama.kernels.quantized_wgmma_ends import Plan, launch_arrange, launch_gather, scratch_bytes
 from rooflama.kernels.weight import LAYOUTS
-from strategies import DEVICE, exact, guarded, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
+from rooflama.testing.strategies import DEVICE, exact, guarded, normal, seeds
+from rooflama.testing.weights import guarded_weight, random_weight
 
 runs_triton = pytest.mark.skipif(DEVICE.type == "cpu" and not INTERPRETED, reason="Triton runs on the CPU interpreted")
 HOPPER = DEVICE.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability()[0] == 9

@@ -6,11 +6,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
-from attention_cases import untouched
 from rooflama.kernels import KernelInputError, reference, rope, rope_and_cache_write, use_backend, write_kv
-from rope_cases import Step, angle_tables, random_positions
-from strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
+from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact, assert_within_rounding
+from rooflama.testing.attention import untouched
+from rooflama.testing.rope import Step, angle_tables, random_positions
+from rooflama.testing.strategies import DEVICE, beyond_int32, dtypes, exact, guarded, normal, seeds
 
 head_dims = st.sampled_from([2, 16, 64, 80, 96, 100, 128, 256])
 heads = st.integers(1, 5)

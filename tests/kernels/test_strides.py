@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from assertions import assert_bit_equal
-from attention_cases import Drawn, arguments, spread
 from rooflama.kernels import (
     attention_decode,
     attention_prefill,
@@ -17,8 +15,10 @@ from rooflama.kernels import (
     rope_and_cache_write,
     write_kv,
 )
-from rope_cases import Step
-from strategies import DEVICE, normal
+from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.attention import Drawn, arguments, spread
+from rooflama.testing.rope import Step
+from rooflama.testing.strategies import DEVICE, normal
 
 GQA = Drawn(query_lens=(1, 1, 1), seq_lens=(37, 0, 90), num_kv_heads=3, group=2, head_dim=48)
 PAGE_DTYPES = [None, torch.int8, torch.float8_e4m3fn]

@@ -26,8 +26,8 @@ from rooflama.models import ADAPTERS, ConfigError, Request, SamplingParams, Sequ
 from rooflama.models.config_reader import read_decoder_config
 from rooflama.models.hyperparameters import Hyperparameters
 from rooflama.models.rope.spec import Dynamic, RopeSpec
+from rooflama.testing.strategies import DEVICE
 from running_models import assert_parity, decode_logits, prefill_logits, running, worst_row_error
-from strategies import DEVICE
 from tiny_checkpoints import SIZES, WINDOW, make_module, random_tokens, reference_logits
 
 TOKENS = random_tokens(30)

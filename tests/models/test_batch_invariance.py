@@ -7,9 +7,9 @@ import rooflama
 from rooflama import ArgumentError, plan_memory
 from rooflama.kernels import use_backend
 from rooflama.loaders.gguf import read_gguf
+from rooflama.testing.strategies import DEVICE
 from running_models import decode_logits, prefill_logits, running
 from small_checkpoint import write_small
-from strategies import DEVICE
 from tiny_checkpoints import random_tokens, write_case
 
 DTYPES = [torch.bfloat16, torch.float16] if DEVICE.type == "cuda" else [torch.float32]

@@ -8,7 +8,7 @@ import torch
 
 import rooflama
 from demo_oracle import PROMPTS, checkpoint_path, greedy, transformers_llama
-from strategies import DEVICE
+from rooflama.testing.strategies import DEVICE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.demo_checkpoint]
 NUM_TOKENS = 32

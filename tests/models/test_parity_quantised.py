@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedModel
 
-from quant_blocks import HALVES, TYPES, gguf_dequantize, random_blocks
 from rooflama.kernels import LAYOUTS, use_backend
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.gguf.types import TYPE_SIZES
+from rooflama.testing.weights import HALVES, TYPES, gguf_dequantize, random_blocks
 from running_models import assert_parity, decode_logits, prefill_logits, running
 from tiny_checkpoints import (
     SIZES,

@@ -5,8 +5,8 @@ import torch
 
 from rooflama.kernels import use_backend
 from rooflama.loaders.gguf import read_gguf
+from rooflama.testing.strategies import DEVICE
 from running_models import decode_logits, prefill_logits, running
-from strategies import DEVICE
 from tiny_checkpoints import cases, random_tokens, write_case
 
 NUM_TOKENS, DECODED = 19, 2  # more than a page

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from demo_oracle import checkpoint_path
-from quant_blocks import TYPES, gguf_dequantize, random_blocks
 from rooflama import ConfigError, plan_memory
 from rooflama.kernels import dequantize, use_backend
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.gguf.types import TYPE_SIZES
 from rooflama.models import CheckpointReader, adapter_for, checkpoint_weights
 from rooflama.models.share import ALONE, Share
+from rooflama.testing.weights import TYPES, gguf_dequantize, random_blocks
 from small_checkpoint import write_small
 from tiny_checkpoints import Blocks, write_gguf
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import rooflama
-from quant_blocks import random_weight
 from rooflama import KernelInputError, kernels, swap, trace
 from rooflama.kernels import quantized_matmul, rms_norm, use_backend
+from rooflama.testing.strategies import DEVICE
+from rooflama.testing.weights import random_weight
 from small_checkpoint import LAYERS, write_small
-from strategies import DEVICE
 
 X, WEIGHT = torch.full((3, 32), 2.0), torch.ones(32)
 PROMPT = "ab ab"

@@ -10,9 +10,9 @@ import rooflama
 from rooflama import ArgumentError
 from rooflama.kernels import use_backend
 from rooflama.loaders.gguf import read_gguf
+from rooflama.testing.strategies import DEVICE
 from running_models import assert_parity, decode_logits, prefill_logits, running
 from small_checkpoint import write_small
-from strategies import DEVICE
 from tiny_checkpoints import cases, module, random_tokens, reference_logits, write_case
 
 GGUF_CASES = [name for name, case in cases().items() if case.in_gguf]

@@ -2,9 +2,10 @@
 
 import pytest
 
+from limits import SMALL_CHUNK
 from rooflama.loaders.device import open_device
 from rooflama.loaders.device import raw as device_raw
-from strategies import DEVICE, SMALL_CHUNK
+from rooflama.testing.strategies import DEVICE
 
 
 @pytest.fixture

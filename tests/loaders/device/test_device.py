@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from limits import SMALL_CHUNK
 from rooflama.loaders.device import (
     CopyOutOfRange,
     DeviceError,
@@ -19,7 +20,7 @@ from rooflama.loaders.device import (
     open_device,
 )
 from rooflama.loaders.device import raw as device_raw
-from strategies import DEVICE, SMALL_CHUNK, seeds
+from rooflama.testing.strategies import DEVICE, seeds
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool]
 

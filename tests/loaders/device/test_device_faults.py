@@ -20,6 +20,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
+from limits import SMALL_CHUNK
 from rooflama.loaders.device import (
     DeviceError,
     DeviceLost,
@@ -31,7 +32,7 @@ from rooflama.loaders.device import (
 )
 from rooflama.loaders.device import raw as device_raw
 from rooflama.loaders.device.ledger import allocation_site
-from strategies import DEVICE, SMALL_CHUNK
+from rooflama.testing.strategies import DEVICE
 
 
 @pytest.fixture

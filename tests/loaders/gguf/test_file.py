@@ -16,7 +16,6 @@ from gguf.scripts.gguf_convert_endian import byteswap_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assertions import within_seconds
 from gguf_files import (
     ARRAY,
     F32,
@@ -35,8 +34,9 @@ from gguf_files import (
     text,
     write_gguf,
 )
+from limits import within_seconds
 from rooflama.loaders.gguf import GGUFError, MissingKeyError, StringArray, read_gguf
-from strategies import seeds
+from rooflama.testing.strategies import seeds
 
 STORED_TYPES = [kind for kind in GGMLQuantizationType if kind.name != "Q8_1"]
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from assertions import within_seconds
 from gguf_files import (
     ARRAY,
     BOOL,
@@ -30,6 +29,7 @@ from gguf_files import (
 )
 from gguf_mutations import OPERATIONS, check_any_input, mutate
 from gguf_oracle import strict_read
+from limits import within_seconds
 from rooflama.loaders.gguf import GGUFError, GGUFFile, MissingKeyError, read_gguf
 
 GGUF_F32, GGUF_Q4_0 = 0, 2

@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant_blocks import TYPES, gguf_dequantize, random_blocks, random_bytes, some_columns
 from rooflama.kernels import LAYOUTS, KernelInputError, reference
 from rooflama.kernels.reference.quant_layouts import bit_offsets, high_bit_offsets
 from rooflama.loaders.gguf.repack import pack, pack_high, repack
 from rooflama.loaders.gguf.types import TYPE_SIZES
-from strategies import seeds
+from rooflama.testing.strategies import seeds
+from rooflama.testing.weights import TYPES, gguf_dequantize, random_blocks, random_bytes, some_columns
 
 
 def assert_same_floats(got, expected, context):

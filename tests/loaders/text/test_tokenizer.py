@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from assertions import within_seconds
+from limits import within_seconds
 from rooflama import demo_checkpoint
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.text import Tokenizer, open_tokenizer

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import TypeVar
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from strategies import GUARD, exact
+from .strategies import GUARD, exact
 
-T = TypeVar("T")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -74,14 +69,3 @@ def assert_guards_intact(buffer: Tensor, *, context: str = "") -> None:
     for name, guard in (("before", buffer[:GUARD]), ("after", buffer[-GUARD:])):
         intact = guard.isnan() if buffer.is_floating_point() else guard == torch.iinfo(buffer.dtype).min
         assert bool(intact.all()), f"wrote {name} the buffer at {int((~intact).nonzero()[0])}; {context}"
-
-
-def within_seconds(limit: float, function: Callable[..., T], *arguments: object) -> T:
-    """The function's result, if the best of three calls takes less than ``limit`` seconds of CPU time."""
-    taken = []
-    while not taken or taken[-1] >= limit:
-        assert len(taken) < 3, f"{min(taken):.2f} s of CPU at best, and {limit} are allowed"
-        start = time.process_time()
-        result = function(*arguments)
-        taken.append(time.process_time() - start)
-    return result

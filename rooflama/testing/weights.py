@@ -10,7 +10,8 @@ from torch import Tensor
 from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.gguf.repack import repack
 from rooflama.loaders.gguf.types import TYPE_SIZES, row_nbytes
-from strategies import DEVICE, guarded
+
+from .strategies import DEVICE, guarded
 
 TYPES = list(LAYOUTS)
 

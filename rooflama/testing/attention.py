@@ -10,8 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from assertions import assert_within_rounding
-from strategies import DEVICE, dtypes, exact, guarded, normal, seeds
+from .assertions import assert_within_rounding
+from .strategies import DEVICE, dtypes, exact, guarded, normal, seeds
 
 NAN = float("nan")
 GROUPS = [*range(1, 17), 24, 32]
@@ -147,7 +147,7 @@ def paged(dense: list[Dense], page_size: int, *, seed: int = 0, base: int = 0) -
         keys = np.arange(min(base, len(s.k)), len(s.k))
         places.append((own[keys // page_size], keys % page_size, keys))
 
-    def pool(name: str) -> Tensor | None:
+    def pool(name: str) -> Any:
         parts = [getattr(s, name) for s in dense]
         if parts[0] is None:
             return None

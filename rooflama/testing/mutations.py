@@ -10,6 +10,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _OPERATORS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Add: ("+", "-"),
@@ -126,7 +127,7 @@ def _walk(statement: ast.AST) -> Iterator[ast.AST]:
     if isinstance(statement, ast.If) and any(
         isinstance(n, ast.Name) and n.id == "NVIDIA" for n in ast.walk(statement.test)
     ):
-        children = statement.orelse
+        children: list[Any] = list(statement.orelse)
     else:
         yield statement
         children = list(ast.iter_child_nodes(statement))
@@ -142,8 +143,8 @@ def _edits(source: _Source, node: ast.AST) -> Iterator[tuple[int, int, str]]:
         case ast.AugAssign(target, operator, value):
             yield _swapped(source, operator, source.end(target), source.start(value))
         case ast.Compare(left, operators, comparators):
-            for before, operator, after in zip([left, *comparators], operators, comparators, strict=False):
-                yield _swapped(source, operator, source.end(before), source.start(after))
+            for before, comparison, after in zip([left, *comparators], operators, comparators, strict=False):
+                yield _swapped(source, comparison, source.end(before), source.start(after))
         case ast.BoolOp(operator, values):
             yield _swapped(source, operator, source.end(values[0]), source.start(values[1]))
         case ast.UnaryOp(operator):

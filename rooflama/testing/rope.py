@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from assertions import assert_guards_intact
 from rooflama.kernels import rope_and_cache_write
-from strategies import DEVICE, guarded, normal
+
+from .assertions import assert_guards_intact
+from .strategies import DEVICE, guarded, normal
 
 
 def angle_tables(max_positions: int, rotary_dim: int, theta: float = 1e4) -> tuple[Tensor, ...]:
@@ -66,7 +67,8 @@ class Step:
     def fused(self, q_norm: Tensor | None = None, k_norm: Tensor | None = None, **options: Any) -> Any:
         """(q, the contents of pages and scales afterwards). Asserts that nothing around the pages was written."""
         pages = self.pages()
-        q = rope_and_cache_write(*self.inputs(), *pages[:2], q_norm, k_norm, *pages[2:], **options)
+        kernel: Any = rope_and_cache_write
+        q = kernel(*self.inputs(), *pages[:2], q_norm, k_norm, *pages[2:], **options)
         for buffer in self.buffers:
             assert_guards_intact(buffer if buffer.dtype == torch.int8 else buffer.float())
         return q, [t.float() for t in pages if t is not None]

@@ -12,8 +12,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter computes bfloat16 wrongly, so only a GPU draws it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 
-SMALL_CHUNK = 1 << 12  # bytes that a copy moves at a time under the fixture small_chunks
-
 seeds = st.integers(0, 2**32 - 1)
 dtypes = st.sampled_from(DTYPES)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strategies import DEVICE, guarded
+from .strategies import DEVICE, guarded
 
 LIMITS = {torch.int8: 127, torch.float8_e4m3fn: 448}
 
