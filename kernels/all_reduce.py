@@ -98,18 +98,22 @@ def _one_shot_sum_kernel(
     tl.debug_barrier()  # all threads have stored before one raises the flags
     place = (slot * (capacity // BLOCK) + block) * RANKS
     for rank in tl.static_range(RANKS):
-        tl.atomic_xchg(flags[rank] + place + RANK, number, sem="release", scope="sys")
+        if rank != RANK:
+            tl.atomic_xchg(flags[rank] + place + RANK, number, sem="release", scope="sys")
     tries = 0
     for rank in tl.static_range(RANKS):
-        while (tl.atomic_add(flags[RANK] + place + rank, 0, sem="acquire", scope="sys") != number) & (
-            tries < MOST_TRIES
-        ):
-            tries += 1
+        if rank != RANK:
+            flag = flags[RANK] + place + rank
+            while (tl.atomic_add(flag, 0, sem="acquire", scope="sys") != number) & (tries < MOST_TRIES):
+                tries += 1
     tl.debug_barrier()  # one thread has seen the flags before any reads
     total = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(RANKS):
-        theirs = tl.load(slots[rank] + slot * capacity + offs, mask=mask, other=0.0, cache_modifier=".cg")
-        total += theirs.to(tl.float32)
+        if rank == RANK:
+            total += mine.to(tl.float32)
+        else:
+            theirs = tl.load(slots[rank] + slot * capacity + offs, mask=mask, other=0.0, cache_modifier=".cg")
+            total += theirs.to(tl.float32)
     total = tl.where(tries < MOST_TRIES, total, float("nan"))
     _store_sum(total, bias_ptr, residual_ptr, out_ptr, offs, mask, columns)
     tl.store(launches_ptr + block, number)

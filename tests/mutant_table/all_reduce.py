@@ -10,7 +10,7 @@ MUTANTS = [
     (
         "all_reduce: one peer is not told",
         "tl.atomic_xchg(flags[rank] + place + RANK, number,",
-        "tl.atomic_xchg(flags[rank] + place + RANK, number if rank > 0 else 0,",
+        "tl.atomic_xchg(flags[rank] + place + RANK, number if rank > 1 else 0,",
         "tests/kernels/test_all_reduce.py",
     ),
     (
