@@ -35,6 +35,7 @@ from .share import Share
 if TYPE_CHECKING:
     from rooflama.loaders.device import Device
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name up to torch 2.12
 WAIT_FOR_PEOPLE = timedelta(days=30)  # ranks may wait for a person to type; a rank that ended is noticed otherwise
 
 
@@ -131,7 +132,7 @@ class Ranks:
         """[ranks, *mine.shape]."""
         everyone = torch.empty((self.share.size, *mine.shape), dtype=mine.dtype, device=mine.device)
         with self._guard():
-            dist.all_gather_into_tensor(everyone.flatten(0, 1), mine.contiguous(), group=self.group)
+            _all_gather(everyone.flatten(0, 1), mine.contiguous(), group=self.group)
         return everyone
 
     def exchange(self, value: Any) -> list[Any]:

@@ -43,6 +43,10 @@ VARIABLES = (
         "read at import",
     ),
     Variable(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "the GPUs that the driver shows"),
+    Variable(
+        ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"),
+        "set by torchrun: the ranks that share a model ([docs/TENSOR_PARALLEL.md](docs/TENSOR_PARALLEL.md))",
+    ),
     Variable(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "CPU threads of torch and NumPy"),
     Variable(
         ("HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE"),

@@ -39,6 +39,8 @@ def running(
         config = adapter.read_config(source)
         decoder = Decoder.load(source, config, adapter)
         num_pages = num_seqs * -(-max_context // PAGE_SIZE)
+        if ranks is not None:
+            ranks.connect(owner, dtype)
         cache = PagedKVCache(
             decoder.config,
             num_pages=num_pages,

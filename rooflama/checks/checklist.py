@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch.distributed import ProcessGroup
 
 from rooflama.kernels import RooflamaError
 
@@ -175,6 +176,7 @@ def check(
     *,
     device: str = "auto",
     limit: int | None = None,
+    tensor_parallel: bool | ProcessGroup = False,
     on_progress: Callable[[Report], None] | None = None,
 ) -> Report:
     """Run the checklist on a checkpoint.
@@ -183,6 +185,7 @@ def check(
         path: a checkpoint as for ``load``.
         device: where to run it, as for ``load``.
         limit: bytes that the model must fit into; None for the device's free memory.
+        tensor_parallel: the ranks that share the model, as for ``load``. Each gets a report.
         on_progress: called before the first line and after each, with the report so far.
 
     Nothing is raised for faults of the checkpoint; the report names them.
@@ -191,7 +194,7 @@ def check(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # the checks "structure", "config" and "tokenizer" report warnings
-        subject = file_checks.Subject(os.fspath(path), device, limit, stack)
+        subject = file_checks.Subject(os.fspath(path), device, limit, stack, tensor_parallel)
         tell(report := Report(subject.name, (), ()))
         for item in CHECKS:
             result = _run(item, subject, {r.name: r.status for r in report.results})

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import gguf
 import numpy as np
+from torch.distributed import ProcessGroup
 
 from rooflama.kernels import LAYOUTS, reference
 from rooflama.loaders.checkpoint import Checkpoint
@@ -22,6 +23,8 @@ from rooflama.loaders.opening import Location, locate
 from rooflama.loaders.text import Tokenizer, open_tokenizer
 from rooflama.models import Adapter, CheckpointReader, ConfigError, ModelConfig, checkpoint_weights, rope_tables
 from rooflama.models.memory.amounts import size
+from rooflama.models.parallel import ranks_of
+from rooflama.models.share import ALONE, Share
 
 from ..loading import check_vocabulary, load
 from ..model import Model
@@ -58,6 +61,13 @@ class Subject:
     device: str
     limit: int | None
     stack: ExitStack
+    tensor_parallel: bool | ProcessGroup = False
+
+    @cached_property
+    def share(self) -> Share:
+        """Of this rank."""
+        ranks = ranks_of(self.tensor_parallel)
+        return ALONE if ranks is None else ranks.share
 
     @cached_property
     def location(self) -> Location:
@@ -108,7 +118,14 @@ class Subject:
         """The model on the device, with a short context."""
         context = min(CONTEXT, self.config.context_length)
         path = self.location.path
-        model = load(path, device=self.device, max_context=context, memory_limit=self.limit, progress=False)
+        model = load(
+            path,
+            device=self.device,
+            max_context=context,
+            memory_limit=self.limit,
+            tensor_parallel=self.tensor_parallel,
+            progress=False,
+        )
         return self.stack.enter_context(model)
 
 
@@ -156,7 +173,7 @@ def config(subject: Subject) -> Finding:
 
 def tensors(subject: Subject) -> Finding:
     """The file has every tensor that the model needs, with its shape and a supported type, and no other."""
-    checkpoint_weights(subject.reader, subject.config, subject.adapter, "triton")
+    checkpoint_weights(subject.reader, subject.config, subject.adapter, "triton", subject.share)
     counts, nbytes = Counter[str](), Counter[str]()
     for info in subject.file.tensors.values():
         counts[info.ggml_type] += 1

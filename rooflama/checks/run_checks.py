@@ -27,7 +27,9 @@ NEW_TOKENS = 16
 
 def memory(subject: Subject) -> Finding:
     """The plan for the model's own context stays within the limit and the device's free memory."""
-    plan = plan_memory(subject.location.path, device=subject.device, limit=subject.limit)
+    plan = plan_memory(
+        subject.location.path, device=subject.device, limit=subject.limit, tensor_parallel=subject.share.size
+    )
     details = {"plan": plan.to_dict()}
     if plan.fits:
         return Finding("PASS", f"{size(plan.total_bytes)} at {plan.context:,} tokens, {_bound(plan)}", details)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
 from .output import note
+from .ranks import from_first
 from .run import answer, system_message
 from .template import TemplateVariables, ToolsFile, template_variables
 
@@ -35,7 +36,7 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lets input() edit a line and recall earlier ones
     with rooflama.load(model, **loading.keywords()) as loaded:
-        while asked := _ask():
+        while asked := from_first(_ask):
             said = [*messages, {"role": "user", "content": asked}]
             dropped, ids = _fit(loaded, said, chosen, options.get("max_new_tokens"))
             room = loaded.max_context - len(ids)

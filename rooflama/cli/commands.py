@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from ..json_text import json_text
 from . import output as cli_output
 from . import plan as cli_plan
+from . import ranks as cli_ranks
 from .chat import chat
 from .compare import compare
 from .options import Json, Loading, ModelSource, Rope, Sampling, with_groups
@@ -35,7 +36,7 @@ class Commands(TyperGroup):
 
             if not isinstance(error, RooflamaError):
                 raise
-            cli_output.error(str(error))
+            cli_ranks.say_error(error)
             raise typer.Exit(2) from error
 
 
@@ -139,4 +140,5 @@ def main() -> None:
     """Run the command line of this process."""
     cli_output.use_any_encoding()
     cli_output.show_warnings_as_notes()
-    app()
+    with cli_ranks.one_voice():
+        app()

@@ -10,6 +10,8 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
+from . import ranks
+
 ModelSource = Annotated[
     str,
     typer.Argument(
@@ -74,7 +76,8 @@ class Loading:
     memory_limit: Annotated[str | None, Option(help="memory that the model must fit into, such as 24GiB")] = None
 
     def keywords(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """The options, and whether the ranks that torchrun started share the model."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"tensor_parallel": ranks.joined()}
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..json_text import json_text
+from . import ranks
 from .options import DeviceName, Json, ModelSource, Rope
 from .output import console
 
@@ -23,6 +24,9 @@ def plan(
     device: DeviceName = "auto",
     limit: Limit = None,
     rope: Rope = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="ranks that share the model; those of torchrun by default, else 1")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the memory that MODEL takes on a device, here or not, without loading it. Exit status 1: it does not fit."""
@@ -37,6 +41,7 @@ def plan(
         device=device,
         limit=limit,
         rope=rope,
+        tensor_parallel=ranks.size() if tensor_parallel is None else tensor_parallel,
     )
     if as_json:
         print(json_text(made.to_dict(), indent=2))
@@ -59,7 +64,8 @@ def check(
     from ..checks.checklist import check as run_checks
 
     if report is not None:
-        _require_writable(report, model)
+        ranks.from_first(lambda: _require_writable(report, model))
+        report = report if ranks.is_first() else None
     screen = console()
 
     def show(so_far: Report) -> None:
@@ -72,6 +78,7 @@ def check(
         model,
         device=device,
         limit=None if limit is None else parse_bytes(limit),
+        tensor_parallel=ranks.joined(),
         on_progress=show,
     )
     if as_json:

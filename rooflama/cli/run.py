@@ -17,6 +17,7 @@ import typer
 from ..json_text import json_text
 from .options import Json, Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
 from .output import aside, note
+from .ranks import from_first
 from .template import TemplateVariables, ToolsFile, template_variables
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def run(
     chosen = template_variables(variables, tools, chat=chat)
     if system is not None and not chat:
         refuse("--system without --chat", "only a chat template takes a system message", "Add --chat")
-    text = _read_prompt(prompt, file)
+    text = from_first(lambda: _read_prompt(prompt, file))
     started = time.perf_counter()
     with rooflama.load(model, **loading.keywords()) as loaded:
         seconds = time.perf_counter() - started
