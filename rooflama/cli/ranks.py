@@ -53,9 +53,13 @@ def joined() -> bool:
     backend, local = "gloo", int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= (gpus := torch.cuda.device_count()):
-            from .options import refuse
+            from rooflama.models import ArgumentError
 
-            refuse(f"rank {local} on a host with {gpus} GPUs", "each rank has one", f"Start {gpus} ranks per host")
+            raise ArgumentError(
+                f"rank {local} on a host with {gpus} GPUs",
+                rule="each rank has a GPU of its own",
+                remedy=f"Start {gpus} ranks per host",
+            )
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
