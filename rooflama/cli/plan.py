@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,7 @@ def check(
     from ..checks.checklist import check as run_checks
 
     if report is not None:
-        ranks.from_first(lambda: _require_writable(report, model))
+        ranks.from_first(partial(_require_writable, report, model))
         report = report if ranks.is_first() else None
     screen = console()
 
