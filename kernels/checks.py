@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,25 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> 
         return
     wanted = "[" + ", ".join("any" if n is None else str(n) for n in expected) + "]"
     check(False, f"{name} has shape {list(shape)}", f"{name} must have shape {wanted}", f"Reshape {name}")
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """[..., columns], two dimensions or more, whose rows lie at one distance, so that they can be numbered."""
+    shape = [*tensor.shape]
+    check(tensor.ndim >= 2, f"{name} has shape {shape}", f"{name} must have shape [..., columns]", f"Reshape {name}")
+    rows = [(size, stride) for size, stride in zip(shape[:-1], tensor.stride()[:-1], strict=True) if size != 1]
+    at_one_distance = all(outer == inner * size for (_, outer), (size, inner) in itertools.pairwise(rows))
+    check(
+        at_one_distance or tensor.numel() == 0,
+        f"{name} has shape {shape} and strides {tensor.stride()}",
+        f"the rows of {name} must lie at one distance",
+        f"Call {name}.contiguous()",
+    )
+
+
+def numbered_rows(tensor: Tensor) -> Tensor:
+    """[..., columns] -> [rows, columns], a view."""
+    return tensor if tensor.ndim == 2 else tensor.view(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _fits(want: int | None, have: int) -> bool:

@@ -5,7 +5,7 @@
 
 GEGLU's gelu is the tanh approximation, x/2 (1 + tanh u), in the form that does not cancel where u is negative.
 
-Layout: gate and up [num_tokens, intermediate], last dimension contiguous, any row stride: both may be halves of one
+Layout: gate and up [..., intermediate], rows contiguous and at one distance, whatever it is: both may be halves of one
 fused projection [num_tokens, 2 * intermediate].
 One program owns BLOCK elements of one row.
 Numerics: both inputs are widened to float32; one rounding on the way out.
@@ -19,7 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, check_dtype, check_last_dim_contiguous, check_same_device, check_shape
+from .checks import (
+    FLOATS,
+    check_dtype,
+    check_last_dim_contiguous,
+    check_rows,
+    check_same_device,
+    check_shape,
+    numbered_rows,
+)
 from .kernel import Launch, kernel, launch, like
 from .launch import configuration
 
@@ -50,8 +58,9 @@ def _gated_kernel(
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
-    check_shape("gate", gate, (None, None))
+    check_rows("gate", gate)
     check_shape("up", up, tuple(gate.shape))
+    check_rows("up", up)
     check_dtype("gate", gate, FLOATS)
     check_dtype("up", up, (gate.dtype,))
     check_same_device(gate=gate, up=up)
@@ -59,6 +68,7 @@ def _check(gate: Tensor, up: Tensor) -> None:
 
 
 def _launch(out: Tensor, gate: Tensor, up: Tensor, *, gelu: bool) -> Launch:
+    gate, up = numbered_rows(gate), numbered_rows(up)
     num_tokens, intermediate = gate.shape
     chosen = configuration("gated", gate.device)
     grid = (num_tokens, triton.cdiv(intermediate, chosen["BLOCK"]))
@@ -70,11 +80,11 @@ def swiglu(out: Tensor, gate: Tensor, up: Tensor) -> Launch:
     """silu(gate) * up, element by element.
 
     Args:
-        gate: [num_tokens, intermediate], float32, float16 or bfloat16.
+        gate: [..., intermediate], one leading dimension or more, float32, float16 or bfloat16.
         up: the same shape and dtype.
 
     Returns:
-        [num_tokens, intermediate], dtype of ``gate``, contiguous.
+        [..., intermediate], dtype of ``gate``, contiguous.
 
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
@@ -87,11 +97,11 @@ def geglu(out: Tensor, gate: Tensor, up: Tensor) -> Launch:
     """gelu(gate) * up, element by element, with gelu's tanh approximation.
 
     Args:
-        gate: [num_tokens, intermediate], float32, float16 or bfloat16.
+        gate: [..., intermediate], one leading dimension or more, float32, float16 or bfloat16.
         up: the same shape and dtype.
 
     Returns:
-        [num_tokens, intermediate], dtype of ``gate``, contiguous.
+        [..., intermediate], dtype of ``gate``, contiguous.
 
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.

@@ -2,7 +2,7 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight                      (Zhang and Sennrich, 2019)
 
-Layout: x [num_tokens, hidden], last dimension contiguous; weight [hidden].
+Layout: x [..., hidden], rows contiguous and at one distance; weight [hidden].
 One program owns one row and keeps it in registers.
 Numerics: the row is widened to float32 once; mean, root and product stay in float32; one rounding on the way out.
 ``add_rms_norm`` rounds the sum to the dtype of the residual stream and norms that rounded sum, so a fused and an
@@ -23,8 +23,10 @@ from .checks import (
     check_dtype,
     check_last_dim_contiguous,
     check_number,
+    check_rows,
     check_same_device,
     check_shape,
+    numbered_rows,
 )
 from .kernel import Launch, kernel, launch, like
 from .launch import configuration
@@ -61,6 +63,7 @@ def _rms_norm_kernel(
 def _launch(
     out: Tensor, total: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> Launch:
+    x, residual = numbered_rows(x), None if residual is None else numbered_rows(residual)
     num_tokens, hidden = x.shape
     return launch(
         _rms_norm_kernel,
@@ -81,8 +84,8 @@ def _launch(
 
 
 def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:
-    check_shape("x", x, (None, None))
-    hidden = x.shape[1]
+    check_rows("x", x)
+    hidden = x.shape[-1]
     check(hidden > 0, f"x has shape {list(x.shape)}", "a mean needs at least one column", "Leave the norm out")
     check(
         triton.next_power_of_2(hidden) <= tl.TRITON_MAX_TENSOR_NUMEL,
@@ -96,6 +99,7 @@ def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape))
         check_dtype("residual", residual, FLOATS)
+        check_rows("residual", residual)
     check_same_device(x=x, weight=weight, residual=residual)
     check_last_dim_contiguous(x=x, weight=weight, residual=residual)
     check_number("eps", eps)
@@ -106,12 +110,12 @@ def rms_norm(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> Launch:
     """Root-mean-square norm of each row.
 
     Args:
-        x: [num_tokens, hidden], float32, float16 or bfloat16.
+        x: [..., hidden], one leading dimension or more, float32, float16 or bfloat16.
         weight: [hidden], any of those dtypes.
         eps: added to the mean square, dimensionless.
 
     Returns:
-        [num_tokens, hidden], dtype of ``x``.
+        [..., hidden], dtype of ``x``.
 
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.
@@ -124,13 +128,13 @@ def add_rms_norm(out: tuple[Tensor, Tensor], x: Tensor, residual: Tensor, weight
     """Add ``x`` to the residual stream and norm the sum.
 
     Args:
-        x: [num_tokens, hidden], the output of the last sub-block.
-        residual: [num_tokens, hidden], the stream it joins.
+        x: [..., hidden], the output of the last sub-block.
+        residual: [..., hidden], the stream it joins.
         weight: [hidden].
         eps: added to the mean square, dimensionless.
 
     Returns:
-        (norm of the sum, dtype of ``x``; the sum, dtype of ``residual``), each [num_tokens, hidden].
+        (norm of the sum, dtype of ``x``; the sum, dtype of ``residual``), each [..., hidden].
 
     Raises:
         KernelInputError: shapes, dtypes or devices do not fit.

@@ -31,6 +31,7 @@ __all__ = [
     "RooflamaError",
     "Summary",
     "Trace",
+    "attention",
     "check",
     "compare",
     "demo_checkpoint",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from rooflama.kernels import KernelInputError, RooflamaError, swap
     from rooflama.models import ArgumentError, ConfigError, MemoryPlan, ModelClosed
 
+    from .attending import attention
     from .checks.checklist import Report, check
     from .comparing import compare
     from .comparison import Comparison
@@ -64,6 +66,7 @@ else:
     _NAMES = {
         "kernels": ("KernelInputError", "RooflamaError", "swap"),
         "models": ("ArgumentError", "ConfigError", "MemoryPlan", "ModelClosed"),
+        "attending": ("attention",),
         "checks.checklist": ("Report", "check"),
         "engine": ("Engine",),
         "comparing": ("compare",),

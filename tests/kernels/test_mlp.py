@@ -79,6 +79,22 @@ def test_batch_invariance(gated, num_tokens, intermediate, dtype, seed):
     assert_bit_equal(gated(gate, up), alone)
 
 
+@both
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), intermediate=st.integers(1, 200), seed=seeds)
+def test_leading_dimensions_are_rows(gated, shape, intermediate, seed):
+    gate, up = normal(np.random.default_rng(seed), *shape, 2 * intermediate).chunk(2, dim=-1)
+    got = gated(gate, up)
+    assert got.shape == gate.shape
+    assert_bit_equal(got.flatten(0, -2), gated(gate.flatten(0, -2), up.flatten(0, -2)))
+
+
+def test_rows_at_unequal_distances_are_refused():
+    rows, apart = torch.zeros(2, 2, 8, device=DEVICE), torch.zeros(2, 3, 8, device=DEVICE)[:, :2]
+    for name, arguments in (("gate", (apart, rows)), ("up", (rows, apart))):
+        with pytest.raises(KernelInputError, match=f"rows of {name} must lie at one distance"):
+            swiglu(*arguments)
+
+
 def test_the_same_call_gives_the_same_bits():
     gate, up = (normal(np.random.default_rng(seed), 3, 1500) for seed in (0, 1))
     assert_bit_equal(swiglu(gate, up), swiglu(gate, up))
@@ -126,7 +142,7 @@ def test_compiles_into_one_graph():
     ("gate", "up", "message"),
     [
         (torch.zeros(2, 8), torch.zeros(2, 9), r"up has shape \[2, 9\]: up must have shape \[2, 8\]"),
-        (torch.zeros(8), torch.zeros(8), r"gate must have shape \[any, any\]"),
+        (torch.zeros(8), torch.zeros(8), r"gate must have shape \[\.\.\., columns\]"),
         (torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.float16), "up is torch.float16"),
         (torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 8), "gate is torch.int32"),
         (torch.zeros(8, 2).T, torch.zeros(2, 8), "last dimension of gate must be contiguous"),

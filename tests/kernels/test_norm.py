@@ -76,6 +76,30 @@ def test_batch_invariance(num_tokens, hidden, dtype, seed):
     assert_bit_equal(rms_norm(x, weight, 1e-5), alone)
 
 
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), hidden=st.integers(1, 200), dtype=dtypes, seed=seeds)
+def test_leading_dimensions_are_rows(shape, hidden, dtype, seed):
+    """Also between other columns, where rows do not touch."""
+    rng = np.random.default_rng(seed)
+    x, residual = (normal(rng, *shape, hidden + 3, dtype=dtype)[..., :hidden] for _ in range(2))
+    weight = normal(rng, hidden)
+    assert_bit_equal(rms_norm(x, weight, 1e-5).flatten(0, -2), rms_norm(x.flatten(0, -2), weight, 1e-5))
+    got, want = (
+        add_rms_norm(x, residual, weight, 1e-5),
+        add_rms_norm(x.flatten(0, -2), residual.flatten(0, -2), weight, 1e-5),
+    )
+    for one, other in zip(got, want, strict=True):
+        assert one.shape == x.shape
+        assert_bit_equal(one.flatten(0, -2), other)
+
+
+def test_rows_at_unequal_distances_are_refused():
+    for x in (torch.zeros(2, 3, 8, device=DEVICE)[:, :2], torch.zeros(3, 2, 8, device=DEVICE).transpose(0, 1)):
+        with pytest.raises(KernelInputError, match="rows of x must lie at one distance"):
+            rms_norm(x, torch.ones(8, device=DEVICE), 1e-5)
+        with pytest.raises(KernelInputError, match="rows of residual must lie at one distance"):
+            add_rms_norm(x.contiguous(), x, torch.ones(8, device=DEVICE), 1e-5)
+
+
 def test_the_same_call_gives_the_same_bits():
     rng = np.random.default_rng(0)
     x, residual, weight = normal(rng, 6, 700), normal(rng, 6, 700), normal(rng, 700)
@@ -134,7 +158,7 @@ def test_compiles_into_one_graph():
     ("x", "weight", "message"),
     [
         (torch.zeros(2, 8), torch.zeros(9), r"weight has shape \[9\]: weight must have shape \[8\]"),
-        (torch.zeros(8), torch.zeros(8), r"x must have shape \[any, any\]"),
+        (torch.zeros(8), torch.zeros(8), r"x must have shape \[\.\.\., columns\]"),
         (torch.zeros(2, 8, dtype=torch.float64), torch.zeros(8), "x is torch.float64"),
         (torch.zeros(2, 8), torch.zeros(8, dtype=torch.int32), "weight is torch.int32"),
         (torch.zeros(8, 2).T, torch.zeros(8), "last dimension of x must be contiguous"),
