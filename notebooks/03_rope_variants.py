@@ -89,7 +89,10 @@ axes.set_ylabel("mean of cos over the pairs")
 axes.set_title("A score falls with distance")
 axes.legend(frameon=False)
 plt.close(figure)
-show(figure, "Three curves fall from 1 with distance; linear's falls later, yarn's follows the default's at first and stays above it after some hundred tokens")
+show(
+    figure,
+    "Three curves fall from 1 with distance; linear's falls later, yarn's follows the default's at first and stays above it after some hundred tokens",
+)
 
 # %% [markdown]
 # ## What an override costs a real checkpoint
