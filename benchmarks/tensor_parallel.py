@@ -162,8 +162,9 @@ def main() -> int:
     gpu = int(os.environ["LOCAL_RANK"])
     before = driver_used(gpu_id(gpu))  # without this process, which has no context yet
     torch.cuda.set_device(gpu)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", gpu))
+    dist.init_process_group("cpu:gloo,cuda:nccl")
     group = dist.group.WORLD
+    torch.manual_seed(dist.get_rank())  # ranks' addends differ
     parts: dict[str, Callable[[Ranks], Iterator[Row]]] = {
         "sums": lambda ranks: sum_rows(ranks, group),
         "8B BF16": lambda ranks: model_rows("Llama-3-8B", "BF16", ranks, alone=True),

@@ -29,6 +29,17 @@ from running_models import decode_logits, prefill_logits, running
 PROMPT = 20  # tokens; the rest of a text is decoded
 
 
+def invariant_logits(path: Path, sequences: list[list[int]], chunk: int) -> list[Tensor]:
+    """Logits of sequences that run together, by the interpreted kernels with ``batch_invariant``, in such passes."""
+    ranks = Ranks(dist.group.WORLD, batch_invariant=True)
+    with (
+        use_backend("triton"),
+        read_gguf(path) as file,
+        running(file, ranks=ranks, num_seqs=len(sequences), batch_invariant=True) as runner,
+    ):
+        return prefill_logits(runner, sequences, chunk)
+
+
 def by_definition(options: Mapping[str, Any]) -> AbstractContextManager[None]:
     return nullcontext() if options.get("device", "cpu").startswith("cuda") else use_backend("numpy")
 

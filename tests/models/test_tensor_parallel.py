@@ -74,6 +74,17 @@ def test_texts_are_those_of_one_rank(worlds, tmp_path):
         assert [made.text for made in found] == [made.text for made in alone]
 
 
+def test_batch_invariance(worlds, tmp_path):
+    """The kernels themselves: alone, together and in chunks, the same bits."""
+    path = write_small(tmp_path / "small.gguf")
+    sequences = [random_tokens(length, VOCABULARY) for length in (2, 5)]
+    (whole, *_) = worlds[2].run(rank_work.invariant_logits, path, sequences, 64)
+    (chunked, *_) = worlds[2].run(rank_work.invariant_logits, path, sequences, 3)
+    (alone, *_) = worlds[2].run(rank_work.invariant_logits, path, sequences[1:], 64)
+    assert all(map(torch.equal, whole, chunked))
+    assert torch.equal(whole[1], alone[0])
+
+
 def test_ranks_draw_the_same_seeds(worlds, tmp_path):
     path = write_small(tmp_path / "small.gguf")
     options = {"max_new_tokens": 4, "temperature": 2.0}
