@@ -158,7 +158,7 @@ show(
 # %% [markdown]
 # ## The sink
 #
-# The first column is bright: many heads give most of their weight to the first token, whatever it is. The softmax must give its weight to something. A head that has nothing to add at a position gives it to a token whose value is nearly zero, and so adds nearly nothing.
+# The first column is bright: many heads give most of their weight to the first token, whatever it is. (A second, weaker sink is the first “ the”, at position 16.) The softmax must give its weight to something. A head that has nothing to add at a position gives it to a token whose value is nearly zero, and so adds nearly nothing.
 
 # %%
 with kernels.use_backend(BACKEND):

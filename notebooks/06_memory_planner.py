@@ -98,7 +98,7 @@ heatmap(figure, axes, [[tokens / 1024 for tokens in row] for row in longest], la
 for y, row in enumerate(longest):
     for x, tokens in enumerate(row):
         colour = "black" if tokens > 70000 else "white"
-        axes.text(x, y, f"{tokens // 1024}K" if tokens else "no", ha="center", va="center", color=colour)
+        axes.text(x, y, f"{tokens // 1024}K" if tokens >= 1024 else "no", ha="center", va="center", color=colour)
 axes.set_xticks(range(len(CARDS)), CARDS)
 axes.set_yticks(range(len(TYPES)), TYPES)
 axes.set_xlabel("memory limit")

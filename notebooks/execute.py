@@ -37,7 +37,11 @@ def execute(text: Path) -> None:
     """Write the notebook beside its text form, with outputs. Raises CellExecutionError."""
     notebook = notebook_of(text)
     client = NotebookClient(
-        notebook, timeout=SECONDS_PER_CELL, record_timing=False, resources={"metadata": {"path": str(FOLDER)}}
+        notebook,
+        timeout=SECONDS_PER_CELL,
+        record_timing=False,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(FOLDER)}},
     )
     client.execute()
     notebook["metadata"]["language_info"] = {"name": "python"}  # without the version that ran

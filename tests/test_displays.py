@@ -96,6 +96,7 @@ def test_a_tint_never_covers_what_is_behind_it(share, alpha):
 def test_config_plan_and_trace(model):
     shown(model.config, "GQA", "head_dim")
     shown(model.plan, "weights", "keys and values")
+    assert len(repr(model.plan)) < 200
     trace = rooflama.trace(model, [5, 6, 7], ["hidden", "scores.0"])
     shown(trace, "3 tokens", "hidden", f"{list(trace['scores.0'].shape)} float32")
 

@@ -103,7 +103,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def _repository_path(uri: str) -> Path:
     """The file that a page shows, or the place in docs/ where a generated page would be."""
-    for source, page in ROOT_PAGES.items():
+    for source, page in (*ROOT_PAGES.items(), ("README.md", "ENVIRONMENT.md")):
         if page == uri:
             return ROOT / source
     if uri.startswith("notebooks/"):

@@ -76,6 +76,9 @@ class MemoryPlan(Budget):
             "remedies": self.remedies(),
         }
 
+    def __repr__(self) -> str:
+        return f"MemoryPlan({display.title(self)}: {size(self.total_bytes, ceil)})"
+
     def __rich_console__(self, console: Any, options: Any) -> Any:
         return display.rich_lines(self)
 
