@@ -40,9 +40,9 @@ def register() -> None:
 def register_flash() -> None:
     """Make ``attn_implementation="rooflama/flash-attn2"`` known: transformers' flash attention on our functions.
 
-    Continuous batching takes flash attention by name alone, and finds its functions through the loader of hub kernels.
-    That loader is given ``rooflama.integrations.flash`` here. transformers keeps one flash implementation at a time:
-    call this again after a model has loaded another one.
+    Continuous batching, with transformers 5.20 or later, takes flash attention by name alone, and finds its functions
+    through the loader of hub kernels. That loader is given ``rooflama.integrations.flash`` here. transformers keeps one
+    flash implementation at a time: call this again after a model has loaded another one.
     """
     from transformers.integrations import hub_kernels
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
