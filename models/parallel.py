@@ -86,15 +86,16 @@ class Ranks:
             launches = device.allocate((blocks,), torch.int32, label="launches of sums over ranks").tensor.zero_()
         with self._guard():
             self._mapping = _symmetric_memory.rendezvous(memory.tensor, self.group)
-        everyone = range(ranks)
-        self._peers = Peers(
-            tuple(self._mapping.get_buffer(rank, (2, capacity), dtype) for rank in everyone),
-            tuple(
-                self._mapping.get_buffer(rank, (2, blocks, ranks), torch.int32, slot_bytes // 4) for rank in everyone
-            ),
-            launches,
-            self.share.rank,
-        )
+        allocation = self._mapping.get_buffer(self.share.rank, (1,), torch.uint8)
+        offsets = self.exchange(memory.tensor.data_ptr() - allocation.data_ptr())  # torch may place it within a pool
+
+        def of_each(shape: tuple[int, ...], dtype: torch.dtype, start: int) -> tuple[Tensor, ...]:
+            """The memory of every rank from byte ``start`` on."""
+            places = [(offset + start) // dtype.itemsize for offset in offsets]
+            return tuple(self._mapping.get_buffer(rank, shape, dtype, place) for rank, place in enumerate(places))
+
+        slots, flags = of_each((2, capacity), dtype, 0), of_each((2, blocks, ranks), torch.int32, slot_bytes)
+        self._peers = Peers(slots, flags, launches, self.share.rank)
         self.exchange(None)  # no rank writes to another before that one's memory is zero and mapped
 
     def total(self, addend: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 import rooflama
 from rooflama.cli import main
 from rooflama.kernels import RooflamaError, use_backend
+from rooflama.kernels.launch import override
 from rooflama.loaders.device import open_device
 from rooflama.loaders.gguf import read_gguf
 from rooflama.models.parallel import RankFailed, Ranks
@@ -62,6 +63,14 @@ def generate(path: Path, prompts: list[str], load_options: dict[str, Any], optio
     load_options = load_options | {"tensor_parallel": True, "progress": False}
     with by_definition(load_options), rooflama.load(path, **load_options) as model:
         return model.generate(prompts, **options)
+
+
+def sum_by(gather_bytes: int, addends: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """This rank's sum of ``addends`` [ranks, n, columns], gathered up to so many bytes; and columns put together."""
+    ranks = Ranks(dist.group.WORLD)
+    with override("all_reduce", ONE_SHOT_BYTES=0, GATHER_BYTES=gather_bytes), use_backend("numpy"):
+        total = ranks.total(addends[ranks.share.rank].clone(), bias, residual)
+        return total, ranks.joined(residual[:, ranks.share.part(residual.shape[1])], residual.shape[1])
 
 
 def same_sums(rounds: int, dtype: torch.dtype) -> list[int]:

@@ -11,6 +11,7 @@ import rooflama
 from demo_oracle import PROMPTS, checkpoint_path
 from rooflama import ArgumentError
 from rooflama.kernels import use_backend
+from rooflama.testing.assertions import assert_within_rounding
 from running_models import assert_parity
 from small_checkpoint import VOCABULARY, write_small
 from speaking_checkpoint import speaking
@@ -56,6 +57,18 @@ def test_four_ranks(name, worlds, tmp_path):
     config.hidden_size, config.vocab_size = 64, 97
     path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), gguf_tensors(make_module(config)))
     check_parity(worlds[4], path, config.vocab_size)
+
+
+@pytest.mark.parametrize("gather_bytes", [0, 1 << 20], ids=["reduced by gloo", "gathered"])
+def test_every_rank_has_the_same_sum(gather_bytes, worlds):
+    """And the same vocabulary, of 15 columns on 4 ranks."""
+    addends, bias, residual = torch.randn(4, 3, 15), torch.randn(15), torch.randn(3, 15)
+    found = worlds[4].run(rank_work.sum_by, gather_bytes, addends, bias, residual)
+    exact = addends.double().sum(0) + bias + residual
+    assert_within_rounding(found[0][0], exact.numpy(), (addends.sum(0) + bias + residual))
+    for total, joined in found:
+        assert torch.equal(total, found[0][0])
+        assert torch.equal(joined, residual)
 
 
 def test_a_quantised_model(worlds, tmp_path):
