@@ -286,24 +286,30 @@ class PagedKVCache:
         self.advance(sequence_id, start)
         fresh = self.pool.take(len(shared) + missing)
         shared = [i - sequence.released for i in shared]
-        self._unshare(sequence, shared, fresh[: len(shared)])
         sequence.pages += fresh[len(shared) :]
+        self._unshare(sequence, shared, fresh[: len(shared)])
         sequence.length = end
         positions = np.arange(start, end)
         pages = np.asarray(sequence.pages, dtype=np.int64)
         return pages[positions // self.page_size - sequence.released] * self.page_size + positions % self.page_size
 
     def _unshare(self, sequence: _Sequence, indices: list[int], copies: list[int]) -> None:
+        """Copy the sequence's pages at ``indices`` to ``copies``, which it holds from then on."""
         if not indices:
             return
         originals = [sequence.pages[i] for i in indices]
-        for pools in (self.k_pages, self.v_pages, self.k_scale, self.v_scale):
-            for pool in pools:
-                if pool is not None:
-                    source, target = (
-                        torch.tensor(p, dtype=torch.int64, device=pool.device) for p in (originals, copies)
-                    )
-                    copy_pages(pool, source, target)
+        try:
+            for pools in (self.k_pages, self.v_pages, self.k_scale, self.v_scale):
+                for pool in pools:
+                    if pool is not None:
+                        source, target = (
+                            torch.tensor(p, dtype=torch.int64, device=pool.device) for p in (originals, copies)
+                        )
+                        copy_pages(pool, source, target)
+        except BaseException:
+            for page in copies:
+                self.pool.give_back(page)
+            raise
         for i, original, copy in zip(indices, originals, copies, strict=True):
             sequence.pages[i] = copy
             self.pool.give_back(original)

@@ -10,6 +10,7 @@ from rooflama.models import ArgumentError, Sequence
 
 from . import arguments
 from .arguments import Prompt, RequestOptions
+from .engine_table import EngineTable
 from .model import Model
 
 
@@ -76,6 +77,14 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a sequence waits or runs."""
         return self._tokens.has_work
+
+    def table(self) -> EngineTable:
+        """The sequences and the pages at this moment, for a terminal and for Jupyter.
+
+        Raises:
+            ModelClosed: the model is closed.
+        """
+        return EngineTable.of(self._tokens)
 
     def tokens(self, sequence: Sequence) -> Tokens:
         """The tokens of one sequence as they come, for ``for`` and for ``async for``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Items
@@ -30,7 +31,7 @@ from rooflama.models import (
 from rooflama.models.decoder import LOGITS_ROWS, Observer
 from rooflama.models.serving.engine import MOST_SLOTS
 
-from . import arguments
+from . import arguments, states
 from .arguments import Prompt, RequestOptions
 from .results import Generation, Stream, TextStream, generation
 
@@ -239,6 +240,40 @@ class Model:
         )
         options = {name: value for name, value in options.items() if name in known}
         return self.generate(ids, **options)
+
+    def save_state(self, prompt: Prompt, path: str | os.PathLike[str], *, max_new_tokens: int | None = None) -> None:
+        """Write the keys and values of a prompt to a file, so that a long prompt is computed once.
+
+        Args:
+            prompt: text, or token ids, as for ``generate``.
+            path: of the file, in the safetensors format. It takes as many bytes as the prompt's pages.
+            max_new_tokens: of the requests that will continue the prompt. It matters to models whose rotation follows
+                from the planned length (LongRoPE and dynamic scaling): theirs must choose the same one.
+
+        Raises:
+            ArgumentError: as for ``generate``.
+            ModelClosed: the model is closed.
+        """
+        options = RequestOptions.of({"max_new_tokens": max_new_tokens})
+        prompts, _ = arguments.prompts(prompt)
+        ((sequence, _),) = self.sequences(prompts[:1], options)
+        states.save(self.tokens, sequence.request.prompt, options.max_new_tokens, path)
+
+    def load_state(self, path: str | os.PathLike[str]) -> list[int]:
+        """Read a file of ``save_state``. Prompts that begin with its tokens then begin with its keys and values.
+
+        They are kept like those of any earlier request: until their pages are needed for something else.
+
+        Returns:
+            The token ids of the prompt that was saved.
+
+        Raises:
+            StateError: the file holds no state, or one of another model, rotation or dtype. Nothing was changed.
+            OutOfPages: the page pool is smaller than the state.
+            ModelClosed: the model is closed.
+        """
+        self._check_open()
+        return states.load(self.tokens, path)
 
     def sequences(
         self, prompts: Items[str | list[int]], options: RequestOptions

@@ -78,7 +78,7 @@ class TokenEngine:
             ModelClosed: the engine is closed.
         """
         with self.turns.turn():
-            self._check_open()
+            self.check_open()
             self.runner.check(sequence.request)
             sequence.number = self._arrivals
             self._arrivals += 1
@@ -104,7 +104,7 @@ class TokenEngine:
             ModelClosed: the engine is closed.
         """
         with self.turns.turn(), torch.inference_mode(False):  # since later steps change the tensors made here
-            self._check_open()
+            self.check_open()
             batch = self.scheduler.schedule()
             for sequence, error in batch.failed:
                 self._end(sequence, error)
@@ -134,7 +134,7 @@ class TokenEngine:
         Sequences are preempted until there are pages for ``num_tokens`` tokens.
         """
         with self.turns.turn():
-            self._check_open()
+            self.check_open()
             cache = self.runner.cache
             self.scheduler.make_room(cache.pages_for(num_tokens))
             sequence_id = cache.add()
@@ -154,7 +154,8 @@ class TokenEngine:
             self.__dict__.pop("runner", None)
             self.scheduler.close()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise ModelClosed if the engine is closed."""
         if self._closed:
             raise _closed_engine()
 

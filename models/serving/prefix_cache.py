@@ -76,11 +76,14 @@ class PrefixCache:
     def _serves(self, sequence: Sequence) -> bool:
         return not sequence.swaps and self._cache.pool.on_taken == self._taken
 
-    def find(self, sequence: Sequence) -> Beginning:
-        """The longest beginning of a sequence's text that is in pages. At least its last token is left to compute."""
+    def find(self, sequence: Sequence, *, copying: bool = True) -> Beginning:
+        """The longest beginning of a sequence's text that is in pages. At least its last token is left to compute.
+
+        ``copying=False`` leaves out a last page of which only a part matches.
+        """
         if not self._serves(sequence):
             return Beginning()
-        return self._longest(self._root(sequence), sequence.packed(sequence.num_tokens - 1))
+        return self._longest(self._root(sequence), sequence.packed(sequence.num_tokens - 1), copying)
 
     def count(self, sequence: Sequence, beginning: Beginning) -> None:
         """Note that a sequence took pages, and what it began with."""
@@ -91,30 +94,27 @@ class PrefixCache:
         if sequence.life == 0:
             sequence.timings.cached_tokens = beginning.num_tokens
 
-    def _longest(self, root: bytes, tokens: bytes) -> Beginning:
-        size, chain, found = self._page_bytes, root, Beginning()
-        chains = [chain]
-        pages: list[int | None] = []
+    def _longest(self, root: bytes, tokens: bytes, copying: bool) -> Beginning:
+        size, window = self._page_bytes, self._cache.window
+        chains, pages = [root], list[int | None]()
         for start in range(0, len(tokens) - size + 1, size):
-            chain = _chained(chain, tokens[start : start + size])
-            chains.append(chain)
-            pages.append(self._full.get(chain))
-        for count in range(len(pages), 0, -1):
-            if (held := self._seen_from(pages, count)) is not None:
-                found = Beginning(count - len(held), held, count * self._cache.page_size)
+            chains.append(_chained(chains[-1], tokens[start : start + size]))
+            pages.append(self._full.get(chains[-1]))
+            if window is None and pages[-1] is None:
+                del pages[-1]
                 break
-        count = found.num_tokens // self._cache.page_size
-        page, matched = self._partial(chains[count], tokens[count * size :])
-        if page is None:
-            return found
-        return Beginning(found.first, (*found.pages, page), found.num_tokens + matched // TOKEN_BYTES)
-
-    def _seen_from(self, pages: list[int | None], count: int) -> tuple[int, ...] | None:
-        """The last of the first ``count`` pages that the next token sees; None if one of them is not there."""
-        window, size = self._cache.window, self._cache.page_size
-        first = 0 if window is None else max(0, count * size - window + 1) // size
-        held = tuple(page for page in pages[first:count] if page is not None)
-        return held if len(held) == count - first else None
+        for count in range(len(pages), -1, -1):
+            page, matched = self._partial(chains[count], tokens[count * size : (count + 1) * size])
+            tails: list[tuple[tuple[int, ...], int]] = [((), 0)]
+            if copying and page is not None:
+                tails.insert(0, ((page,), matched // TOKEN_BYTES))
+            for tail, more in tails:
+                length = count * self._cache.page_size + more
+                first = 0 if window is None else min(count, max(0, length - window + 1) // self._cache.page_size)
+                held = tuple(page for page in pages[first:count] if page is not None)
+                if len(held) == count - first:
+                    return Beginning(first, (*held, *tail), length)
+        raise AssertionError("a beginning of no tokens is always there")
 
     def _partial(self, chain: bytes, tokens: bytes) -> tuple[int | None, int]:
         """The page after ``chain`` with the most bytes in common with ``tokens``, and how many."""

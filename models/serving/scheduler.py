@@ -142,15 +142,14 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> tuple[Beginning, int]:
         """A sequence of the cache that begins with what is known of the text."""
         room = min(sequence.num_tokens + 1, self._most(sequence))
-        beginning = Beginning()
-        if self.prefixes is not None:
-            beginning = self.prefixes.find(sequence)
+        if self.prefixes is None:
+            return Beginning(), self.cache.begin(Beginning(), room)
         try:
+            beginning = self.prefixes.find(sequence)
             return beginning, self.cache.begin(beginning, room)
-        except OutOfPages:
-            if self.running:
-                raise
-            return Beginning(), self.cache.begin(Beginning(), room)  # a copy takes a page more
+        except OutOfPages:  # a copy of the last page takes one page more
+            beginning = self.prefixes.find(sequence, copying=False)
+            return beginning, self.cache.begin(beginning, room)
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages away. It waits, and its tokens are read again later."""

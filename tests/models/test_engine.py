@@ -3,14 +3,18 @@
 import asyncio
 import contextvars
 import threading
+from io import StringIO
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import rooflama
+from failing import Failing
 from rooflama import ArgumentError, Engine, ModelClosed
 from rooflama.kernels import use_backend
+from rooflama.loaders.device import DeviceOutOfMemory
 from rooflama.models import NaNLogits, OutOfPages, Request, SamplingParams, Sequence, TokenEngine
 from small_checkpoint import write_small
 
@@ -185,6 +189,38 @@ def test_a_failed_pass_ends_the_newest_and_the_others_go_on(model, alone, monkey
     assert all_free(model)
 
 
+def test_an_allocation_or_a_copy_that_fails_ends_one_sequence(path):
+    """Each in turn, of a prompt, of a copied page, and of decoding beside it; and each is the only one that fails."""
+
+    def run(model, fail_at):
+        old, new = (Sequence(Request(list(range(3, 90)), 4, SamplingParams(seed=1, temperature=0.5))) for _ in "ab")
+        with Failing(fail_at) as failing:
+            model.tokens.add(old)
+            model.tokens.step()
+            model.tokens.add(new)
+            while model.tokens.has_work:
+                model.tokens.step()
+        return old, new, failing.count
+
+    with use_backend("numpy"), rooflama.load(path, device="cpu", max_sequences=2, progress=False) as model:
+        old, new, count = run(model, 0)
+        model.tokens.scheduler.prefixes.forget()
+        want, held = old.token_ids, model.device.held_bytes
+        assert new.token_ids == want
+        assert count > 50
+        for fail_at in range(1, count + 1, 3):
+            *sequences, _ = run(model, fail_at)
+            failed = [sequence for sequence in sequences if sequence.error is not None]
+            assert all(isinstance(sequence.error, DeviceOutOfMemory) for sequence in failed)
+            assert len(failed) <= 1
+            assert [sequence.token_ids for sequence in sequences if sequence not in failed] == [want] * (
+                2 - len(failed)
+            )
+            assert all_free(model)
+            assert model.device.held_bytes == held
+            model.tokens.scheduler.prefixes.forget()
+
+
 def test_an_interrupt_leaves_everything_as_it_was(model, alone, monkeypatch):
     with use_backend("numpy"):
         engine, sequence = TokenEngine(model.runner), sequence_of(0, 0, 8)
@@ -341,6 +377,41 @@ def test_threads_and_an_event_loop_share_one_engine(model, alone):
         assert not failures
         assert not model.tokens.has_work
         assert all_free(model)
+
+
+def test_a_table_shows_pages_slots_and_sharing(path):
+    """Two texts of a page and a half, of which the first page is the same; one that waits for pages."""
+    with use_backend("numpy"), rooflama.load(path, device="cpu", max_sequences=2, progress=False) as model:
+        engine, prompt = Engine(model), list(range(3, 99))
+        first = engine.add(prompt, max_new_tokens=20)
+        engine.step()
+        second = engine.add(prompt, max_new_tokens=20)
+        third = engine.add([5] * 100, max_new_tokens=20)
+        engine.step()
+        table = engine.table()
+        assert [row[:7] for row in table.rows] == [
+            (first.number, "running", 0, 96, 2, 97, 2),
+            (second.number, "running", 1, 96, 1, 96, 2),
+            (third.number, "waiting", "", 100, 0, 0, 0),
+        ]
+        assert [row[7] for row in table.rows] == [1, 1, 0]
+        assert sorted(table.holders) == [0, 1, 1, 2]
+        assert table.wasted_tokens == 2 * 128 - 97 - 96
+        assert (table.prefixes.hits, table.prefixes.lookups, table.prefixes.tokens_saved) == (1, 2, 95)
+        assert "3 of 4 pages of 64 tokens held, 1 of them shared" in table.facts()[0]
+        console = Console(file=StringIO(), width=120)
+        console.print(table)
+        assert "waiting" in console.file.getvalue()
+        assert "▪" in console.file.getvalue()
+        assert table._repr_html_().count("<tr>") == 4
+        assert table._repr_html_().count("<span") == 4
+        for sequence in (first, second, third):
+            engine.cancel(sequence)
+        table = engine.table()
+        assert table.rows == ()
+        assert len(table.kept) == 2  # the other last page holds no more
+    with pytest.raises(ModelClosed):
+        engine.table()
 
 
 def test_a_closed_model_ends_its_sequences(path):

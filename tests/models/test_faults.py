@@ -10,9 +10,9 @@ from statistics import median_low
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rooflama
+from failing import Failing
 from rooflama.kernels import use_backend
 from rooflama.loaders.device import Device, DeviceOutOfMemory
 from rooflama.loaders.device import raw as device_raw
@@ -31,23 +31,6 @@ def load(path, request):
     """Loads on the CPU, where the kernels are their definitions; and on a GPU, where decoding captures a graph."""
     with use_backend("numpy") if request.param == "cpu" else nullcontext():
         yield lambda: rooflama.load(path, device=request.param, max_context=64, progress=False)
-
-
-class Failing(TorchDispatchMode):
-    """Raises out-of-memory at the n-th operation that makes or copies a tensor; counts them."""
-
-    NAMES = ("empty", "zeros", "full", "arange", "_to_copy", "clone", "cat", "stack", "new_", "copy_", "lift_fresh")
-
-    def __init__(self, fail_at):
-        super().__init__()
-        self.fail_at, self.count = fail_at, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(name in function.name() for name in self.NAMES):
-            self.count += 1
-            if self.count == self.fail_at:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
