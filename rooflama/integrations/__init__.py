@@ -1,5 +1,6 @@
-"""rooflama's kernels inside other libraries. Each module is imported by the user who wants it, and imports its library.
+"""rooflama's kernels inside other libraries. Each module imports its library when it is used.
 
 transformers    ``attn_implementation="rooflama"``, and flash attention's functions for continuous batching
 flash           flash-attn 2's functions for decoders
+vllm            an attention backend, which vLLM finds by itself
 """
