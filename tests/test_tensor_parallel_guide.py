@@ -1,10 +1,12 @@
 """The picture of docs/TENSOR_PARALLEL.md is what the code cuts, and what the page states is so."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from command_line import rooflama
 from demo_oracle import checkpoint_path
 from rooflama import ConfigError, plan_memory
 
@@ -32,6 +34,16 @@ def test_the_picture_is_current(tmp_path, monkeypatch):
         (640, 64),
         (832, 64),
     ]
+
+
+def test_a_plan_needs_no_second_process():
+    model = str(checkpoint_path())
+    done = rooflama("plan", model, "--device", "cuda", "--tensor-parallel", "3", "--json")
+    assert json.loads(done.stdout)["ranks"] == 3
+    assert "one of 3 ranks: 1 sequence" in rooflama("plan", model, "--device", "cuda", "--tensor-parallel", "3").stdout
+    refused = rooflama("plan", model, "--tensor-parallel", "2")
+    assert (refused.status, refused.stderr.count("\n")) == (2, 1)
+    assert "tensor_parallel counts ranks" in rooflama("plan", model, "--tensor-parallel", "0").stderr
 
 
 def test_the_refusal_that_the_page_quotes():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE_S = 60  # of a rank for the others, and of a test for its ranks
+PATIENCE_S = 180  # of a rank for the others, and of a test for its ranks; the first run on a GPU compiles
 
 # Forked from a server that has imported what takes seconds, but has started no thread.
 _context = multiprocessing.get_context("forkserver")
