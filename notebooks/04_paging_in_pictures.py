@@ -143,3 +143,26 @@ show(
 
 # %%
 device.close()
+
+# %% [markdown]
+# ## In an engine
+#
+# `rooflama.Engine` serves many requests over one pool. A request whose text begins like another's shares the pages of that beginning, and does not compute it again. `engine.table()` shows the pool between two steps.
+
+# %%
+model = rooflama.load(rooflama.demo_checkpoint(), max_context=512, progress=False)
+engine = rooflama.Engine(model)
+KNOWN = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Egypt": "Cairo", "Peru": "Lima", "Norway": "Oslo"}
+beginning = "".join(f"Question: What is the capital of {land}?\nAnswer: {city}.\n" for land, city in KNOWN.items())
+ask = "Question: What is the capital of {}?\nAnswer:"
+first = engine.add(beginning + ask.format("Spain"), max_new_tokens=5, stop="\n")
+engine.step()  # computes the beginning, which is more than a page
+others = [engine.add(beginning + ask.format(land), max_new_tokens=5, stop="\n") for land in ("Greece", "Germany")]
+engine.step()
+engine.table()
+
+# %%
+for _ in engine:
+    pass
+print(*(model.tokenizer.decode(sequence.token_ids).strip() for sequence in (first, *others)), sep="\n")
+model.close()

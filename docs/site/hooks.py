@@ -200,6 +200,7 @@ def _api() -> dict[str, str]:
         "api/loaders.md": (device, "[The device boundary](../DEVICE_BOUNDARY.md)."),
         "api/kernels.md": (kernels, "Each kernel has [a page of its own](../kernels)."),
     }
+    folders = {"testing": "For tests of your own kernels.", "integrations": "[Integrations](../INTEGRATIONS.md)."}
     texts, shown = {}, set()
     for uri, (package, about) in pages.items():
         names = [name for name in package.__all__ if package is not kernels or name not in kernel_names]
@@ -208,4 +209,8 @@ def _api() -> dict[str, str]:
         homes = [home for home in homes if home not in shown]  # each name on the first page that offers it
         shown |= {*homes}
         texts[uri] = "\n\n".join([f"# {package.__name__}", about, *(f"::: {home}" for home in homes)]) + "\n"
+    for name, about in folders.items():
+        files = sorted((ROOT / "rooflama" / name).glob("[a-z]*.py"))
+        modules = (f"::: rooflama.{name}.{path.stem}" for path in files)
+        texts[f"api/{name}.md"] = "\n\n".join([f"# rooflama.{name}", about, *modules]) + "\n"
     return texts
