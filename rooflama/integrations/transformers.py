@@ -90,9 +90,9 @@ def attend(
     num_queries = query.shape[2]
     _refuse(dropout > 0, f"dropout={dropout}", "Call model.eval()")
     _refuse(not is_causal and num_queries > 1, "attention that is not causal")
-    for name in ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "output_attentions"):
-        given = others.get(name)
-        _refuse(given is not None and given is not False, f"{name} given to attention")
+    _refuse(bool(others.get("output_attentions")), "output_attentions=True", 'Use attn_implementation="eager"')
+    for name in ("s_aux", "position_bias", "cache", "cu_seq_lens_q"):
+        _refuse(others.get(name) is not None, f"{name} given to attention")
     if attention_mask is not None:
         ours = attention_mask.dtype == torch.int32 or (attention_mask.dtype == torch.bool and num_queries == 1)
         _refuse(not ours, f"an attention mask {attention_mask.dtype} {list(attention_mask.shape)} of your own")

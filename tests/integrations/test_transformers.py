@@ -74,6 +74,14 @@ def test_logits(name, pads):
     assert_parity(ours, sdpa, f"{name}, padding {pads}")
 
 
+@pytest.mark.parametrize("name", ["llama3", "phi3-4k"])
+def test_logits_without_a_cache(name):
+    """K and V are parts of projections; Phi-3's lie differently."""
+    ids, mask = batch("left")
+    sdpa, ours = both(name, lambda m: m(ids, attention_mask=mask, use_cache=False).logits[mask.bool()])
+    assert_parity(ours, sdpa, name)
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("pads", ["none", "left"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -249,6 +257,7 @@ def refusals():
         "packed sequences": lambda m: m(ids, position_ids=packed, use_cache=False),
         "cu_seq_lens_q": lambda m: m(ids, cu_seq_lens_q=torch.tensor([0, 20])),
         "not causal": lambda m: m(ids, is_causal=False),
+        "output_attentions=True": lambda m: m(ids, output_attentions=True),
         "chunks": lambda m: create_chunked_causal_mask(
             config=chunked(m.config),
             inputs_embeds=torch.zeros(3, LENGTH, 48, device=DEVICE),
