@@ -67,6 +67,7 @@ class TokenEngine:
         )
         self._groups: list[DecodeSlots] = []  # one for each set of swapped kernels
         self._in_flight: deque[_Readback] = deque()
+        self._reads_late = runner.device.type != "cpu"  # a step's tokens while the next one runs
         self._arrivals = 0
         self._closed = False
 
@@ -105,15 +106,25 @@ class TokenEngine:
         """
         with self.turns.turn(), torch.inference_mode(False):  # since later steps change the tensors made here
             self.check_open()
-            batch = self.scheduler.schedule()
-            for sequence, error in batch.failed:
-                self._end(sequence, error)
-            launched = len(self._in_flight)
-            for group in list(self._groups):
-                self._together(group.sequences, partial(self._decode, batch, group))
-            self._together([sequence for sequence, _ in batch.prefill], partial(self._prefill, batch))
-            ahead = 0 if self.runner.device.type == "cpu" else len(self._in_flight) - launched
-            return self._take_in(ahead)
+            try:
+                return self._step()
+            except BaseException:  # an interrupt may have struck anywhere
+                self._groups.clear()
+                self._in_flight.clear()
+                for sequence in list(self.scheduler.running):
+                    sequence.row = -1
+                    self.scheduler.preempt(sequence)
+                raise
+
+    def _step(self) -> list[tuple[Sequence, int]]:
+        batch = self.scheduler.schedule()
+        for sequence, error in batch.failed:
+            self._end(sequence, error)
+        launched = len(self._in_flight)
+        for group in list(self._groups):
+            self._together(group.sequences, partial(self._decode, batch, group))
+        self._together([sequence for sequence, _ in batch.prefill], partial(self._prefill, batch))
+        return self._take_in(len(self._in_flight) - launched if self._reads_late else 0)
 
     def advance(self, sequence: Sequence, until: Callable[[], bool]) -> None:
         """Step until ``until()`` holds or the sequence has ended. Raises what ended it before its time."""
@@ -169,12 +180,6 @@ class TokenEngine:
                 compute()
         except Exception as error:
             self._fail(computed, error)
-        except BaseException:  # an interrupt may have struck anywhere
-            self._groups.clear()
-            for sequence in list(self.scheduler.running):
-                sequence.row = -1
-                self.scheduler.preempt(sequence)
-            raise
 
     def _fail(self, computed: list[Sequence], error: Exception) -> None:
         """End the newest of the sequences that were computed together. The others are computed again."""
@@ -267,11 +272,10 @@ class TokenEngine:
                 self._fail([sequence for sequence, life in readback.lives if sequence.life == life], error)
                 continue
             for row, (sequence, life) in enumerate(readback.lives):
-                if sequence.life != life:
-                    continue
-                self._take(sequence, values[row], [column[row] for column in logprobs])
-                if values[row] >= 0:
-                    taken.append((sequence, values[row]))
+                if sequence.life == life:
+                    self._take(sequence, values[row], [column[row] for column in logprobs])
+                    if values[row] >= 0:
+                        taken.append((sequence, values[row]))
         return taken
 
     def _take(self, sequence: Sequence, token: int, logprobs: list) -> None:

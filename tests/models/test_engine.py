@@ -2,7 +2,10 @@
 
 import asyncio
 import contextvars
+import itertools
+import os
 import threading
+import time
 from io import StringIO
 
 import pytest
@@ -16,9 +19,11 @@ from rooflama import ArgumentError, Engine, ModelClosed
 from rooflama.kernels import use_backend
 from rooflama.loaders.device import DeviceOutOfMemory
 from rooflama.models import NaNLogits, OutOfPages, Request, SamplingParams, Sequence, TokenEngine
+from rooflama.models.serving.engine import _Readback
+from rooflama.models.serving.scheduler import Scheduler
 from small_checkpoint import write_small
 
-WAIT_S = 60
+WAIT_S = 120
 CONTEXT = 128
 PROMPTS = [[7, 8, 9], [5] * 40, list(range(3, 73)), [20]]
 DRAWS = [
@@ -221,21 +226,29 @@ def test_an_allocation_or_a_copy_that_fails_ends_one_sequence(path):
             model.tokens.scheduler.prefixes.forget()
 
 
-def test_an_interrupt_leaves_everything_as_it_was(model, alone, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("where", ["logits", "wait", "schedule"])
+def test_an_interrupt_leaves_everything_as_it_was(model, alone, monkeypatch, where, late):
+    """Whether it strikes on the way to a launch, while the host waits for tokens, or between sequences."""
+    owner = {"logits": type(model.runner.decoder), "wait": _Readback, "schedule": Scheduler}[where]
     with use_backend("numpy"):
-        engine, sequence = TokenEngine(model.runner), sequence_of(0, 0, 8)
-        engine.add(sequence)
-        engine.advance(sequence, until=lambda: len(sequence.token_ids) == 3)
+        engine = TokenEngine(model.runner)
+        engine._reads_late = late
+        sequences = [sequence_of(0, 0, 8), sequence_of(1, 1, 8)]
+        for sequence in sequences:
+            engine.add(sequence)
+        engine.advance(sequences[0], until=lambda: len(sequences[0].token_ids) == 3)
 
-        def interrupted(decoder, hidden):
+        def interrupted(*args):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(type(model.runner.decoder), "logits", interrupted)
+            patch.setattr(owner, where, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 engine.step()
-        finish(engine, sequence)
-        assert sequence.token_ids == alone(0, 0, 8)
+        finish(engine, *sequences)
+        assert [sequence.token_ids for sequence in sequences] == [alone(0, 0, 8), alone(1, 1, 8)]
+        assert all_free(model)
 
 
 def test_a_nan_ends_its_own_sequence_alone(model, alone, monkeypatch):
@@ -337,12 +350,15 @@ def test_async_for(model):
 
 
 def test_threads_and_an_event_loop_share_one_engine(model, alone):
-    """They add, read and cancel at the same time."""
+    """They add, read and cancel at the same time: for a minute in the deep profile."""
     failures = []
+    end = time.monotonic() + (60 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 0)
 
     def hammer(worker):
         try:
-            for turn in range(6):
+            for turn in itertools.count():
+                if turn >= 6 and time.monotonic() > end:
+                    return
                 prompt, draw = (worker + turn) % len(PROMPTS), turn % len(DRAWS)
                 sequence = sequence_of(prompt, draw, 12)
                 model.tokens.add(sequence)
