@@ -150,3 +150,4 @@ def test_pages_show_who_holds_them(model):
         assert table.owners.count(["first", EVIL]) == 2  # the third page was copied
         assert table.describe("first") == "40 tokens in 3 pages, 2 of them shared, 8 slots unused"
         shown(table, "6 pages of 16 tokens, 2 free", EVIL, table.describe(EVIL))
+        assert table._repr_html_().count("border-style:double") == 2
