@@ -50,6 +50,14 @@ def test_the_first_case_of_each_kernel_runs(measured, numpy_backend, kernel):
             assert torch.isfinite(tensor).all()
 
 
+def test_the_benchmark_of_the_engine_runs(cases, numpy_backend, monkeypatch, capsys):
+    benchmark = importlib.import_module("engine")
+    monkeypatch.setattr(sys, "argv", ["engine.py", "--small"])
+    benchmark.main()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("ratio", "host_us", "work_saved", "pages_saved", "after_140_ms"))
+
+
 def test_each_file_of_the_registry_is_a_kernels(measured):
     assert set(measured) == set(CARDS)
 

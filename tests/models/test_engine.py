@@ -139,6 +139,24 @@ def test_bits_do_not_depend_on_the_company(path):
     assert other.token_ids
 
 
+def test_tokens_in_flight_of_a_preempted_sequence_are_drawn_again(model, alone):
+    """They are read after it has lost its pages, perhaps after it has taken others; each must be counted once."""
+    with use_backend("numpy"):
+        engine = TokenEngine(model.runner)
+        engine._reads_late = True
+        first, second = sequence_of(0, 1, 12), sequence_of(1, 0, 12)
+        engine.add(first)
+        engine.add(second)
+        for turn in range(3):
+            engine.step()
+            engine.scheduler.preempt(engine.scheduler.running[turn % len(engine.scheduler.running)])
+            engine.step()
+            engine.step()
+        finish(engine, first, second)
+        assert first.preemptions + second.preemptions >= 3
+        assert (first.token_ids, second.token_ids) == (alone(0, 1, 12), alone(1, 0, 12))
+
+
 def test_decoding_goes_on_beside_a_long_prompt(model):
     """A step's tokens are those of the budget: one decodes, the others read the prompt."""
     with use_backend("numpy"):

@@ -295,12 +295,20 @@ def test_numbers_of_numpy_and_torch_and_a_top_k_of_any_size(model):
     [
         ("max_context", "5"), ("max_context", True), ("max_context", 5.0), ("max_context", 0),
         ("memory_limit", -1), ("memory_limit", True), ("memory_limit", 1e9), ("memory_limit", "much"),
+        ("max_sequences", 0), ("max_sequences", "2"), ("prefix_cache", "no"),
         ("device", None), ("dtype", ["float32"]), ("kv_dtype", {}), ("longrope", None), ("batch_invariant", "no"),
     ],
 )  # fmt: skip
 def test_an_option_of_load_of_another_kind_is_refused(tmp_path, numpy_backend, name, value):
     with pytest.raises(RooflamaError):
         rooflama.load(write_small(tmp_path / "small.gguf"), progress=False, **{name: value})
+
+
+def test_pages_for_several_sequences_are_planned(tmp_path, numpy_backend):
+    path = write_small(tmp_path / "small.gguf")
+    with rooflama.load(path, max_context=96, max_sequences=3, device="cpu", progress=False) as model:
+        assert (model.plan.sequences, model.plan.num_pages) == (3, 6)
+        assert len(model.runner.cache.pool.references) == 6
 
 
 def test_what_is_no_path_is_refused():
