@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -61,8 +59,9 @@ def attention(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     queries, keys, values = (x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     if causal or q.shape[-2] == 1:
-        options: dict[str, Any] = {"softmax_scale": scale, "sliding_window": sliding_window, "softcap": softcap}
-        out = dense_attention(queries, keys, values, **options)
+        out = dense_attention(
+            queries, keys, values, softmax_scale=scale, sliding_window=sliding_window, softcap=softcap
+        )
     else:
         rows = [
             dense_attention(

@@ -14,13 +14,13 @@ from rooflama.kernels import swap
 from rooflama.kernels.backend import as_array
 from rooflama.kernels.checks import FLOATS
 from rooflama.kernels.kernel import KERNELS, Kernel
-from rooflama.kernels.paged_common import POOLS
 from rooflama.models import ArgumentError
 
 from . import arguments
 from .comparison import Comparison, LayerError, Speed
 from .kernel_calls import DECODING, Place, run, sequence_of, visited_calls
 from .model import Model
+from .testing.definition import copied, in_float64, outputs, with_copies
 
 PLAIN_PROMPT = "The quick brown fox jumps over the lazy dog."
 UNITS = 4.0  # in the last place of the largest value, allowed beyond twice the kernel's own error
@@ -106,15 +106,13 @@ def _compared(
     kernel: Kernel, mine: Callable, args: tuple, kwargs: dict[str, Any], named: dict[str, Any]
 ) -> tuple[Any, tuple[float, float, float]]:
     """(the kernel's result; ``_error`` of the output that is furthest off)."""
-    before = {name: _copied(named[name]) for name in kernel.mutates if named[name] is not None}
-    mine_args, mine_kwargs = _with_copies(kernel, args, kwargs)
-    exact = {name: _widened(kernel, name, value) for name, value in named.items()}
-    wanted = _outputs(kernel, kernel.define(exact), exact)
+    before = {name: copied(named[name]) for name in kernel.mutates if named[name] is not None}
+    bound = kernel.__signature__.bind(*args, **kwargs)
+    bound.arguments.update(with_copies(kernel, bound.arguments))
+    wanted = in_float64(kernel, named)
     result = kernel(*args, **kwargs)
-    ours = _outputs(kernel, result, named)
-    theirs = _outputs(
-        kernel, mine(*mine_args, **mine_kwargs), kernel.__signature__.bind(*mine_args, **mine_kwargs).arguments
-    )
+    ours = outputs(kernel, result, named)
+    theirs = outputs(kernel, mine(*bound.args, **bound.kwargs), bound.arguments)
     errors = []
     for output, own in ours.items():
         other = theirs.get(output)
@@ -136,39 +134,6 @@ def _compared(
             "a replacement that returns nothing", rule=f"{kernel.name} returns a result", remedy="Return the tensors"
         )
     return result, max(errors, key=lambda error: error[0] / error[1] if error[1] else error[0])
-
-
-def _outputs(kernel: Kernel, result: Any, named: dict[str, Any]) -> dict[str, Any]:
-    """Results as ``result 0``, ``result 1``, and the arguments that the kernel writes by their names."""
-    results = [] if result is None else list(result) if isinstance(result, tuple) else [result]
-    written = {name: named[name] for name in kernel.mutates if named.get(name) is not None}
-    return {f"result {number}": one for number, one in enumerate(results)} | written
-
-
-def _with_copies(kernel: Kernel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The same call, with copies of the arguments that it writes."""
-    bound = kernel.__signature__.bind(*args, **kwargs)
-    for name in kernel.mutates:
-        if bound.arguments.get(name) is not None:
-            bound.arguments[name] = _copied(bound.arguments[name])
-    return bound.args, bound.kwargs
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """With the same strides, which kernels are told."""
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)
-
-
-def _widened(kernel: Kernel, name: str, value: Any) -> Any:
-    """In float64, but for pools of pages, whose dtype says what they hold."""
-    if isinstance(value, torch.dtype):
-        return torch.float64
-    if not isinstance(value, Tensor):
-        return value
-    if name in POOLS:
-        return _copied(value) if name in kernel.mutates else value
-    return value.double() if value.dtype in FLOATS else value
 
 
 def _differs(one: Tensor, other: Tensor) -> np.ndarray:

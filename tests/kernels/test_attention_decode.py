@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
 from rooflama.kernels.attention_common import Attended
 from rooflama.kernels.attention_decode import _merge_splits_kernel
+from rooflama.testing import attention_laws
 from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
 from rooflama.testing.attention import (
     GROUPS,
@@ -34,6 +35,7 @@ from rooflama.testing.attention import (
     untouched,
     with_keys,
 )
+from rooflama.testing.attention_laws import DECODE
 from rooflama.testing.strategies import DEVICE, exact, normal
 
 LLAMA = Drawn(query_lens=(1,) * 4, seq_lens=(37, 0, 290, 130), num_kv_heads=2, group=4, head_dim=64)
@@ -46,9 +48,7 @@ LLAMA = Drawn(query_lens=(1,) * 4, seq_lens=(37, 0, 290, 130), num_kv_heads=2, g
 @example(drawn=replace(LLAMA, group=3, head_dim=80, softcap=5.0, page_dtype=torch.int8, page_size=256))
 @example(drawn=replace(LLAMA, group=70, head_dim=16, num_kv_heads=1))
 def test_attention_decode_equals_definition(drawn):
-    dense = sequences(drawn)
-    want = define(reference.attention_decode, drawn, dense, decode=True)
-    assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
+    attention_laws.equals_definition(DECODE, attention_decode, drawn)
 
 
 @pytest.mark.parametrize(
@@ -57,18 +57,14 @@ def test_attention_decode_equals_definition(drawn):
 def test_every_group_and_head_dim_equals_definition(group, head_dim):
     """What is drawn may leave some out. One sequence of one split and one of two."""
     drawn = Drawn(query_lens=(1, 1), seq_lens=(20, 70), group=group, head_dim=head_dim)
-    dense = sequences(drawn)
-    want = define(reference.attention_decode, drawn, dense, decode=True)
-    assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
+    attention_laws.equals_definition(DECODE, attention_decode, drawn)
 
 
 @pytest.mark.usefixtures("numpy_backend")
 @given(drawn=decodes())
 @example(drawn=replace(LLAMA, dtype=torch.bfloat16, sliding_window=50))
 def test_attention_decode_by_numpy_equals_definition(drawn):
-    dense = sequences(drawn)
-    want = define(reference.attention_decode, drawn, dense, decode=True)
-    assert_attention(run_decode(attention_decode, drawn, dense), want, drawn, dense)
+    attention_laws.equals_definition(DECODE, attention_decode, drawn)
 
 
 @given(drawn=decodes())
@@ -80,28 +76,16 @@ def test_decode_is_prefill_of_one_token(drawn):
     assert_attention(run_decode(attention_decode, drawn, dense), tuple(map(exact, want)), drawn, dense)
 
 
-@given(drawn=decodes(page_dtype=None, num_kv_heads=1))
+@given(drawn=decodes())
 def test_grouped_heads_equal_repeated_heads(drawn):
     """GQA is MHA over K/V heads written out once for each query head."""
-    drawn = replace(drawn, group=1 + drawn.group % 8)  # MHA costs the interpreter a program a head
-    dense = sequences(drawn)
-    repeated = [
-        replace(s, k=s.k.repeat_interleave(drawn.group, 1), v=s.v.repeat_interleave(drawn.group, 1)) for s in dense
-    ]
-    got = run_decode(attention_decode, drawn, dense)
-    want = run_decode(attention_decode, drawn, repeated)
-    for one, other in zip(got, want, strict=True):
-        assert_bit_equal(one, other, context=str(drawn))
+    attention_laws.grouped_heads_equal_repeated_heads(DECODE, attention_decode, drawn)
 
 
 @given(drawn=decodes(), page_size=st.sampled_from(PAGE_SIZES), seed=st.integers(0, 99))
 @example(drawn=LLAMA, page_size=256, seed=1)
 def test_placement_and_size_of_pages_change_no_bit(drawn, page_size, seed):
-    dense = sequences(drawn)
-    got = run_decode(attention_decode, drawn, dense)
-    moved = run_decode(attention_decode, replace(drawn, page_size=page_size), dense, seed=seed)
-    for one, other in zip(got, moved, strict=True):
-        assert_bit_equal(one, other, context=f"{drawn} page_size={page_size}")
+    attention_laws.placement_of_pages_changes_no_bit(DECODE, attention_decode, drawn, page_size, seed)
 
 
 @pytest.mark.parametrize("page_dtype", [None, torch.int8])
@@ -115,11 +99,7 @@ def test_the_same_call_gives_the_same_bits(page_dtype):
 @example(drawn=LLAMA)
 def test_batch_and_table_width_change_no_bit(drawn):
     """Alone, the table is narrower and so is the grid; a sequence is cut by its own length all the same."""
-    dense = sequences(drawn)
-    together = run_decode(attention_decode, drawn, dense)
-    alone = [run_decode(attention_decode, drawn, [s]) for s in dense]
-    for one, others in zip(together, zip(*alone, strict=True), strict=True):
-        assert_bit_equal(one, torch.cat(others), context=str(drawn))
+    attention_laws.neighbours_change_no_bit(DECODE, attention_decode, drawn)
 
 
 @given(drawn=decodes(page_dtype=None, sliding_window=0), cut=st.integers(1, 399))
@@ -139,17 +119,10 @@ def test_parts_merge_into_the_whole(drawn, cut):
     np.testing.assert_allclose(merged_lse, lse, rtol=1e-5, atol=1e-5, err_msg=str(drawn))
 
 
-@given(drawn=decodes(page_dtype=None))
+@given(drawn=decodes())
 def test_order_of_keys_matters_only_to_rounding(drawn):
     """Softmax is a sum over keys: permuting them, K and V alike, changes nothing else."""
-    drawn = replace(drawn, sliding_window=0)
-    dense = sequences(drawn)
-    shuffled = []
-    for s in dense:
-        order = torch.from_numpy(np.random.default_rng(drawn.seed).permutation(len(s.k))).to(DEVICE)
-        shuffled.append(Dense(s.q, s.k[order], s.v[order]))
-    want = define(reference.attention_decode, drawn, dense, decode=True)
-    assert_attention(run_decode(attention_decode, drawn, shuffled), want, drawn, dense)
+    attention_laws.order_of_keys_matters_only_to_rounding(DECODE, attention_decode, drawn)
 
 
 @given(drawn=decodes(sliding_window=40))
@@ -158,12 +131,7 @@ def test_order_of_keys_matters_only_to_rounding(drawn):
 @example(drawn=replace(LLAMA, sliding_window=150, seq_lens=(400, 290, 10, 151)))
 def test_pages_before_the_window_may_be_gone(drawn):
     """Keys that the query cannot see are neither read nor looked up."""
-    dense = sequences(drawn)[:1]
-    base = max(0, len(dense[0].k) - drawn.sliding_window)
-    for one, other in zip(
-        run_decode(attention_decode, drawn, dense), run_decode(attention_decode, drawn, dense, base=base), strict=True
-    ):
-        assert_bit_equal(one, other, context=str(drawn))
+    attention_laws.keys_out_of_sight_are_not_read(DECODE, attention_decode, drawn)
 
 
 def test_sequence_without_keys_sits_out():

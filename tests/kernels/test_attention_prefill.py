@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rooflama.kernels import KernelInputError, attention_prefill, reference
+from rooflama.testing import attention_laws
 from rooflama.testing.assertions import assert_bit_equal
 from rooflama.testing.attention import (
     GROUPS,
@@ -17,7 +18,6 @@ from rooflama.testing.attention import (
     PAGE_SIZES,
     Drawn,
     arguments,
-    assert_attention,
     define,
     far_pages,
     far_scales,
@@ -30,8 +30,8 @@ from rooflama.testing.attention import (
     stacked,
     starts,
     visible,
-    with_keys,
 )
+from rooflama.testing.attention_laws import PREFILL
 from rooflama.testing.strategies import DEVICE, exact, normal
 
 LLAMA = Drawn(query_lens=(37, 0, 70), seq_lens=(37, 5, 133), num_kv_heads=2, group=4, head_dim=64)
@@ -49,9 +49,7 @@ EDGES = Drawn(query_lens=(5,) * 6, seq_lens=(66, 67, 68, 69, 132, 133), num_kv_h
 @example(drawn=EDGES)
 @example(drawn=replace(EDGES, sliding_window=36))
 def test_attention_prefill_equals_definition(drawn):
-    dense = sequences(drawn)
-    want = define(reference.attention_prefill, drawn, dense, decode=False)
-    assert_attention(run_prefill(attention_prefill, drawn, dense), want, drawn, dense)
+    attention_laws.equals_definition(PREFILL, attention_prefill, drawn)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +58,7 @@ def test_attention_prefill_equals_definition(drawn):
 def test_every_group_and_head_dim_equals_definition(group, head_dim):
     """What is drawn may leave some out."""
     drawn = Drawn(query_lens=(3, 2), seq_lens=(3, 35), group=group, head_dim=head_dim)
-    dense = sequences(drawn)
-    want = define(reference.attention_prefill, drawn, dense, decode=False)
-    assert_attention(run_prefill(attention_prefill, drawn, dense), want, drawn, dense)
+    attention_laws.equals_definition(PREFILL, attention_prefill, drawn)
 
 
 @pytest.mark.usefixtures("numpy_backend")
@@ -70,9 +66,7 @@ def test_every_group_and_head_dim_equals_definition(group, head_dim):
 @example(drawn=replace(LLAMA, dtype=torch.bfloat16))
 @example(drawn=replace(LLAMA, page_dtype=torch.float8_e4m3fn, sliding_window=20))
 def test_attention_prefill_by_numpy_equals_definition(drawn):
-    dense = sequences(drawn)
-    want = define(reference.attention_prefill, drawn, dense, decode=False)
-    assert_attention(run_prefill(attention_prefill, drawn, dense), want, drawn, dense)
+    attention_laws.equals_definition(PREFILL, attention_prefill, drawn)
 
 
 def test_definition_over_several_chunks_of_rows(monkeypatch):
@@ -131,27 +125,16 @@ def test_definition_equals_transformers_eager_attention(drawn):
         row += len(s.q)
 
 
-@given(drawn=prefills(page_dtype=None, num_kv_heads=1))
+@given(drawn=prefills())
 def test_grouped_heads_equal_repeated_heads(drawn):
     """GQA is MHA over K/V heads written out once for each query head."""
-    dense = sequences(drawn)
-    repeated = [
-        replace(s, k=s.k.repeat_interleave(drawn.group, 1), v=s.v.repeat_interleave(drawn.group, 1)) for s in dense
-    ]
-    got = run_prefill(attention_prefill, drawn, dense)
-    want = run_prefill(attention_prefill, drawn, repeated)
-    for one, other in zip(got, want, strict=True):
-        assert_bit_equal(one, other, context=str(drawn))
+    attention_laws.grouped_heads_equal_repeated_heads(PREFILL, attention_prefill, drawn)
 
 
 @given(drawn=prefills(), page_size=st.sampled_from(PAGE_SIZES), seed=st.integers(0, 99))
 @example(drawn=LLAMA, page_size=256, seed=1)
 def test_placement_and_size_of_pages_change_no_bit(drawn, page_size, seed):
-    dense = sequences(drawn)
-    got = run_prefill(attention_prefill, drawn, dense)
-    moved = run_prefill(attention_prefill, replace(drawn, page_size=page_size), dense, seed=seed)
-    for one, other in zip(got, moved, strict=True):
-        assert_bit_equal(one, other, context=f"{drawn} page_size={page_size}")
+    attention_laws.placement_of_pages_changes_no_bit(PREFILL, attention_prefill, drawn, page_size, seed)
 
 
 @pytest.mark.parametrize("page_dtype", [None, torch.int8])
@@ -164,11 +147,7 @@ def test_the_same_call_gives_the_same_bits(page_dtype):
 @given(drawn=prefills())
 @example(drawn=LLAMA)
 def test_batch_changes_no_bit(drawn):
-    dense = sequences(drawn)
-    together = run_prefill(attention_prefill, drawn, dense)
-    alone = [run_prefill(attention_prefill, drawn, [s]) for s in dense]
-    for one, others in zip(together, zip(*alone, strict=True), strict=True):
-        assert_bit_equal(one, torch.cat(others), context=str(drawn))
+    attention_laws.neighbours_change_no_bit(PREFILL, attention_prefill, drawn)
 
 
 @given(drawn=prefills(), chunk=st.integers(1, 40))
@@ -176,30 +155,14 @@ def test_batch_changes_no_bit(drawn):
 @example(drawn=replace(LLAMA, sliding_window=33, group=3), chunk=23)
 def test_chunks_change_no_bit(drawn, chunk):
     """Each chunk runs when only its own keys and those before it exist."""
-    dense = sequences(drawn)[:1]
-    queries, context = len(dense[0].q), len(dense[0].k) - len(dense[0].q)
-    whole = run_prefill(attention_prefill, drawn, dense)
-    for start in range(0, queries, chunk):
-        end = min(start + chunk, queries)
-        part = [replace(with_keys(dense, context + end)[0], q=dense[0].q[start:end])]
-        for one, other in zip(run_prefill(attention_prefill, drawn, part), whole, strict=True):
-            assert_bit_equal(one, other[start:end], context=f"{drawn} chunk={chunk} start={start}")
+    attention_laws.chunks_change_no_bit(PREFILL, attention_prefill, drawn, chunk)
 
 
 @given(drawn=prefills(page_dtype=None), cut=st.integers(0, 160))
 @example(drawn=replace(LLAMA, query_lens=(60,), seq_lens=(60,)), cut=31)
 def test_a_finite_future_changes_no_bit_of_the_past(drawn, cut):
     """A NaN in V may: the kernel and the definition multiply it by a weight of 0."""
-    dense = sequences(drawn)[:1]
-    position = len(dense[0].k) - len(dense[0].q)
-    k, v = dense[0].k.clone(), dense[0].v.clone()
-    k[cut:], v[cut:] = 5.0, -7.0
-    past = slice(0, max(0, cut - position))
-    edited = [replace(dense[0], k=k, v=v)]
-    for one, other in zip(
-        run_prefill(attention_prefill, drawn, dense), run_prefill(attention_prefill, drawn, edited), strict=True
-    ):
-        assert_bit_equal(one[past], other[past], context=f"{drawn} cut={cut}")
+    attention_laws.a_finite_future_changes_no_bit_of_the_past(PREFILL, attention_prefill, drawn, cut)
 
 
 @given(drawn=prefills(page_dtype=None), value=st.floats(-8, 8, width=16))
@@ -236,14 +199,7 @@ def test_rows_without_keys_and_tokens_of_no_sequence(page_size):
 @example(drawn=replace(LLAMA, sliding_window=17, query_lens=(3, 2, 1)))
 def test_pages_before_the_window_may_be_gone(drawn):
     """Keys that no query can see are neither read nor looked up."""
-    dense = sequences(drawn)[:1]
-    base = max(0, len(dense[0].k) - len(dense[0].q) - drawn.sliding_window + 1)
-    for one, other in zip(
-        run_prefill(attention_prefill, drawn, dense),
-        run_prefill(attention_prefill, drawn, dense, base=base),
-        strict=True,
-    ):
-        assert_bit_equal(one, other, context=str(drawn))
+    attention_laws.keys_out_of_sight_are_not_read(PREFILL, attention_prefill, drawn)
 
 
 def test_strided_queries_and_pages():

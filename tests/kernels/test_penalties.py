@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from rooflama.kernels import KernelInputError, penalise, penalties, reference, use_backend
 from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact
+from rooflama.testing.sampling import column
 from rooflama.testing.strategies import DEVICE, beyond_int32, exact, guarded, normal, seeds
-from sampling_cases import column, warped_by_transformers
+from sampling_cases import warped_by_transformers
 
 
 @pytest.fixture

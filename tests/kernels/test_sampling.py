@@ -12,8 +12,9 @@ from replaying import replay_on_the_cpu
 from rooflama.kernels import KernelInputError, reference, sample, sampling, use_backend
 from rooflama.kernels.reference.sampling import philox_4x32, uniforms
 from rooflama.testing.assertions import assert_bit_equal
+from rooflama.testing.sampling import column, random_parameters, randomness
 from rooflama.testing.strategies import DEVICE, beyond_int32, dtypes, exact, normal, seeds
-from sampling_cases import chunks_of, column, few_if_interpreted, random_parameters, randomness
+from sampling_cases import chunks_of, few_if_interpreted
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from rooflama.kernels.kernel import run
 from rooflama.kernels.reference.sampling import allowed_tokens, relative
 from rooflama.kernels.sampling_filters import LEVELS, Search, _raise_floor_kernel, raise_floor, search_memory
 from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact
+from rooflama.testing.sampling import column, random_parameters, randomness
 from rooflama.testing.strategies import DEVICE, dtypes, exact, guarded, normal, seeds
-from sampling_cases import chunks_of, column, few_if_interpreted, random_parameters, randomness, warped_by_transformers
+from sampling_cases import chunks_of, few_if_interpreted, warped_by_transformers
 
 
 @pytest.fixture
