@@ -61,8 +61,12 @@ class Case:
 CASES = [
     *(Case("Llama-3-8B", "Q4_K_M", 1, context) for context in (0, 16384, 32768)),
     *(Case("Llama-3-8B", types, 1, 0) for types in ("Q8_0", "Q4_0", "BF16")),
-    *(Case("Llama-3-8B", "Q4_K_M", sequences, 1024) for sequences in (2, 8, 32, 64)),
-    *(Case("Llama-3-8B", "Q8_0", sequences, 1024) for sequences in (8, 32)),
+    Case("Llama-3-8B", "Q4_K_M", 2, 1024),
+    *(
+        Case("Llama-3-8B", types, sequences, 1024)
+        for types in ("Q4_K_M", "Q8_0", "BF16")
+        for sequences in (1, 8, 32, 64)
+    ),
     *(Case("SmolLM2-135M", "Q4_1", 1, context) for context in (0, 4096)),
 ]
 

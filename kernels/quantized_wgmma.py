@@ -47,6 +47,8 @@ from .quantized_wgmma_ends import (
 from .quantized_wgmma_scales import load_minima, load_scales, scale_of, start_minima
 from .weight import Weight
 
+ROWS = gl.constexpr(64)  # of a program: what one warpgroup multiplies
+
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6, and since
 
 
@@ -59,46 +61,45 @@ def _swizzled(words: int) -> gl.SwizzledSharedLayout:
 
 @gluon.jit
 def _copy_words(
-    shared,  # two of [STAGES, ROWS, words of 128 columns]
+    shared,  # [STAGES * HALVES, ROWS, words of half a block]
     plane_ptr,  # [rows, words of a row] int32
     row0,
     rows,
     columns,
-    block,
+    part,  # of the columns: HALVES halves of a block
     stage,
     is_there,  # else nothing is copied
+    HALVES: gl.constexpr,
     BITS: gl.constexpr,
-    ROWS: gl.constexpr,
 ):
-    """Starts to copy a block's words of ROWS rows. Rows past the end are read as the last one."""
-    WORDS: gl.constexpr = 4 * BITS
-    COPIED: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [ROWS // 16, 1], [1, 0])
+    """Starts to copy words of ROWS rows. Rows past the end are read as the last one."""
+    WORDS: gl.constexpr = shared.shape[2]
+    COPIED: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [4, 1], [1, 0])
     row = gl.minimum(row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIED)), rows - 1)
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, COPIED))
-    ptrs = plane_ptr + row[:, None] * (columns * BITS // 32) + (block * (2 * WORDS) + word)[None, :]
+    ptrs = plane_ptr + row[:, None] * (columns * BITS // 32) + (part * (HALVES * WORDS) + word)[None, :]
     mask = (row >= 0)[:, None] & (word >= 0)[None, :] & is_there
-    for half in gl.static_range(2):
-        async_copy.async_copy_global_to_shared(shared[half].index(stage), ptrs + half * WORDS, mask=mask)
+    for half in gl.static_range(HALVES):
+        async_copy.async_copy_global_to_shared(shared.index(stage * HALVES + half), ptrs + half * WORDS, mask=mask)
 
 
 @gluon.jit
 def _copy_rows(
     shared,  # [STAGES, HEIGHT, WIDTH], 16 bits
-    source_ptr,  # [blocks, HEIGHT, WIDTH]
-    block,
+    source_ptr,  # [parts, HEIGHT, WIDTH]
+    part,
     stage,
     is_there,  # else nothing is copied
     PER_THREAD: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
 ):
-    """Starts to copy what belongs to a block of the arranged x or of its sums."""
+    """Starts to copy a part of the arranged x or of its sums."""
     HEIGHT: gl.constexpr = shared.shape[1]
     WIDTH: gl.constexpr = shared.shape[2]
     LANES: gl.constexpr = WIDTH // PER_THREAD
-    COPIED: gl.constexpr = gl.BlockedLayout([1, PER_THREAD], [32 // LANES, LANES], [NUM_WARPS, 1], [1, 0])
+    COPIED: gl.constexpr = gl.BlockedLayout([1, PER_THREAD], [32 // LANES, LANES], [4, 1], [1, 0])
     row = gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, COPIED))[:, None]
     place = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIED))[None, :]
-    ptrs = source_ptr + block * (HEIGHT * WIDTH) + row * WIDTH + place
+    ptrs = source_ptr + part * (HEIGHT * WIDTH) + row * WIDTH + place
     mask = (row >= 0) & (place >= 0) & is_there
     async_copy.async_copy_global_to_shared(shared.index(stage), ptrs, mask=mask)
 
@@ -116,39 +117,36 @@ def _wgmma_kernel(
     SIGNED: gl.constexpr,  # whether a group's own scales are
     TILES: gl.constexpr,
     N: gl.constexpr,
-    ROWS: gl.constexpr,
+    PARTS: gl.constexpr,
     STAGES: gl.constexpr,
+    FLIGHT: gl.constexpr,
     RESIDENT: gl.constexpr,
     EARLY: gl.constexpr,
 ):
     GROUP: gl.constexpr = LAYOUT.group
     NUM_GROUPS: gl.constexpr = 256 // GROUP
-    NUM_WARPS: gl.constexpr = ROWS // 16
-    LOW: gl.constexpr = 4 * LAYOUT.low_bits  # words of 128 columns
+    SUMS: gl.constexpr = 1 + (STAGES + PARTS - 2) // PARTS  # blocks whose sums are there
+    PART: gl.constexpr = NUM_GROUPS // PARTS  # groups of a part
+    HALVES: gl.constexpr = 2 // PARTS  # of a block, that a part has: their words are unpacked together
+    LOW: gl.constexpr = 4 * LAYOUT.low_bits  # words of a half
     HIGH: gl.constexpr = 4 * LAYOUT.high_bits
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     HAS_MINIMA: gl.constexpr = planes.m is not None
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NUM_WARPS, 1], instr_shape=[16, N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * GROUP, element_bitwidth=16, rank=2)
     SUMS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=4 * NUM_GROUPS, element_bitwidth=16, rank=2)
     num_blocks = columns // 256
     tile = gl.program_id(0) % TILES  # neighbours share the rows of the weight, so L2 serves all but one
     x_ptr += tile.to(gl.int64) * (columns * N)
-    # One allocation per half of a block: of one allocation, the compiler lets copies wait for each other.
-    x_shared = gl.allocate_shared_memory(DTYPE, [STAGES, NUM_GROUPS * N, GROUP], X_LAYOUT)
-    low_first = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, LOW], _swizzled(LOW))
-    low_second = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, LOW], _swizzled(LOW))
-    low_shared = (low_first, low_second)
-    high_shared = low_shared
-    sums_shared = x_shared
+    x_shared = gl.allocate_shared_memory(DTYPE, [STAGES, PART * N, GROUP], X_LAYOUT)
+    low_shared = gl.allocate_shared_memory(gl.int32, [STAGES * HALVES, ROWS, LOW], _swizzled(LOW))
+    high_shared, sums_shared = low_shared, x_shared
     if HIGH > 0:
-        high_first = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, HIGH], _swizzled(HIGH))
-        high_second = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, HIGH], _swizzled(HIGH))
-        high_shared = (high_first, high_second)
+        high_shared = gl.allocate_shared_memory(gl.int32, [STAGES * HALVES, ROWS, HIGH], _swizzled(HIGH))
     if HAS_MINIMA:
         sums_ptr = sums_ptr.to(gl.pointer_type(gl.bfloat16)) + tile * (columns * N * 2 // GROUP)
-        sums_shared = gl.allocate_shared_memory(gl.bfloat16, [STAGES, N, 2 * NUM_GROUPS], SUMS_LAYOUT)
+        sums_shared = gl.allocate_shared_memory(gl.bfloat16, [SUMS, N, 2 * NUM_GROUPS], SUMS_LAYOUT)
     first = gl.program_id(1) * blocks_per_split
     last = gl.minimum(first + blocks_per_split, num_blocks)
     row0 = (gl.program_id(0) // TILES).to(gl.int64) * ROWS
@@ -159,12 +157,11 @@ def _wgmma_kernel(
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     for ahead in gl.static_range(STAGES - 1):
-        there = first + ahead < last
-        _copy_words(low_shared, planes.low, row0, rows, columns, first + ahead, ahead, there, LAYOUT.low_bits, ROWS)
+        part = PARTS * first + ahead
+        there = part < PARTS * last
+        _copy_words(low_shared, planes.low, row0, rows, columns, part, ahead, there, HALVES, LAYOUT.low_bits)
         if HIGH > 0:
-            _copy_words(
-                high_shared, planes.high, row0, rows, columns, first + ahead, ahead, there, LAYOUT.high_bits, ROWS
-            )
+            _copy_words(high_shared, planes.high, row0, rows, columns, part, ahead, there, HALVES, LAYOUT.high_bits)
     scales = load_scales(planes, row_read, first, num_blocks, LAYOUT)
     minima = scales
     if HAS_MINIMA:
@@ -173,64 +170,65 @@ def _wgmma_kernel(
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     for ahead in gl.static_range(STAGES - 1):
-        there = first + ahead < last
-        _copy_rows(x_shared, x_ptr, first + ahead, ahead, there, 8, NUM_WARPS)
-        if HAS_MINIMA:
-            _copy_rows(sums_shared, sums_ptr, first + ahead, ahead, there, 2, NUM_WARPS)
+        part = PARTS * first + ahead
+        _copy_rows(x_shared, x_ptr, part, ahead, part < PARTS * last, 8)
+        if HAS_MINIMA and ahead % PARTS == 0:
+            _copy_rows(sums_shared, sums_ptr, part // PARTS, ahead // PARTS, part < PARTS * last, 2)
         async_copy.commit_group()
 
     total = gl.zeros([ROWS, N], gl.float32, layout=ACC)
     for block in range(first, last):
-        stage = (block - first) % STAGES
-        async_copy.wait_group(STAGES - 2)
-        fence_async_shared()  # by each thread for what it copied, before all meet
-        _barrier()
-        later, later_stage = block + STAGES - 1, (stage + STAGES - 1) % STAGES
-        there = later < last
-        _copy_words(low_shared, planes.low, row0, rows, columns, later, later_stage, there, LAYOUT.low_bits, ROWS)
-        if HIGH > 0:
-            _copy_words(
-                high_shared, planes.high, row0, rows, columns, later, later_stage, there, LAYOUT.high_bits, ROWS
-            )
-        _copy_rows(x_shared, x_ptr, later, later_stage, there, 8, NUM_WARPS)
-        if HAS_MINIMA:
-            _copy_rows(sums_shared, sums_ptr, later, later_stage, there, 2, NUM_WARPS)
-        async_copy.commit_group()
-
         scales_now, minima_now = scales, minima
         following = gl.minimum(block + 1, last - 1)
         scales = load_scales(planes, row_read, following, num_blocks, LAYOUT)
         minima = scales
-        unused = gl.zeros([ROWS, N], gl.float32, layout=ACC)
-        running, factor = unused, gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, ACC))
         if HAS_MINIMA:
             minima = load_minima(planes, row0, rows, row_read, following, num_blocks, ROWS, LAYOUT)
-            running, factor = start_minima(minima_now, sums_shared.index(stage).permute((1, 0)), ACC, LAYOUT)
-        # One product runs while the one before it is scaled; factor belongs to the running one. Of 64 tokens, two
-        # accumulators and the total take more registers than there are, so a product ends before the next one starts.
-        x_block = x_shared.index(stage)
-        for group in gl.static_range(NUM_GROUPS):
-            if group % (NUM_GROUPS // 2) == 0:
-                words = low_shared[2 * group // NUM_GROUPS].index(stage)
-                low = load_spread(words, ROWS, low_words(LAYOUT), low_lanes(LAYOUT))
-                high = low
-                if HIGH > 0:
-                    high = load_spread(high_shared[2 * group // NUM_GROUPS].index(stage), ROWS, 1, 4)
-            a = gl.convert_layout(unpack(low, high, group % (NUM_GROUPS // 2), DTYPE, LAYOUT), A, assert_trivial=True)
-            x = x_block.slice(group * N, N, dim=0).permute((1, 0))
-            if N == 64:
-                if HAS_MINIMA or group > 0:
-                    unused = warpgroup_mma_wait(0, deps=(running,))
-                    total += unused * factor[:, None]
-                running = warpgroup_mma(a, x, unused, use_acc=False, is_async=True)
-            else:
-                started = warpgroup_mma(a, x, unused, use_acc=False, is_async=True)
-                if HAS_MINIMA or group > 0:
-                    unused = warpgroup_mma_wait(1, deps=(running,))
-                    total += unused * factor[:, None]
-                running = started
-            factor = scale_of(scales_now, group, LAYOUT, SIGNED)
-        total += warpgroup_mma_wait(0, deps=(running,)) * factor[:, None]
+        for own in gl.static_range(PARTS):
+            part = PARTS * block + own
+            stage = (part - PARTS * first) % STAGES
+            async_copy.wait_group(STAGES - 2)
+            fence_async_shared()  # by each thread for what it copied, before all meet
+            _barrier()
+            later, later_stage = part + STAGES - 1, (stage + STAGES - 1) % STAGES
+            there = later < PARTS * last
+            _copy_words(low_shared, planes.low, row0, rows, columns, later, later_stage, there, HALVES, LAYOUT.low_bits)
+            if HIGH > 0:
+                _copy_words(
+                    high_shared, planes.high, row0, rows, columns, later, later_stage, there, HALVES, LAYOUT.high_bits
+                )
+            _copy_rows(x_shared, x_ptr, later, later_stage, there, 8)
+            if HAS_MINIMA and (own + STAGES - 1) % PARTS == 0:
+                block_later = later // PARTS
+                _copy_rows(sums_shared, sums_ptr, block_later, (block_later - first) % SUMS, there, 2)
+            async_copy.commit_group()
+
+            # FLIGHT products run at a time, while the next group is unpacked and the oldest product is scaled.
+            products, factors = (), ()
+            if HAS_MINIMA and own == 0:
+                sums = sums_shared.index((block - first) % SUMS).permute((1, 0))
+                product, factor = start_minima(minima_now, sums, ACC, LAYOUT)
+                products, factors = (product,), (factor,)
+            x_part = x_shared.index(stage)
+            for group in gl.static_range(PART):
+                if group % (NUM_GROUPS // 2) == 0:
+                    words = stage * HALVES + 2 * group // NUM_GROUPS
+                    low = load_spread(low_shared.index(words), ROWS, low_words(LAYOUT), low_lanes(LAYOUT))
+                    high = low
+                    if HIGH > 0:
+                        high = load_spread(high_shared.index(words), ROWS, 1, 4)
+                a = unpack(low, high, group % (NUM_GROUPS // 2), DTYPE, LAYOUT)
+                a = gl.convert_layout(a, A, assert_trivial=True)
+                if len(products) >= FLIGHT:
+                    oldest = warpgroup_mma_wait(FLIGHT - 1, deps=(products[len(products) - FLIGHT],))
+                    total += oldest * factors[len(products) - FLIGHT][:, None]
+                x = x_part.slice(group * N, N, dim=0).permute((1, 0))
+                unused = gl.zeros([ROWS, N], gl.float32, layout=ACC)
+                products += (warpgroup_mma(a, x, unused, use_acc=False, is_async=True),)
+                factors += (scale_of(scales_now, own * PART + group, LAYOUT, SIGNED),)
+            for left in gl.static_range(FLIGHT):
+                oldest = warpgroup_mma_wait(FLIGHT - 1 - left, deps=(products[len(products) - FLIGHT + left],))
+                total += oldest * factors[len(products) - FLIGHT + left][:, None]
     async_copy.wait_group(0)
     token = (gl.program_id(1) * TILES + tile) * N + gl.arange(0, N, layout=gl.SliceLayout(0, ACC))
     gl.store(partials_ptr + token[None, :].to(gl.int64) * rows + row[:, None], total, mask=(row < rows)[:, None])
@@ -264,7 +262,7 @@ def launch_wgmma(activations: Input, weight: Weight, output: Output, swiglu: boo
         launch_arrange(activations, arranged, sums, plan),
         launch(
             _wgmma_kernel,
-            (plan.tiles * triton.cdiv(rows, plan.rows_per_program), plan.splits),
+            (plan.tiles * triton.cdiv(rows, ROWS), plan.splits),
             arranged,
             sums,
             planes,
@@ -276,10 +274,11 @@ def launch_wgmma(activations: Input, weight: Weight, output: Output, swiglu: boo
             SIGNED=planes.scales is not None and planes.scales.dtype == torch.int8,
             TILES=plan.tiles,
             N=plan.n,
-            ROWS=plan.rows_per_program,
+            PARTS=plan.parts_of_block,
             STAGES=plan.stages,
+            FLIGHT=plan.flight,
             RESIDENT=resident,
-            num_warps=plan.rows_per_program // 16,
+            num_warps=4,
             **early(device),
         ),
         launch_gather(partials, output, num_tokens, swiglu),

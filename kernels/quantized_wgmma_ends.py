@@ -34,6 +34,8 @@ class Plan(NamedTuple):
     parts: 2 if x is taken as two numbers of 16 bits, x rounded and the rest of x.
     tiles, n: of the padded tokens of all parts, tiles of n.
     splits, blocks: of the columns, splits of so many blocks of 256, but for the last.
+    parts_of_block, stages: a block is copied to shared memory in so many parts, of which so many are there at a time.
+    flight: groups whose products run at a time.
     """
 
     padded: int
@@ -42,8 +44,9 @@ class Plan(NamedTuple):
     n: int
     splits: int
     blocks: int
-    rows_per_program: int
+    parts_of_block: int
     stages: int
+    flight: int
 
     @staticmethod
     def of(
@@ -55,7 +58,8 @@ class Plan(NamedTuple):
         chosen = configuration("wgmma", device, rows=rows, columns=columns, tokens=n, bits=bits)
         blocks = triton.cdiv(columns // BLOCK, chosen["SPLITS"])
         splits = triton.cdiv(columns // BLOCK, blocks)
-        return Plan(padded, parts, padded * parts // n, n, splits, blocks, chosen["ROWS"], chosen["STAGES"])
+        tiles = padded * parts // n
+        return Plan(padded, parts, tiles, n, splits, blocks, chosen["PARTS"], chosen["STAGES"], chosen["FLIGHT"])
 
     def shapes(self, rows: int, columns: int, layout: QuantLayout) -> tuple[tuple[int, ...], ...]:
         """Of x arranged (16 bits), of its sums (16 bits), which not every type has, and of partial sums (float32)."""

@@ -12,6 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from .quantized_wgmma_codes import quad_layout
 
+_BYTE_TO_FLOAT = gl.constexpr(tuple(f"prmt.b32 $0, $1, 0x4B000000, 0x744{i};" for i in range(4)))
+
 
 @gluon.jit
 def load_scales(
@@ -46,16 +48,18 @@ def scale_of(
     """The scale of a group: [ROWS] float32."""
     d, first, second = scales
     if LAYOUT.quant_block == 32:
-        bits = (first if GROUP < 4 else second) >> (16 * (GROUP % 4))
-        scale = bits.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+        scale = _half_to_float(((first if GROUP < 4 else second) >> (16 * (GROUP % 4))).to(gl.int32))
     else:
-        bits = ((first if GROUP < 8 else second) >> (8 * (GROUP % 8))).to(gl.int32)
-        # 2^23 in float32 has a last place worth 1.
-        if SIGNED:
-            whole = ((bits & 255 ^ 128) | 0x4B000000).to(gl.float32, bitcast=True) - 8388736.0
-        else:
-            whole = ((bits & (15 if LAYOUT.packed else 255)) | 0x4B000000).to(gl.float32, bitcast=True) - 8388608.0
-        scale = d.to(gl.float32) * whole
+        word = ((first if GROUP < 8 else second) >> (32 * (GROUP // 4 % 2))).to(gl.int32)
+        if LAYOUT.packed:
+            word &= 0x0F0F0F0F
+        elif SIGNED:
+            word ^= -0x7F7F7F80
+        # The byte becomes the last of 0x4B000000, which is 2^23 in float32, whose last place is worth 1.
+        whole = gl.inline_asm_elementwise(
+            _BYTE_TO_FLOAT[GROUP % 4], "=f,r", [word], dtype=gl.float32, is_pure=True, pack=1
+        )
+        scale = d.to(gl.float32) * (whole - (8388736.0 if SIGNED else 8388608.0))
     return scale
 
 

@@ -8,12 +8,14 @@
 First the tests run without a bug. A mutant of the table must make its own tests fail. Exit status 1: one survives, runs
 out of time, or the text that it replaces is not in the file exactly once. A generated change must make a test of its
 kernel file (kernel_tests.py) fail or run out of time, unless equivalent_mutants.py says why no test can. Exit status 1:
-fewer than 97% do. Everything runs on the CPU, in copies.
+fewer than 97% do. Everything runs on the CPU, in copies, but for mutants of code that only a Hopper GPU can run: those
+are skipped, with that reason, where there is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import shutil
@@ -27,6 +29,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from equivalent_mutants import EQUIVALENT
 from kernel_tests import KERNEL_TESTS, suite_of
@@ -66,7 +70,7 @@ class Runner:
                 yield waiting[done], done.result()
 
     def run(
-        self, tests: list[str], file: str = "", text: str = "", *, first_only: bool = True
+        self, tests: list[str], file: str = "", text: str = "", *, first_only: bool = True, on_gpu: bool = False
     ) -> tuple[Outcome, list[str]]:
         """(outcome, failed tests) with ``text`` in place of ``file``, whose path is from the repository's root."""
         start = time.monotonic()
@@ -81,7 +85,7 @@ class Runner:
             command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
             command += ["-x"] if first_only else []
             command += [f"--deselect={test}" for test in self.deselected]
-            status, lines = _output([*command, *tests], tree, limit)
+            status, lines = _output([*command, *tests], tree, limit, {} if on_gpu else ON_THE_CPU)
         seconds = time.monotonic() - start
         if status is None:
             return Outcome(
@@ -113,10 +117,10 @@ def copy_tree(target: Path) -> None:
         conftest.write('settings.load_profile("mutants")\n')
 
 
-def _output(command: list[str], tree: Path, seconds: float) -> tuple[int | None, list[str]]:
+def _output(command: list[str], tree: Path, seconds: float, device: dict[str, str]) -> tuple[int | None, list[str]]:
     """(exit status, None if time ran out; the lines it printed)."""
     path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, **ON_THE_CPU, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, **device, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     with subprocess.Popen(
         command,
         cwd=tree,
@@ -148,14 +152,25 @@ def run_table(runner: Runner, chosen: list[Mutant]) -> int:
         text = (ROOT / mutant.file).read_text()
         if text.count(mutant.old) != 1:
             return Outcome("stale", f"{text.count(mutant.old)} places match in {mutant.file}", 0.0)
-        return runner.run([mutant.tests], mutant.file, text.replace(mutant.old, mutant.new))[0]
+        text = text.replace(mutant.old, mutant.new)
+        if not mutant.needs_hopper:
+            return runner.run([mutant.tests], mutant.file, text)[0]
+        if not has_hopper():
+            return Outcome("skipped", "needs a GPU of compute capability 9.x", 0.0)
+        return runner.run([mutant.tests], mutant.file, text, on_gpu=True)[0]
 
-    killed = 0
+    killed = skipped = 0
     for mutant, (verdict, reason, seconds) in runner.each(kill, chosen):
         killed += verdict == "killed"
+        skipped += verdict == "skipped"
         print(f"{verdict:9} {seconds:5.0f} s  {mutant.name:52} {reason}", flush=True)
-    print(f"{killed} of {len(chosen)} killed")
-    return 0 if killed == len(chosen) else 1
+    print(f"{killed} of {len(chosen) - skipped} killed" + (f", {skipped} skipped" if skipped else ""))
+    return 0 if killed + skipped == len(chosen) else 1
+
+
+@functools.cache
+def has_hopper() -> bool:
+    return torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability()[0] == 9
 
 
 def run_generated(runner: Runner, chosen: list[Mutation]) -> int:

@@ -175,10 +175,12 @@ def test_equals_float64(ggml_type, dtype, case):
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("ggml_type", ["Q4_K", "Q6_K", "Q5_0"])
-@pytest.mark.parametrize(("splits", "rows", "stages"), [(1, 64, 2), (2, 128, 3), (3, 64, 4), (8, 128, 2)])
-def test_any_tile(ggml_type, splits, rows, stages):
+@pytest.mark.parametrize(
+    ("splits", "parts", "stages", "flight"), [(1, 1, 2, 1), (2, 2, 3, 2), (3, 1, 3, 2), (8, 2, 4, 4)]
+)
+def test_any_tile(ggml_type, splits, parts, stages, flight):
     args, options, expected = products(17, 200, 1792, torch.bfloat16, "bias", ggml_type=ggml_type)
-    with override("wgmma", SPLITS=splits, ROWS=rows, STAGES=stages):
+    with override("wgmma", SPLITS=splits, PARTS=parts, STAGES=stages, FLIGHT=flight):
         got = exact(quantized_matmul(*args, **options))
     assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
 
