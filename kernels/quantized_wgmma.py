@@ -204,11 +204,11 @@ def _wgmma_kernel(
             async_copy.commit_group()
 
             # FLIGHT products run at a time, while the next group is unpacked and the oldest product is scaled.
-            products, factors = (), ()
             if HAS_MINIMA and own == 0:
                 sums = sums_shared.index((block - first) % SUMS).permute((1, 0))
-                product, factor = start_minima(minima_now, sums, ACC, LAYOUT)
-                products, factors = (product,), (factor,)
+                products, factors = start_minima(minima_now, sums, ACC, LAYOUT)
+            else:
+                products, factors = (), ()
             x_part = x_shared.index(stage)
             for group in gl.static_range(PART):
                 if group % (NUM_GROUPS // 2) == 0:

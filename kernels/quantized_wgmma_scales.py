@@ -113,7 +113,7 @@ def start_minima(
     ACC: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """(minima times S, a product that still runs: [ROWS, N]; what it is times: [ROWS])."""
+    """((minima times S, a product that still runs: [ROWS, N],), (what it is times: [ROWS],))."""
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     bits, times = minima
     N: gl.constexpr = sums.shape[1]
@@ -134,4 +134,4 @@ def start_minima(
         a = gl.convert_layout(_repeat_minima(even.to(gl.float32), odd.to(gl.float32)), A, assert_trivial=True)
         product = warpgroup_mma(a, sums, product, use_acc=False, is_async=True)
         factor = -times.to(gl.float32)
-    return product, factor
+    return (product,), (factor,)
