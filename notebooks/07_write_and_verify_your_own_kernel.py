@@ -226,6 +226,21 @@ verify(off_by_one)
 # %% [markdown]
 # The laws about placement and neighbours still hold: a kernel may be consistently wrong. So a suite needs both, laws and a definition.
 #
+# ## Every law of the suite
+#
+# `rooflama.testing` has the strategies, tolerances and laws that rooflama's own kernels are held to. `laws.attention_decode(mine)` checks them all. Numbers that a kernel does not support are fixed: this one has no sliding window, no soft cap, and no quantised pages.
+
+# %%
+from rooflama.testing import laws
+
+SUPPORTED = {"dtype": torch.float32, "page_dtype": None, "sliding_window": 0, "softcap": 0.0, "head_dim": 16}
+settings.register_profile("notebook", max_examples=2, derandomize=True, database=None)
+settings.load_profile("notebook")
+for law in laws.attention_decode:
+    law(mine, **SUPPORTED)
+    print(f"{law}: holds")
+
+# %% [markdown]
 # ## In a real model
 #
 # `rooflama.compare` runs the function beside the kernel on every call that the model makes, layer by layer, and derives the tolerance for each. On a CPU its time is the interpreter's.
