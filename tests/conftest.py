@@ -1,19 +1,13 @@
-"""Set-up of the whole suite: hypothesis profiles. The plugin says where kernels run, and poisons memory."""
+"""Set-up of the whole suite, beyond the plugin's: how many cases the deep profile draws."""
 
 import os
 from collections import Counter
 
-from hypothesis import HealthCheck, Phase, is_hypothesis_test, settings
+from hypothesis import is_hypothesis_test, settings
 
 pytest_plugins = ["rooflama.testing.plugin"]
 
-_common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
-settings.register_profile("dev", max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate], **_common)
-settings.register_profile("smoke", max_examples=1, derandomize=True, **_common)  # under a sanitizer
-settings.register_profile("ci", max_examples=20, derandomize=True, print_blob=True, **_common)
-settings.register_profile("deep", max_examples=20, print_blob=True, **_common)
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
-settings.load_profile(PROFILE)
 CASES_A_FILE = 500  # of the deep profile, at least, over all properties of a file that run its kernel
 
 

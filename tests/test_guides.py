@@ -19,6 +19,7 @@ OWN_TESTS = {
     "ADDING_A_KERNEL.md": "test_kernel_guide.py",
     "DEVICE_BOUNDARY.md": "test_device_boundary_guide.py",
     "GQA_AND_MHA.md": "test_gqa_guide.py",
+    "TESTING_YOUR_KERNEL.md": "test_testing_guide.py",
     "INTEGRATIONS.md": "test_integrations_guide.py",
 }
 

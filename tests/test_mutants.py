@@ -83,7 +83,8 @@ def test_generated_changes_are_judged_by_the_suite_of_their_file(monkeypatch, ca
     monkeypatch.setattr(mutants.Runner, "run", run)
     drawn = [mutation for mutation in GENERATED if mutation.file == "kernels/mlp.py"][:10]
     monkeypatch.setattr(mutants, "EQUIVALENT", {drawn[0].key: "for the test"})
-    assert mutants.run_generated(mutants.Runner(1, 1, 1), drawn) == 1
+    runner = mutants.Runner(mutants.copy_tree, 1, 1, 1)
+    assert mutants.run_generated(runner, drawn, mutants.tests_of, mutants.EQUIVALENT) == 1
     assert ran == [(suite_of("mlp"), "kernels/mlp.py")] * 9
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "1 equivalent, 6 killed, 1 timeout, 1 not run, 1 SURVIVED: score 87.5% of 8"
