@@ -39,8 +39,7 @@ def _parts(notebook: dict[str, Any]) -> Iterator[str]:
             continue
         yield f"```python\n{source}\n```"
         for output in cell["outputs"]:
-            if "application/vnd.jupyter.widget-view+json" not in output.get("data", {}):  # needs a running kernel
-                yield _output(output)
+            yield _output(output)
 
 
 def _output(output: dict[str, Any]) -> str:
