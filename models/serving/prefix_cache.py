@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,6 +86,18 @@ class PrefixCache:
         if not self._serves(sequence):
             return Beginning()
         return self._longest(self._root(sequence), sequence.packed(sequence.num_tokens - 1), copying)
+
+    def awaits(self, sequence: Sequence, others: Iterable[Sequence]) -> bool:
+        """Whether one of ``others``, whose texts are about to be computed, will make a page more of its text known."""
+        if not self._serves(sequence):
+            return False
+        text = sequence.packed(sequence.num_tokens - 1)
+        known = self.find(sequence).num_tokens * TOKEN_BYTES
+        return any(
+            _common(text, other.packed(other.num_tokens)) >= known + self._page_bytes
+            and self._root(other) == self._root(sequence)
+            for other in others
+        )
 
     def count(self, sequence: Sequence, beginning: Beginning) -> None:
         """Note that a sequence took pages, and what it began with."""
@@ -184,5 +198,5 @@ def _common(one: bytes, other: bytes) -> int:
     length = min(len(one), len(other))
     if one[:length] == other[:length]:
         return length
-    different = next(i for i in range(length) if one[i] != other[i])
-    return different // TOKEN_BYTES * TOKEN_BYTES
+    equal = bisect_left(range(length), True, key=lambda end: one[: end + 1] != other[: end + 1])
+    return equal // TOKEN_BYTES * TOKEN_BYTES

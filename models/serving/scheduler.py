@@ -3,7 +3,8 @@
 Sequences that decode come first: each gets a page when it needs one. If none is free, the newest sequence with pages is
 preempted: it gives its pages up, and is computed again later, from its tokens. Prefill takes what is left of the
 step's token budget, the oldest sequence first. A waiting sequence is admitted when there are pages for its text and one
-more token. So the oldest sequence always advances, and each of the others does as soon as it is the oldest.
+more token, and a step later if this step computes a page that it can share. So the oldest sequence always advances, and
+each of the others does as soon as it is the oldest.
 """
 
 from __future__ import annotations
@@ -91,13 +92,17 @@ class Scheduler:
                 batch.prefill.append((sequence, count))
         while room and self.waiting and (swaps is None or self.waiting[0].swaps == swaps):
             sequence = self.waiting[0]
-            if len(self.running) == self.num_slots or not self._admit(sequence, batch):
+            if len(self.running) == self.num_slots or self._awaits(sequence, batch) or not self._admit(sequence, batch):
                 break
             if sequence.cache_id is not None:
                 count = min(room, sequence.num_tokens - sequence.num_cached)
                 room, swaps = room - count, sequence.swaps
                 batch.prefill.append((sequence, count))
         return batch
+
+    def _awaits(self, sequence: Sequence, batch: Batch) -> bool:
+        """Whether the step computes something that the sequence can share in the next one."""
+        return self.prefixes is not None and self.prefixes.awaits(sequence, (other for other, _ in batch.prefill))
 
     def _most(self, sequence: Sequence) -> int:
         """The most tokens that the sequence's cache ever holds: its last token is never read."""

@@ -80,7 +80,7 @@ def sequence_of(prompt, draw, new):
 
 
 requests = st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(0, len(DRAWS) - 1), st.integers(1, 40))
-acts = st.one_of(requests, st.integers(1, 12), st.just("cancel"), st.just("preempt"))  # numbers are steps
+acts = st.one_of(requests, st.integers(1, 12), *map(st.just, ("cancel", "preempt", "forget")))  # numbers are steps
 
 
 @settings(max_examples=12)
@@ -102,6 +102,8 @@ def test_a_sequence_draws_what_it_draws_alone(model, alone, acts, budget, slots)
                 cancelled.add(live[len(live) // 2])
             elif act == "preempt" and engine.scheduler.running:
                 engine.scheduler.preempt(engine.scheduler.running[0])
+            elif act == "forget":
+                engine.scheduler.prefixes.forget()
             elif isinstance(act, int):
                 for _ in range(act):
                     engine.step()

@@ -117,6 +117,21 @@ def test_a_beginning_is_shared_while_its_owner_runs(path):
         assert first.token_ids == second.token_ids
 
 
+def test_requests_that_come_together_share_too(path):
+    """The second begins a step later than the first, and not at all later if they have less than a page in common."""
+    with use_backend("numpy"), read_gguf(path) as file, running(file, num_seqs=3) as runner:
+        engine = TokenEngine(runner)
+        alike = [Sequence(Request([*STEM, last], 2, SamplingParams())) for last in (1, 2, 3)]
+        other = Sequence(Request([4, *STEM[:20]], 2, SamplingParams()))
+        for sequence in (*alike, other):
+            engine.add(sequence)
+        engine.step()
+        assert [len(sequence.token_ids) for sequence in (*alike, other)] == [1, 0, 0, 0]
+        engine.step()
+        assert [len(sequence.token_ids) for sequence in (*alike, other)] == [2, 1, 1, 1]
+        assert [sequence.timings.cached_tokens for sequence in (*alike, other)] == [0, len(STEM), len(STEM), 0]
+
+
 def test_the_least_recently_used_is_taken_first(path):
     """Six pages: two texts of two pages, of which the older is used again; a third of three takes the other's."""
     with use_backend("numpy"), read_gguf(path) as file, running(file) as runner:
