@@ -286,7 +286,7 @@ def swapped_only(replacements: Mapping[str, Callable[..., Any]]) -> Iterator[Non
 
 
 def replays(device: torch.device) -> bool:
-    """Whether calls for tensors on this device are bound and replayed."""
+    """Whether calls for tensors on this device are bound and replayed; only those can be captured as CUDA graphs."""
     return device.type == "cuda" and not INTERPRETED and forced_backend() != "numpy"
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import current_swaps
+from rooflama.kernels.kernel import replays
 
 from ..decoder import Decoder, Observer, Step
 from ..errors import ArgumentError
@@ -55,9 +56,7 @@ class ModelRunner:
         self.decoder, self.cache, self.num_tokens = decoder, cache, num_tokens
         self.max_context, self.dtype, self.prefill_chunk = max_context, dtype, prefill_chunk
         self.device = cache.k_pages[0].device
-        self._captured = (
-            CapturedPasses(cache.device, captured_sizes(decoder.config)) if self.device.type != "cpu" else None
-        )
+        self._captured = CapturedPasses(cache.device, captured_sizes(decoder.config))
         self.rotation = make_rotation(
             decoder.config.rope,
             local=decoder.config.local_rope,
@@ -149,7 +148,7 @@ class ModelRunner:
 
     def _pass(self, inputs: PassInputs, observe: Observer | None) -> Tensor:
         is_plain = observe is None and not current_swaps()  # a graph calls neither
-        if is_plain and self._captured is not None and self._captured.serves(inputs):
+        if is_plain and replays(self.device) and self._captured.serves(inputs):
             return self._captured(self._run_pass, inputs)
         return self._run_pass(PassInputs(*map(self.upload, inputs)), observe)
 
@@ -270,7 +269,7 @@ class DecodeSlots:
     def step(self) -> Drawn:
         """Feed each sequence its last token and draw the next. The next step overwrites the result."""
         count = len(self.sequences)
-        if self.runner.device.type == "cpu":
+        if not replays(self.runner.device):
             return self._step(count, self._options)
         key = (bucket(count, self.num_slots), self._options)
         if key not in self._graphs:

@@ -85,8 +85,7 @@ def test_passes_fail_clean_at_every_step(load, work):
             run(model)  # on a GPU, captures the passes
         assert counting.count > 10
         for step in range(1, counting.count + 1):
-            if captured is not None:
-                captured._graphs.update(dict.fromkeys(captured._graphs))  # to be captured again
+            captured._graphs.update(dict.fromkeys(captured._graphs))  # to be captured again
             with Failing(step), pytest.raises(DeviceOutOfMemory, match=r"^(logits|generation|capturing a CUDA graph)"):
                 run(model)
             assert model.device.held_bytes == held

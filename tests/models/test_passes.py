@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 import rooflama
 from rooflama.kernels import embedding, use_backend
+from rooflama.kernels import kernel as kernel_module
 from rooflama.models.serving import passes
+from rooflama.models.serving import runner as runner_module
 from rooflama.models.serving.passes import SIZES, CapturedPasses, captured_sizes, chunks, padded
 from small_checkpoint import write_small
 
@@ -52,19 +54,20 @@ def model(tmp_path_factory):
 
 
 def prefill(model, prompts, captured, observe=None):
+    """The residual stream and the first page of each prompt; passes run by ``captured`` if it is not None."""
     runner = model.runner
     for pages in (*runner.cache.k_pages, *runner.cache.v_pages):
         pages.zero_()
     ids = [runner.cache.add() for _ in prompts]
-    runner._captured = captured
     try:
-        hidden = [
-            part.clone() for _, part in runner.prefill(ids, prompts, [len(prompt) for prompt in prompts], observe)
-        ]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "_captured", captured)
+            patch.setattr(runner_module, "replays", lambda device: captured is not None)
+            passes = runner.prefill(ids, prompts, [len(prompt) for prompt in prompts], observe)
+            hidden = [part.clone() for _, part in passes]
         first_pages = runner.cache.block_table(ids, 1)[:, 0].long()  # holds each of these prompts
         return torch.cat(hidden), torch.stack([pages[first_pages] for pages in runner.cache.k_pages])
     finally:
-        runner._captured = None
         for sequence_id in ids:
             runner.cache.free(sequence_id)
 
@@ -112,3 +115,12 @@ def test_larger_models_capture_smaller_passes(model):
     assert sizes[0] == SIZES
     assert SIZES[0] < sizes[1][-1] < SIZES[-1]
     assert sizes[2] == SIZES[:1]
+
+
+def test_a_gpu_that_runs_definitions_captures_nothing(monkeypatch):
+    """Definitions compute on the host, which a graph cannot hold: ``ROOFLAMA_BACKEND=numpy`` on a GPU."""
+    monkeypatch.setattr(kernel_module, "INTERPRETED", False)
+    with use_backend("triton"):
+        assert kernel_module.replays(torch.device("cuda"))
+    with use_backend("numpy"):
+        assert not kernel_module.replays(torch.device("cuda"))
