@@ -11,7 +11,7 @@ block of 256 columns.
 Three launches: x is arranged for N tokens, 8, 16, 32 or 64 (``quantized_wgmma_ends.py``); a program of the product
 owns ROWS rows of the weight, a tile of N tokens and a split of the blocks of 256 columns; partial sums are gathered.
 Each starts while the one in front still runs. Where the weight is known to be older than the kernels still running
-(``resident``), its first STAGES - 1 blocks are requested before the program waits for them.
+(``resident``), its first parts of a block are requested before the program waits for them.
 
 Layouts: arranged x [tiles, columns / group, N, group]; sums [tiles, blocks, N, 2 * groups of a block] bfloat16 bits, S
 rounded and then the rest of S; partial sums [splits, tiles, N, rows] float32.

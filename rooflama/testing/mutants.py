@@ -62,7 +62,7 @@ class Runner:
                 yield waiting[done], done.result()
 
     def run(
-        self, tests: list[str], file: str = "", text: str = "", *, first_only: bool = True, on_gpu: bool = False
+        self, tests: list[str], file: str = "", text: str = "", *, first_only: bool = True
     ) -> tuple[Outcome, list[str]]:
         """(outcome, failed tests) with ``text`` in place of ``file``, whose path is from the repository's root."""
         start = time.monotonic()
@@ -77,7 +77,7 @@ class Runner:
             command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
             command += ["-x"] if first_only else []
             command += [f"--deselect={test}" for test in self.deselected]
-            status, lines = _output([*command, *tests], tree, limit, PROFILE if on_gpu else PROFILE | ON_THE_CPU)
+            status, lines = _output([*command, *tests], tree, limit, PROFILE | ON_THE_CPU)
         seconds = time.monotonic() - start
         if status is None:
             return Outcome(

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gluon_in_numpy import DTYPES, Pointer, run_wgmma
 from rooflama.kernels import quantized_matmul, reference
 from rooflama.kernels.backend import INTERPRETED
 from rooflama.kernels.launch import override
 from rooflama.kernels.quantized_matmul import most_tokens
-from rooflama.kernels.quantized_tiles import Input, Output
+from rooflama.kernels.quantized_tiles import Input, Output, Planes, planes_of
 from rooflama.kernels.quantized_wgmma import serves
 from rooflama.kernels.quantized_wgmma_ends import Plan, launch_arrange, launch_gather, scratch_bytes
 from rooflama.kernels.weight import LAYOUTS
@@ -43,8 +44,8 @@ def run(one):
 
 @runs_triton
 @given(
-    num_tokens=st.integers(3, 64),
-    blocks=st.integers(1, 3),
+    num_tokens=st.integers(3, 33),
+    blocks=st.integers(1, 2),
     ggml_type=st.sampled_from(["Q4_K", "Q2_K", "Q8_0"]),
     dtype=halves,
     normed=st.booleans(),
@@ -139,6 +140,44 @@ def products(num_tokens, rows, columns, dtype, ending, seed=0, ggml_type="Q4_K")
 def assert_served(x, weight, options):
     assert serves(Input(x, x.stride(0), options.get("norm_weight"), 0.0), weight)
     assert most_tokens(weight.layout, DEVICE)["fixed_point"] < x.shape[0] <= most_tokens(weight.layout, DEVICE)["wgmma"]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernel itself runs")
+@pytest.mark.parametrize("ggml_type", QUANTISED)
+@pytest.mark.parametrize(("tile", "late"), [((2, 1, 2, 2), False), ((2, 2, 3, 1), True)])
+def test_product_in_numpy(ggml_type, tile, late):
+    """The Gluon kernel's arithmetic on the CPU, unpacked to float16 for a tile of tokens, to bfloat16 for two tiles."""
+    rng = np.random.default_rng(0)
+    rows, columns, num_tokens, parts = 70, 768, 40 if late else 9, 1 + late
+    layout, weight = LAYOUTS[ggml_type], random_weight(rng, ggml_type, rows, columns)
+    with override("wgmma", **dict(zip(("SPLITS", "PARTS", "STAGES", "FLIGHT"), tile, strict=True))):
+        plan = Plan.of(rows, columns, num_tokens, parts, layout, DEVICE)
+    x = normal(rng, num_tokens, columns, dtype=torch.float16)
+    arranged_shape, sums_shape, partials_shape = plan.shapes(rows, columns, layout)
+    arranged = torch.empty(arranged_shape, dtype=torch.float16)
+    sums = torch.empty(sums_shape, dtype=torch.int16) if sums_shape[0] else None
+    run(launch_arrange(Input(x, x.stride(0), None, 0.0), arranged, sums, plan))
+    partials = np.full(partials_shape, np.nan, np.float32)
+    planes, numbers = planes_of(weight), np.float32 if late else np.float16
+    run_wgmma(
+        late,
+        (plan.tiles * -(-rows // 64), plan.splits),
+        Pointer(arranged.numpy().reshape(-1).astype(numbers), DTYPES["bfloat16" if late else "float16"]),
+        None if sums is None else Pointer(exact(sums.view(torch.bfloat16)).astype(np.float32).reshape(-1)),
+        Planes(*(None if plane is None else Pointer(plane.numpy().reshape(-1)) for plane in planes)),
+        Pointer(partials.reshape(-1)),
+        rows,
+        columns,
+        plan.blocks,
+        layout,
+        planes.scales is not None and planes.scales.dtype == torch.int8,
+        *(plan.tiles, plan.n, plan.parts_of_block, plan.stages, plan.flight),
+        True,
+        False,
+    )
+    expected = reference.quantized_matmul(exact(x), weight.numpy())
+    got = partials.astype(float).sum(0)[:num_tokens]
+    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
 ENDINGS = (

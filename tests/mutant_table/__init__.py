@@ -2,8 +2,7 @@
 
 Each entry of its ``MUTANTS`` is (name, old text, new text, tests). The name is "group: what is wrong". The old text is
 in the kernel's file exactly once. The tests, a file or one test, must fail when the new text replaces it. An entry of
-``DEFINITION_MUTANTS`` changes the kernel's definition in ``kernels/reference`` instead. The code that one of
-``HOPPER_MUTANTS`` changes runs on compute capability 9.x alone.
+``DEFINITION_MUTANTS`` changes the kernel's definition in ``kernels/reference`` instead.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ class Mutant(NamedTuple):
     old: str
     new: str
     tests: str
-    needs_hopper: bool
 
     @property
     def group(self) -> str:
@@ -31,12 +29,8 @@ class Mutant(NamedTuple):
 _MODULES = {info.name: importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)}
 
 MUTANTS = [
-    Mutant(name, f"{folder}/{kernel}.py", old, new, tests, entries == "HOPPER_MUTANTS")
+    Mutant(name, f"{folder}/{kernel}.py", old, new, tests)
     for kernel, module in _MODULES.items()
-    for folder, entries in (
-        ("kernels", "MUTANTS"),
-        ("kernels", "HOPPER_MUTANTS"),
-        ("kernels/reference", "DEFINITION_MUTANTS"),
-    )
+    for folder, entries in (("kernels", "MUTANTS"), ("kernels/reference", "DEFINITION_MUTANTS"))
     for name, old, new, tests in getattr(module, entries, ())
 ]

@@ -1,0 +1,290 @@
+"""The Gluon kernel of the wgmma regime on the CPU: its own source, with NumPy in the place of Gluon.
+
+Triton's interpreter does not run Gluon. Here layouts mean nothing, since the compiler checks them. What is left is the
+arithmetic: which words, columns, scales and stages belong together, and the inline assembly by instructions.
+
+Asynchronous copies and products are done as late as they may be, when they are waited for, or at once (``late``). A
+kernel that needs either order is wrong. bfloat16 numbers are float32 ones that were rounded.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+
+from rooflama.kernels import quantized_fixed_point, quantized_wgmma, quantized_wgmma_codes, quantized_wgmma_scales
+from rooflama.kernels.reference.quant_layouts import QuantLayout
+
+
+class DType:
+    def __init__(self, name: str):
+        self.name, self.numpy = name, np.dtype("float32" if name == "bfloat16" else name)
+
+    def is_bf16(self) -> bool:
+        return self.name == "bfloat16"
+
+
+DTYPES = {n: DType(n) for n in ("int8", "uint8", "int16", "uint16", "int32", "int64", "float16", "float32", "bfloat16")}
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to bfloat16's bits."""
+    bits = np.asarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).astype(np.uint32).view(np.float32)
+
+
+class Tensor(np.ndarray):
+    def to(self, dtype: DType, bitcast: bool = False) -> Tensor:
+        if bitcast:
+            return np.ascontiguousarray(self).view(dtype.numpy).view(Tensor)
+        return (bfloat16(self) if dtype.is_bf16() else self.astype(dtype.numpy)).view(Tensor)
+
+    def permute(self, *axes: int) -> Tensor:
+        return self.transpose(*axes)
+
+    def expand_dims(self, axis: int) -> Tensor:
+        return np.expand_dims(self, axis)
+
+
+def tensor(x) -> Tensor:
+    return np.asarray(x).view(Tensor)
+
+
+class Pointer:
+    """Into ``memory`` [n], at element ``offset``."""
+
+    def __init__(self, memory: np.ndarray, dtype: DType | None = None, offset=0):
+        self.memory, self.offset, self.dtype = memory, offset, SimpleNamespace(element_ty=dtype)
+
+    def __add__(self, distance) -> Pointer:
+        return Pointer(self.memory, self.dtype.element_ty, self.offset + np.asarray(distance))
+
+    def __sub__(self, distance) -> Pointer:
+        return self + -distance
+
+    def to(self, dtype: DType) -> Pointer:
+        if dtype.is_bf16():
+            return self
+        assert self.offset == 0
+        return Pointer(self.memory.view(dtype.numpy), dtype)
+
+    def at(self, shape: tuple[int, ...]) -> np.ndarray:
+        offsets = np.broadcast_to(self.offset, shape)
+        assert offsets.min() >= 0
+        assert offsets.max() < len(self.memory)
+        return offsets
+
+
+class Shared:
+    def __init__(self, array: np.ndarray):
+        self.array, self.shape = array, array.shape
+
+    def index(self, i) -> Shared:
+        return Shared(self.array[int(i)])
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        assert dim == 0
+        return Shared(self.array[start : start + length])
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.array.transpose(order))
+
+    def load(self, layout) -> Tensor:
+        return tensor(self.array.copy())
+
+
+class Product:
+    """a @ b (+ what came before), computed when it is first wanted."""
+
+    def __init__(self, a, b, before):
+        self.operands, self.result = (a, b, before), None
+
+    def value(self) -> Tensor:
+        if self.result is None:
+            a, b, before = self.operands
+            self.result = tensor(np.asarray(a, np.float32) @ np.asarray(b.array, np.float32))
+            if before is not None:
+                self.result = self.result + before.value()
+        return self.result
+
+
+def pick_bytes(a, b, selector) -> np.ndarray:
+    """prmt: each nibble of the selector names one of the eight bytes of a and b."""
+    a, b, selector = np.broadcast_arrays(a, b, selector)
+    both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
+    assert not (selector & 0x8888).any()
+    result = np.zeros(a.shape, np.uint32)
+    for i in range(4):
+        byte = (selector >> np.uint32(4 * i) & 7).astype(np.uint64)
+        result |= ((both >> (8 * byte)) & 255).astype(np.uint32) << np.uint32(8 * i)
+    return result
+
+
+def subtract(a, b, kind: str) -> np.ndarray:
+    """Two 16-bit numbers minus two others; the difference must be exact."""
+    halves = []
+    for shift in (0, 16):
+        x, y = ((np.asarray(word, np.uint32) >> np.uint32(shift) & 0xFFFF).astype(np.uint16) for word in (a, b))
+        if kind == "bf16x2":
+            difference = np.subtract(*((half.astype(np.uint32) << np.uint32(16)).view(np.float32) for half in (x, y)))
+            assert (bfloat16(difference) == difference).all()
+            halves.append(difference.view(np.uint32) >> np.uint32(16))
+        else:
+            difference = x.view(np.float16) - y.view(np.float16)
+            assert (difference == x.view(np.float16).astype(float) - y.view(np.float16)).all()
+            halves.append(difference.view(np.uint16).astype(np.uint32))
+    return halves[0] | (halves[1] << np.uint32(16))
+
+
+INSTRUCTIONS = {
+    "mov.b32": lambda a: a,
+    "shr.u32": lambda a, n: a >> n,
+    "shl.b32": lambda a, n: a << n,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "lop3.b32": lambda a, b, c, table: (a & b) | c if table == 0xEA else (a & b) ^ c,
+    "prmt.b32": pick_bytes,
+    "sub.bf16x2": lambda a, b: subtract(a, b, "bf16x2"),
+    "sub.f16x2": lambda a, b: subtract(a, b, "f16x2"),
+}
+
+
+def assembly(code: str, constraints, args, dtype, is_pure, pack):
+    """``gl.inline_asm_elementwise``: results are 32-bit words, or pairs of 16-bit numbers."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    names = {f"${len(dtypes) + i}": np.asarray(arg).astype(np.uint32) for i, arg in enumerate(args)}
+    pairs = dict(re.findall(r"mov\.b32 \{(\$\d+, \$\d+)\}, (\w+);", code))
+    written = {}
+    for statement in re.sub(r"\.reg[^;]*;|[\n]", " ", code).split(";"):
+        name, _, operands = statement.strip(" {}").partition(" ")
+        if not name:
+            continue
+        if operands.startswith("{"):
+            first, second, source = re.findall(r"\$?\w+", operands)
+            written[first], written[second] = names[source] & 0xFFFF, names[source] >> np.uint32(16)
+            continue
+        target, *sources = (word.strip() for word in operands.split(","))
+        values = [names[s] if s in names else np.uint32(int(s, 0)) for s in sources]
+        names[target] = np.asarray(INSTRUCTIONS[name](*values), np.uint32)
+    results = []
+    for i, kind in enumerate(dtypes):
+        bits = written[f"${i}"] if pairs else names[f"${i}"]
+        if kind.is_bf16():
+            bits = bits << np.uint32(16)
+        elif pairs:
+            bits = bits.astype(np.uint16)
+        results.append(tensor(bits).view(kind.numpy))
+    return tuple(results) if isinstance(dtype, tuple) else results[0]
+
+
+class Machine:
+    """What the kernel's source finds under Gluon's names. ``program`` is the program's place in the grid."""
+
+    def __init__(self, late: bool):
+        self.late, self.program = late, (0, 0)
+        self.copies: list = []
+        self.groups: list[list] = []
+
+    def copy(self, target: Shared, source: Pointer, mask) -> None:
+        mask = np.broadcast_to(mask, target.shape)
+        assert mask.all() or not mask.any()
+
+        def run() -> None:
+            target.array[...] = source.memory[source.at(target.shape)]
+
+        if mask.any() and self.late:
+            self.copies.append(run)
+        elif mask.any():
+            run()
+
+    def commit(self) -> None:
+        self.groups.append(self.copies)
+        self.copies = []
+
+    def wait(self, most: int) -> None:
+        while len(self.groups) > most:
+            for run in self.groups.pop(0):
+                run()
+
+    def multiply(self, a, b, before, use_acc=True, is_async=False) -> Product:
+        product = Product(a, b, before if use_acc else None)
+        if not self.late:
+            product.value()
+        return product
+
+    def store(self, pointer: Pointer, values, mask) -> None:
+        mask = np.broadcast_to(mask, values.shape)
+        pointer.memory[np.broadcast_to(pointer.offset, values.shape)[mask]] = values[mask]
+
+    def allocate(self, dtype: DType, shape, layout) -> Shared:
+        poison = np.nan if dtype.numpy.kind == "f" else 0x5A5A5A5A
+        return Shared(np.full(shape, poison, dtype.numpy))
+
+    def names(self) -> dict:
+        def ignored(*args, **kwargs):
+            return None
+
+        layouts = ("Slice", "Blocked", "NVMMADistributed", "NVMMAShared", "DotOperand", "SwizzledShared")
+        gl = SimpleNamespace(
+            **DTYPES,
+            **{f"{name}Layout": ignored for name in (*layouts, "DistributedLinear")},
+            constexpr=lambda value: value,
+            static_range=range,
+            program_id=lambda axis: tensor(np.int64(self.program[axis])),
+            arange=lambda start, stop, layout: tensor(np.arange(start, stop, dtype=np.int32)),
+            zeros=lambda shape, dtype, layout: tensor(np.zeros(shape, dtype.numpy)),
+            full=lambda shape, value, dtype, layout: tensor(np.full(shape, value, dtype.numpy)),
+            minimum=np.minimum,
+            load=lambda pointer: tensor(pointer.memory[pointer.at(np.shape(pointer.offset))]),
+            store=self.store,
+            join=lambda a, b: tensor(np.stack([a, b], axis=-1)),
+            split=lambda x: (x[..., 0], x[..., 1]),
+            broadcast=lambda a, b: tuple(map(tensor, np.broadcast_arrays(a, b))),
+            convert_layout=lambda x, layout, assert_trivial: x,
+            pointer_type=lambda dtype: dtype,
+            inline_asm_elementwise=assembly,
+            allocate_shared_memory=self.allocate,
+        )
+        return {
+            "gl": gl,
+            "gluon": SimpleNamespace(jit=_undecorated, constexpr_function=_undecorated),
+            "async_copy": SimpleNamespace(
+                async_copy_global_to_shared=self.copy, commit_group=self.commit, wait_group=self.wait
+            ),
+            "fence_async_shared": ignored,
+            "_barrier": ignored,
+            "warpgroup_mma": self.multiply,
+            "warpgroup_mma_wait": lambda most, deps: deps[0].value(),
+            "lookup_assembly": quantized_fixed_point.lookup_assembly,
+            "QuantLayout": QuantLayout,
+        }
+
+
+def _undecorated(function=None, **options):
+    return function or (lambda decorated: decorated)
+
+
+def _definitions(module: ModuleType) -> str:
+    """A module's Gluon functions and its constants, but for those that name what only a compiler has."""
+    kept = []
+    for node in ast.parse(inspect.getsource(module)).body:
+        is_gluon = isinstance(node, ast.FunctionDef) and any("gluon" in ast.unparse(d) for d in node.decorator_list)
+        if is_gluon or (isinstance(node, ast.Assign) and "_barrier" not in ast.unparse(node)):
+            kept.append(ast.unparse(node))
+    return "from __future__ import annotations\n" + "\n".join(kept).replace("_LOOKUP.value", "_LOOKUP")
+
+
+def run_wgmma(late: bool, grid: tuple[int, int], *args) -> None:
+    """``_wgmma_kernel`` for every program of ``grid``, in order; ``args`` as it takes them, with ``Pointer``s."""
+    machine = Machine(late)
+    names = machine.names()
+    for module in (quantized_wgmma_codes, quantized_wgmma_scales, quantized_wgmma):
+        exec(_definitions(module), names)
+    for x in range(grid[0]):
+        for y in range(grid[1]):
+            machine.program = (x, y)
+            names["_wgmma_kernel"](*args)
