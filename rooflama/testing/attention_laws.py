@@ -98,10 +98,13 @@ def keys_out_of_sight_are_not_read(kind: Kind, kernel: Attention, drawn: Drawn) 
     assert_same_bits(got, want, f"{drawn} base={base}")
 
 
-def a_finite_future_changes_no_bit_of_the_past(kind: Kind, kernel: Attention, drawn: Drawn, cut: int = 7) -> None:
-    """A NaN in V may: the kernel and the definition multiply it by a weight of 0."""
+def a_finite_future_changes_no_bit_of_the_past(
+    kind: Kind, kernel: Attention, drawn: Drawn, cut: int | None = None
+) -> None:
+    """Of keys from ``cut`` on, by default from the middle query's. A NaN in V may: its weight of 0 makes NaN of it."""
     dense = sequences(drawn)[:1]
     position = len(dense[0].k) - len(dense[0].q)
+    cut = position + len(dense[0].q) // 2 if cut is None else cut
     k, v = dense[0].k.clone(), dense[0].v.clone()
     k[cut:], v[cut:] = 5.0, -7.0
     past = slice(0, max(0, cut - position))
