@@ -220,7 +220,7 @@ class TensorSource(CheckpointReader):
 
     def vector(self, name: str, size: int) -> Tensor:
         """A norm's weight, float32 [size], with the checkpoint's ``norm_offset`` added."""
-        vector = self._place(self.host_vector(name, size) + self.checkpoint.norm_offset, name)
+        vector = self._place(self.host_vector(name, size).add_(self.checkpoint.norm_offset), name)
         self._done(name)
         return vector
 
@@ -265,7 +265,9 @@ class TensorSource(CheckpointReader):
         stacked_bias = None
         if bias_sizes:
             biases = torch.cat([self.host_vector(name, size) for name, size in bias_sizes.items()])
-            stacked_bias = self._place(biases if taken is None else biases[torch.from_numpy(taken)], label)
+            if taken is not None:
+                biases = biases.index_select(0, torch.from_numpy(taken))
+            stacked_bias = self._place(biases, label)
         uploaded = [self._upload(part, label) for part in parts]
         projection = Projection(uploaded, stacked_bias, batch_invariant=self.batch_invariant, fused=self.fused)
         self._done(*weight_names, *bias_sizes)

@@ -129,7 +129,10 @@ class DryRunSource(TensorSource):
 
 
 class _ShapesOnly(TorchFunctionMode):
-    """Joins meta tensors by their shapes. torch's own rule imports its compiler, which takes seconds."""
+    """Joins meta tensors by their shapes. torch's own rule imports its compiler, which takes a second.
+
+    So do ``a + b`` and ``a[index]`` on meta tensors; ``add_`` and ``index_select`` do not, and loading uses these.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.cat:
