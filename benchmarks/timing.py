@@ -69,7 +69,7 @@ def provenance() -> dict[str, str]:
     """GPU, versions, commit and date of a measurement; "-dirty" marks uncommitted changes."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": git.stdout.strip() or "unknown",
