@@ -95,11 +95,11 @@ def decode_logits(runner: ModelRunner, sequences: list[list[int]], prompt_length
     """The logits after each sequence's prompt, of all sequences decoded together through the paged cache."""
     ids = [runner.cache.add() for _ in sequences]
     lengths = [len(tokens) for tokens in sequences]
-    for sequence_id, length in zip(ids, lengths, strict=True):
-        runner.cache.reserve(sequence_id, length)
     prompts = [tokens[:length] for tokens, length in zip(sequences, prompt_lengths, strict=True)]
     for _ in runner.prefill(ids, prompts, lengths):
         pass
+    for sequence_id, length in zip(ids, lengths, strict=True):
+        runner.cache.reserve(sequence_id, length)
     slots = _ForcedSlots(runner, len(ids), swaps={})
     for row, (cache_id, prompt, length) in enumerate(zip(ids, prompts, lengths, strict=True)):
         slots.place(row, cache_id, len(prompt), limit=length, planned=length)
