@@ -44,9 +44,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from rooflama import integrations as integrations
     from rooflama import kernels as kernels
     from rooflama import loaders as loaders
     from rooflama import models as models
+    from rooflama import testing as testing
     from rooflama.kernels import KernelInputError, RooflamaError, swap
     from rooflama.models import ArgumentError, ConfigError, MemoryPlan, ModelClosed
 
@@ -62,7 +64,8 @@ if TYPE_CHECKING:
     from .summary import Summary, inspect
     from .tracing import Trace, trace
 else:
-    _ROOMS = ("kernels", "loaders", "models")
+    _ROOMS = ("kernels", "loaders", "models")  # folders beside this one in a clone
+    _PACKAGES = (*_ROOMS, "integrations", "testing")
     _NAMES = {
         "kernels": ("KernelInputError", "RooflamaError", "swap"),
         "models": ("ArgumentError", "ConfigError", "MemoryPlan", "ModelClosed"),
@@ -81,7 +84,7 @@ else:
     _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
     def __getattr__(name: str) -> Any:
-        if name in _ROOMS:
+        if name in _PACKAGES:
             return import_module(f"rooflama.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module 'rooflama' has no attribute {name!r}")
@@ -90,4 +93,4 @@ else:
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *_ROOMS, *__all__})
+        return sorted({*globals(), *_PACKAGES, *__all__})

@@ -287,7 +287,9 @@ def _bar(visible: bool) -> Progress:
     from rich.console import Console
 
     columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not visible, transient=True)
+    console = Console(stderr=True)
+    hidden = not (visible and console.is_terminal)  # into a pipe, rich would print an empty line
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden, transient=True)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

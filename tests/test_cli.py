@@ -141,6 +141,7 @@ def test_every_public_name_is_there():
     for name in package.__all__:
         assert getattr(package, name).__name__ == name
     assert package.kernels.rms_norm is not None
+    assert {"integrations", "testing"} <= {name for name in dir(package) if getattr(package, name) is not None}
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         package.lode  # noqa: B018
 

@@ -40,6 +40,11 @@ def test_no_encoding_ends_an_answer(tmp_path, encoding):
     assert result.stdout == ("<🙂>" * 3 + "\n").encode(encoding, "replace").decode(encoding)
 
 
+def test_a_pipe_gets_no_line_of_the_progress_bar(small):
+    """Rich ends a bar with an empty line where there is no terminal."""
+    assert all(rooflama("run", small, "hi", "--max-new-tokens", "1").stderr.splitlines())
+
+
 @pytest.mark.parametrize("arguments", [["-"], []])
 def test_the_prompt_from_standard_input(small, prompts, arguments):
     assert rooflama("run", small, *arguments, stdin="über\n\n").status == 0

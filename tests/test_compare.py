@@ -231,9 +231,10 @@ def test_the_command(tmp_path, monkeypatch):
     for wrong, message in (
         ("rms_norm", "NAME=MODULE:FUNCTION"),
         ("rms_norm=nowhere:f", "nowhere"),
-        ("rms_norm=theirs:f", "theirs has f"),
+        ("rms_norm=theirs:f", "theirs must define f"),
         ("norm=theirs:right", "no kernel is named norm"),
     ):
         result = command(*run, wrong)
         assert result.status == 2
         assert message in result.stderr
+    assert "no kernel is named norm" in command("compare", "nowhere.gguf", "--kernel", "norm=theirs:right").stderr

@@ -27,7 +27,10 @@ def chat(
     sampling: Sampling,
     loading: Loading,
 ) -> None:
-    """Talk with MODEL. An empty line or Ctrl-D ends the conversation; Ctrl-C ends an answer, or else the program."""
+    """Talk with MODEL.
+
+    An empty line or Ctrl-D ends the conversation. Ctrl-C ends an answer, or else the program.
+    """
     import rooflama
 
     options = sampling.keywords()

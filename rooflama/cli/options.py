@@ -21,29 +21,32 @@ ModelSource = Annotated[
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 Rope = Annotated[
     str | None,
-    typer.Option(metavar="KEY=VALUE,...", help="another rotation than the file's, such as kind=yarn,factor=4"),
+    typer.Option(metavar="KEY=VALUE,...", help="replace the file's RoPE parameters, e.g. kind=yarn,factor=4"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 SystemMessage = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="the system message of the chat")]
 Option = typer.Option
+KV_DTYPES = "dtype of keys and values: auto, float32, float16, bfloat16, fp8, int8"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How an answer is drawn and when it ends: keyword arguments of ``Model.stream``."""
 
-    max_new_tokens: Annotated[int | None, Option(help="the most new tokens; until the end by default")] = None
-    temperature: Annotated[float, Option(help="0 takes the likeliest token")] = 0.0
+    max_new_tokens: Annotated[
+        int | None, Option(help="end the answer after this many; the model ends it by default")
+    ] = None
+    temperature: Annotated[float, Option(help="how random the draw is; 0 takes the likeliest token")] = 0.0
     top_k: Annotated[int, Option(help="draw from the k likeliest; 0 is off")] = 0
-    top_p: Annotated[float, Option(help="draw from the likeliest that reach this probability; 1 is off")] = 1.0
-    min_p: Annotated[float, Option(help="drop tokens below this share of the likeliest's probability; 0 is off")] = 0.0
-    repetition_penalty: Annotated[float, Option(help="weaken tokens of the prompt and the text; 1 is off")] = 1.0
-    frequency_penalty: Annotated[float, Option(help="subtracted from a logit per time its token came; 0 is off")] = 0.0
-    presence_penalty: Annotated[float, Option(help="subtracted from the logit of a token drawn before; 0 is off")] = 0.0
-    logit_bias: Annotated[list[str], Option(metavar="ID=VALUE", help="add to a token's logit; repeatable")] = field(
-        default_factory=list
-    )
-    seed: Annotated[int | None, Option(help="reproduces a draw")] = None
+    top_p: Annotated[float, Option(help="draw from the likeliest that together reach this probability; 1 is off")] = 1.0
+    min_p: Annotated[float, Option(help="drop tokens below this share of the highest probability; 0 is off")] = 0.0
+    repetition_penalty: Annotated[float, Option(help="make tokens of prompt and answer less likely; 1 is off")] = 1.0
+    frequency_penalty: Annotated[float, Option(help="lower a token's logit for each time it was drawn; 0 is off")] = 0.0
+    presence_penalty: Annotated[float, Option(help="lower the logit of each token that was drawn; 0 is off")] = 0.0
+    logit_bias: Annotated[
+        list[str], Option(metavar="ID=VALUE", help="add VALUE to the logit of token ID; repeatable")
+    ] = field(default_factory=list)
+    seed: Annotated[int | None, Option(help="the same seed draws the same text")] = None
     stop: Annotated[list[str], Option(metavar="TEXT", help="end the answer before this text; repeatable")] = field(
         default_factory=list
     )
@@ -69,11 +72,11 @@ class Loading:
     """Device, dtypes and limits of a model: keyword arguments of ``rooflama.load``."""
 
     device: DeviceName = "auto"
-    dtype: Annotated[str, Option(help="of activations: auto, float32, float16, bfloat16")] = "auto"
-    kv_dtype: Annotated[str, Option(help="of keys and values: auto, float32, float16, bfloat16, fp8, int8")] = "auto"
-    max_context: Annotated[int | None, Option(help="the most tokens of a sequence")] = None
+    dtype: Annotated[str, Option(help="dtype of activations: auto, float32, float16, bfloat16")] = "auto"
+    kv_dtype: Annotated[str, Option(help=KV_DTYPES)] = "auto"
+    max_context: Annotated[int | None, Option(help="the most tokens of prompt and answer together")] = None
     rope: Rope = None
-    memory_limit: Annotated[str | None, Option(help="memory that the model must fit into, such as 24GiB")] = None
+    memory_limit: Annotated[str | None, Option(help="memory that the model must fit into, e.g. 24GiB")] = None
 
     def keywords(self) -> dict[str, Any]:
         """The options, and whether the ranks that torchrun started share the model."""

@@ -10,27 +10,30 @@ import typer
 
 from ..json_text import json_text
 from . import ranks
-from .options import DeviceName, Json, ModelSource, Rope
+from .options import KV_DTYPES, DeviceName, Json, ModelSource, Rope
 from .output import console
 
-Limit = Annotated[str | None, typer.Option(help="memory that the model must fit into, such as 24GiB")]
+Limit = Annotated[str | None, typer.Option(help="memory that the model must fit into, e.g. 24GiB")]
 
 
 def plan(
     model: ModelSource,
     context: Annotated[int | None, typer.Option(help="tokens per sequence; the model's own context by default")] = None,
-    sequences: Annotated[int, typer.Option(help="sequences that hold pages at once")] = 1,
-    kv_dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16, fp8, int8")] = "auto",
-    dtype: Annotated[str, typer.Option(help="of activations: auto, float32, float16, bfloat16")] = "auto",
+    sequences: Annotated[int, typer.Option(help="number of sequences at once")] = 1,
+    kv_dtype: Annotated[str, typer.Option(help=KV_DTYPES)] = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of activations: auto, float32, float16, bfloat16")] = "auto",
     device: DeviceName = "auto",
     limit: Limit = None,
     rope: Rope = None,
     tensor_parallel: Annotated[
-        int | None, typer.Option(help="ranks that share the model; those of torchrun by default, else 1")
+        int | None, typer.Option(help="number of ranks (GPUs) that share the model; torchrun's by default, else 1")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the memory that MODEL takes on a device, here or not, without loading it. Exit status 1: it does not fit."""
+    """Show the memory that MODEL needs, without loading it.
+
+    The device need not be in this machine. Exit status 1: the model does not fit.
+    """
     from ..planning import plan_memory
 
     made = plan_memory(
@@ -56,9 +59,12 @@ def check(
     device: DeviceName = "auto",
     limit: Limit = None,
     as_json: Json = False,
-    report: Annotated[Path | None, typer.Option(help="write a report for a bug report to this file")] = None,
+    report: Annotated[Path | None, typer.Option(help="also write this file, for a bug report")] = None,
 ) -> None:
-    """Run the integration checklist on MODEL. Exit status 0: all passed, 1: warnings, 2: a failure."""
+    """Run the integration checklist on MODEL.
+
+    Exit status 0: all passed, 1: warnings, 2: a failure.
+    """
     from rooflama.models.memory.amounts import parse_bytes
 
     from ..checks.checklist import Report, as_line

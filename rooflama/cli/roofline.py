@@ -15,7 +15,9 @@ def roofline(
     out: Annotated[Path | None, typer.Option(help="the picture's file; roofline.svg by default")] = None,
     text: Annotated[bool, typer.Option("--text", help="print a table instead of drawing")] = False,
 ) -> None:
-    """Draw the fraction of the roofline that every kernel reached, and its peers in the same run, as SVG.
+    """Draw how close each kernel came to the roofline.
+
+    The picture is an SVG; it also shows the peers that were measured in the same run.
 
     Into a pipe or a file, without --out, the figures are printed as a table.
     """

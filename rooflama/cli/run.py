@@ -32,16 +32,18 @@ def run(
     system: SystemMessage = None,
     variables: TemplateVariables = [],  # noqa: B006  # typer makes a new list
     tools: ToolsFile = None,
-    n: Annotated[int, typer.Option("-n", "--n", help="the number of answers")] = 1,
+    n: Annotated[int, typer.Option("-n", "--n", help="number of answers")] = 1,
     logprobs: Annotated[
-        int | None, typer.Option(help="with --json: log probabilities of each token, and of so many of the likeliest")
+        int | None, typer.Option(help="with --json: log probabilities of each token and of this many of the likeliest")
     ] = None,
     as_json: Json = False,
     *,
     sampling: Sampling,
     loading: Loading,
 ) -> None:
-    """Continue PROMPT, streaming the text to standard output.
+    """Continue a text, or answer it with --chat.
+
+    The text is streamed to standard output.
 
     A prompt from a file or standard input loses the line break at its end.
     """

@@ -20,7 +20,8 @@ TemplateVariables = Annotated[
     ),
 ]
 ToolsFile = Annotated[
-    Path | None, typer.Option("--tools", metavar="FILE", help="JSON list of the tools' schemas, for the chat template")
+    Path | None,
+    typer.Option("--tools", metavar="FILE", help="JSON file with the list of tools, for the chat template"),
 ]
 
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}  # as text, "False" would be true
