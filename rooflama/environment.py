@@ -45,7 +45,7 @@ VARIABLES = (
     Variable(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "the GPUs that the driver shows"),
     Variable(
         ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"),
-        "set by torchrun: the ranks that share a model ([docs/TENSOR_PARALLEL.md](docs/TENSOR_PARALLEL.md))",
+        "set by torchrun: the ranks that share a model ([TENSOR_PARALLEL.md](TENSOR_PARALLEL.md))",
     ),
     Variable(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "CPU threads of torch and NumPy"),
     Variable(
@@ -55,7 +55,7 @@ VARIABLES = (
     Variable(("COLUMNS", "NO_COLOR", "PYTHONIOENCODING"), "width, colours and encoding of what the commands print"),
     Variable(
         ("HYPOTHESIS_PROFILE",),
-        "number of cases that the tests draw: `dev`, `smoke`, `ci`, `deep` ([CONTRIBUTING.md](CONTRIBUTING.md))",
+        "number of cases that the tests draw: `dev`, `smoke`, `ci`, `deep` ([CONTRIBUTING.md](../CONTRIBUTING.md))",
     ),
 )
 

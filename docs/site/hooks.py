@@ -21,7 +21,6 @@ from mkdocs.structure.pages import Page
 
 import rooflama
 from rooflama import kernels, models
-from rooflama.environment import VARIABLES
 from rooflama.kernel_card import CARDS, KernelCard
 from rooflama.kernels.kernel import Kernel
 from rooflama.loaders import device
@@ -62,7 +61,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for notebook in NOTEBOOKS:
         add(f"notebooks/{notebook.stem}.md", notebook_pages.markdown(notebook))
     add("notebooks/index.md", notebook_pages.index(NOTEBOOKS))
-    add("ENVIRONMENT.md", _environment())
     add("kernels/index.md", _kernels())
     for uri, text in _api().items():
         add(uri, text)
@@ -103,7 +101,7 @@ def on_post_build(config: MkDocsConfig) -> None:
 
 def _repository_path(uri: str) -> Path:
     """The file that a page shows, or the place in docs/ where a generated page would be."""
-    for source, page in (*ROOT_PAGES.items(), ("README.md", "ENVIRONMENT.md")):
+    for source, page in ROOT_PAGES.items():
         if page == uri:
             return ROOT / source
     if uri.startswith("notebooks/"):
@@ -158,11 +156,6 @@ def _source_page(path: Path, files: list[Path]) -> str:
     if path.suffix == ".md":
         return text
     return f"# {name}\n\n`````{SHOWN_AS.get(path.suffix, 'text')}\n{text}\n`````\n"
-
-
-def _environment() -> str:
-    rows = [f"| {', '.join(f'`{name}`' for name in v.names)} | {v.effect} |" for v in VARIABLES]
-    return "\n".join(["# Environment variables", "", "| variable | effect |", "|--|--|", *rows]) + "\n"
 
 
 def _kernels() -> str:
