@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, rms_norm, swiglu
-from rooflama.loaders.gguf.repack import repack
+from rooflama.loaders.gguf.repack import repack, repack_stack
 from rooflama.loaders.gguf.types import row_nbytes
 
 from .errors import ConfigError
@@ -156,6 +157,23 @@ class CheckpointReader:
         in_bytes = slice(*(row_nbytes(info.ggml_type, column) for column in (start, stop)))
         return repack(self.checkpoint.data(name)[rows][:, in_bytes], info.ggml_type, stop - start)
 
+    def host_stack(self, matrices: Sequence[tuple[str, tuple[int, int], slice | np.ndarray]]) -> list[Weight]:
+        """Matrices of one width, each below the one before, in host memory; neighbours of one ggml type are one matrix.
+
+        They are repacked into their places, because joining them later would copy every weight once more.
+
+        Args:
+            matrices: name, shape of the whole tensor and rows of each, as for ``host_matrix``.
+
+        Raises:
+            ConfigError: as ``checked_info`` does.
+        """
+        types = {name: self.checked_info(name, shape).ggml_type for name, shape, _ in matrices}
+        return [
+            repack_stack([self.checkpoint.data(name)[rows] for name, _, rows in group], ggml_type, matrices[0][1][1])
+            for ggml_type, group in groupby(matrices, key=lambda matrix: types[matrix[0]])
+        ]
+
     def host_vector(self, name: str, size: int) -> Tensor:
         """A norm's weight, a bias or RoPE factors: float32 [size] in host memory."""
         weight = self.host_matrix(name, (size,))
@@ -252,15 +270,12 @@ class TensorSource(CheckpointReader):
         """
         weight_names = [f"{prefix}{name}.weight" for name in rows]
         bias_sizes = {f"{prefix}{name}.bias": size for name, size in (rows if bias is True else bias or {}).items()}
-        parts: list[Weight] = []
+        matrices: list[tuple[str, tuple[int, int], slice | np.ndarray]] = []
         start = 0
         for name, num_rows in zip(weight_names, rows.values(), strict=True):
-            part = self.host_matrix(name, (num_rows, columns), _rows_between(taken, start, start + num_rows))
+            matrices.append((name, (num_rows, columns), _rows_between(taken, start, start + num_rows)))
             start += num_rows
-            if parts and parts[-1].ggml_type == part.ggml_type:
-                parts[-1] = Weight.concat_rows([parts[-1], part])
-            else:
-                parts.append(part)
+        parts = self.host_stack(matrices)
         label = f"{prefix}{{{','.join(rows)}}}"
         stacked_bias = None
         if bias_sizes:

@@ -10,7 +10,7 @@ The work is split into runs of rows that fit the cache, on a few threads (NumPy 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -35,39 +35,49 @@ def repack(raw: np.ndarray, ggml_type: str, columns: int) -> Weight:
     Raises:
         KernelInputError: the type has no layout, or the bytes do not hold ``columns`` weights per row.
     """
+    return repack_stack([raw], ggml_type, columns)
+
+
+def repack_stack(raws: Sequence[np.ndarray], ggml_type: str, columns: int) -> Weight:
+    """Repack tensors of one type and width into one matrix, each below the one before. Otherwise like ``repack``."""
     layout = LAYOUTS.get(ggml_type)
     if layout is None:
         raise KernelInputError(
             f"ggml type {ggml_type!r}", rule=f"repacked types are {', '.join(LAYOUTS)}", remedy="Dequantise it instead"
         )
     block, block_nbytes = TYPE_SIZES[ggml_type]
-    if columns % block or raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] != row_nbytes(ggml_type, columns):
-        raise KernelInputError(
-            f"{raw.dtype} bytes of shape {list(raw.shape)} for {columns} columns of {ggml_type}",
-            rule=f"{block} weights of {ggml_type} take {block_nbytes} bytes, rows hold whole blocks",
-            remedy="Check the tensor's shape and type in the file",
-        )
-    shape = (len(raw), columns)
+    for raw in raws:
+        if columns % block or raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] != row_nbytes(ggml_type, columns):
+            raise KernelInputError(
+                f"{raw.dtype} bytes of shape {list(raw.shape)} for {columns} columns of {ggml_type}",
+                rule=f"{block} weights of {ggml_type} take {block_nbytes} bytes, rows hold whole blocks",
+                remedy="Check the tensor's shape and type in the file",
+            )
+    shape = (sum(map(len, raws)), columns)
     if layout.is_float:
-        return Weight.make(ggml_type, (_float_rows(raw, ggml_type),), shape)
+        return Weight.make(ggml_type, (_float_rows(raws, ggml_type),), shape)
 
-    planes = {p.name: np.empty((len(raw), columns // p.elements), p.dtype) for p in layout.planes}
+    planes = {p.name: np.empty((shape[0], columns // p.elements), p.dtype) for p in layout.planes}
     step = max(1, RUN_WEIGHTS // max(1, columns))
+    runs: list[tuple[np.ndarray, int]] = []  # some rows of a tensor, and the first row of the stack that they become
+    above = 0
+    for raw in raws:
+        runs += [(raw[start : start + step], above + start) for start in range(0, len(raw) if columns else 0, step)]
+        above += len(raw)
 
-    def fill(start: int) -> None:
-        run = slice(start, start + step)
-        parts = _repack_rows(raw[run], ggml_type, layout)
-        for name, part in parts.items():
-            planes[name][run] = part.reshape(-1, planes[name].shape[1])
+    def fill(run: tuple[np.ndarray, int]) -> None:
+        rows, start = run
+        for name, part in _repack_rows(rows, ggml_type, layout).items():
+            planes[name][start : start + len(rows)] = part.reshape(-1, planes[name].shape[1])
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, range(0, len(raw) if columns else 0, step)))
+        list(pool.map(fill, runs))
     return Weight.make(ggml_type, (torch.from_numpy(planes[p.name]) for p in layout.planes), shape)
 
 
-def _float_rows(raw: np.ndarray, ggml_type: str) -> torch.Tensor:
+def _float_rows(raws: Sequence[np.ndarray], ggml_type: str) -> torch.Tensor:
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.int16}[ggml_type]
-    rows = torch.from_numpy(np.array(raw).view(dtype))
+    rows = torch.from_numpy(np.concatenate([np.asarray(raw) for raw in raws]).view(dtype))
     return rows.view(torch.bfloat16) if ggml_type == "BF16" else rows
 
 

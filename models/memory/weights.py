@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -111,6 +112,10 @@ class DryRunSource(TensorSource):
         taken = (len(range(info.rows)[rows]) if isinstance(rows, slice) else len(rows), len(range(shape[-1])[columns]))
         planes = (torch.empty(s, dtype=d, device="meta") for s, d in plane_shapes(info.ggml_type, *taken))
         return Weight.make(info.ggml_type, planes, taken)
+
+    def host_stack(self, matrices: Sequence[tuple[str, tuple[int, int], slice | np.ndarray]]) -> list[Weight]:
+        weights = [self.host_matrix(*matrix) for matrix in matrices]
+        return [Weight.concat_rows(list(group)) for _, group in groupby(weights, key=lambda weight: weight.ggml_type)]
 
     def _upload(self, weight: Weight, label: str) -> Weight:
         stored_type = weight.ggml_type

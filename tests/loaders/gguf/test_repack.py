@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rooflama.kernels import LAYOUTS, KernelInputError, reference
+from rooflama.kernels import LAYOUTS, KernelInputError, Weight, reference
 from rooflama.kernels.reference.quant_layouts import bit_offsets, high_bit_offsets
-from rooflama.loaders.gguf.repack import pack, pack_high, repack
+from rooflama.loaders.device.raw import as_bytes
+from rooflama.loaders.gguf.repack import pack, pack_high, repack, repack_stack
 from rooflama.loaders.gguf.types import TYPE_SIZES
 from rooflama.testing.strategies import seeds
 from rooflama.testing.weights import TYPES, gguf_dequantize, random_blocks, random_bytes, some_columns
@@ -43,6 +44,22 @@ def test_runs_of_rows_join_seamlessly(ggml_type, monkeypatch):
     assert_same_floats(
         reference.dequantize(repack(raw, ggml_type, 256).numpy()), gguf_dequantize(raw, ggml_type), ggml_type
     )
+
+
+@pytest.mark.parametrize("ggml_type", [*TYPES, "F32", "F16", "BF16"])
+@given(heights=st.lists(st.integers(0, 5), min_size=1, max_size=3), seed=seeds)
+def test_a_stack_is_its_tensors_below_each_other(ggml_type, heights, seed):
+    rng = np.random.default_rng(seed)
+    columns = TYPE_SIZES[ggml_type][0] * 3
+    raws = [rng.integers(0, 256, (rows, TYPE_SIZES[ggml_type][1] * 3), dtype=np.uint8) for rows in heights]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rooflama.loaders.gguf.repack.RUN_WEIGHTS", 2 * columns)
+        stack = repack_stack(raws, ggml_type, columns)
+    joined = Weight.concat_rows([repack(raw, ggml_type, columns) for raw in raws])
+    assert stack.shape == joined.shape
+    for got, expected in zip(stack.planes, joined.planes, strict=True):
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        assert torch.equal(as_bytes(got), as_bytes(expected))
 
 
 @given(bits=st.sampled_from([1, 2, 4, 8]), words=st.integers(1, 5).map(lambda n: 2 * n), seed=seeds)
