@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -139,3 +140,35 @@ def test_a_call_is_replayed_from_the_second_time_on(cases):
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(KERNELS[name], "body", None)
                     call()
+
+
+def test_kv_quality_of_known_distributions(cases):
+    """One token with equal distributions, and one with p = (3/4, 1/4) and q = (1/5, 4/5)."""
+    p, q = torch.tensor([[3.0, 1.0]]).log(), torch.tensor([[1.0, 4.0]]).log()
+    unused = torch.zeros(1, 2)  # no token follows the last
+    figures = importlib.import_module("kv_quality").figures
+    got = figures([0, 1, 1], torch.cat([p, p, unused]), torch.cat([p + 7, q, unused]))
+    kl = 3 / 4 * math.log(3 / 4 * 5) + 1 / 4 * math.log(1 / 4 * 5 / 4)
+    assert got == pytest.approx({"perplexity": (1 / 4 * 4 / 5) ** -0.5, "kl_mean": kl / 2, "kl_max": kl, "top1": 0.5})
+
+
+@pytest.mark.demo_checkpoint
+def test_kv_quality_runs(cases, numpy_backend, monkeypatch):
+    quality = importlib.import_module("kv_quality")
+    monkeypatch.setattr(quality, "CASES", quality.CASES[:2])
+    own, int8 = quality.measure(quality.TEXT.read_text(), 200)
+    assert [float(own[name]) for name in ("kl_mean", "kl_max", "top1")] == [0, 0, 1]
+    assert int8["pages"] == "int8"
+    assert 0 < float(int8["kl_mean"]) < float(int8["kl_max"]) < 1
+    assert float(int8["perplexity"]) == pytest.approx(float(own["perplexity"]), rel=0.02)
+
+
+def test_the_guide_has_the_committed_figures_of_kv_quality():
+    guide = (FOLDER.parent / "docs" / "LOADING_EXAMPLES.md").read_text().replace("`", "")
+    with (FOLDER / "results" / "kv_quality.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["pages"] for row in rows} >= {"int8", "fp8"}
+    for row in rows:
+        perplexity, mean, most, same = (float(row[name]) for name in ("perplexity", "kl_mean", "kl_max", "top1"))
+        cells = [row["pages"], row["activations"], f"{perplexity:.2f}", f"{mean:.4f}", f"{most:.2f}", f"{same:.1%}"]
+        assert f"| {' | '.join(cells)} |" in guide
