@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 import notebook_pages
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
@@ -35,6 +36,7 @@ SHOWN_AS = {".py": "python", ".toml": "toml", ".csv": "text", ".yml": "yaml", ".
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 
 
+@event_priority(100)  # before mkdocstrings, which leaves out a folder that is not there yet
 def on_config(config: MkDocsConfig) -> None:
     """Lay the packages out as they are installed, for the reader of docstrings; list guides, notebooks and kernels."""
     listed = str(config.nav)
