@@ -150,7 +150,11 @@ def token_ids(value: Any) -> list[int]:
                 remedy="Pass one row, such as ids[0]; for several prompts, a list of rows",
             )
         return value.tolist()
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+    if isinstance(value, str):
+        raise ArgumentError(
+            f"text {value[:20]!r}", rule="token ids are whole numbers", remedy="Pass model.tokenizer.encode(text)"
+        )
+    if not isinstance(value, Sequence) or isinstance(value, bytes | bytearray):
         raise _refused("prompt", value, "a prompt is text, or a sequence of token ids")
     return [whole("token id", token, "token ids are whole numbers") for token in value]
 

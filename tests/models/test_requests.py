@@ -256,6 +256,11 @@ def test_what_logits_cannot_score_is_refused(model, ids):
         model.logits(ids)
 
 
+def test_logits_of_a_text_names_the_tokenizer(model):
+    with pytest.raises(ArgumentError, match=r"text 'Hello': .*Pass model\.tokenizer\.encode\(text\)"):
+        model.logits("Hello")
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [
