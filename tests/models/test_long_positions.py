@@ -19,12 +19,11 @@ from tiny_checkpoints import SIZES, MemoryCheckpoint, gguf_metadata, gguf_tensor
 
 pytestmark = pytest.mark.usefixtures("numpy_backend")
 
-QUERIES, WINDOW, CHUNK, FILLER, HEAD_DIM = 24, 4096, 8192, 0, 16
+QUERIES, WINDOW, CHUNK, FILLER, HEAD_DIM = 24, 4096, 8192, 0, 8
 LARGER = 6  # queries than other tests have; errors of scores, and so of weights, grow with them
 LONG = {
     **SIZES,
     "num_hidden_layers": 1,
-    "hidden_size": 96,
     "intermediate_size": 16,
     "max_position_embeddings": 131_072,
 }
