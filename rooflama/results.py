@@ -12,6 +12,7 @@ from typing import Any
 from rooflama.kernels.facts import PALETTE, Html, element, tint
 from rooflama.loaders.text.tokenizer import Tokenizer
 from rooflama.models import Sequence, Timings, TokenEngine, TokenLogprob
+from rooflama.models.memory.amounts import count
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Generation:
         """What it took, in words."""
         t = self.timings
         return (
-            f"{t.prompt_tokens} prompt tokens in {t.prefill_s:.2f} s, {len(self.token_ids)} new at "
+            f"{count(t.prompt_tokens, 'prompt token')} in {t.prefill_s:.2f} s, {len(self.token_ids)} new at "
             f"{t.decode_tokens_per_s:.1f} tokens/s, ended by {self.finish_reason}"
         )
 

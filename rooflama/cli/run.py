@@ -48,6 +48,7 @@ def run(
     A prompt from a file or standard input loses the line break at its end.
     """
     import rooflama
+    from rooflama.models.memory.amounts import count
 
     if logprobs is not None and not as_json:
         refuse("--logprobs without --json", "log probabilities are part of the JSON", "Add --json")
@@ -73,8 +74,8 @@ def run(
         _, interrupted = answer(stream)
         timings = stream.timings
         aside(
-            f"loaded in {seconds:.1f} s, {timings.prompt_tokens} prompt tokens in {timings.prefill_s:.2f} s, then "
-            f"{timings.decode_tokens_per_s:.1f} tokens/s on {loaded.describe()}"
+            f"loaded in {seconds:.1f} s, {count(timings.prompt_tokens, 'prompt token')} in {timings.prefill_s:.2f} s, "
+            f"then {timings.decode_tokens_per_s:.1f} tokens/s on {loaded.describe()}"
         )
         if interrupted:
             raise typer.Exit(130)
