@@ -148,9 +148,9 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     # registers. Measured on an H100.
     "wgmma": {
         "any": [
-            row({"tokens": 16, "rows": 4096}, SPLITS=8, PARTS=1, STAGES=2, FLIGHT=2),
-            row({"tokens": 16, "rows": 16384}, SPLITS=4, PARTS=1, STAGES=2, FLIGHT=2),
-            row({"tokens": 16}, SPLITS=1, PARTS=1, STAGES=2, FLIGHT=2),
+            row({"tokens": 16, "rows": 4096}, SPLITS=8, PARTS=2, STAGES=3, FLIGHT=2),
+            row({"tokens": 16, "rows": 16384}, SPLITS=4, PARTS=2, STAGES=3, FLIGHT=2),
+            row({"tokens": 16}, SPLITS=1, PARTS=2, STAGES=3, FLIGHT=2),
             row({"tokens": 32, "rows": 4096, "bits": 5}, SPLITS=4, PARTS=2, STAGES=3, FLIGHT=2),
             row({"tokens": 32, "rows": 4096}, SPLITS=8, PARTS=2, STAGES=3, FLIGHT=2),
             row({"tokens": 32, "rows": 16384}, SPLITS=4, PARTS=2, STAGES=3, FLIGHT=2),
