@@ -40,9 +40,14 @@ def attention(
         [..., num_heads, num_queries, head_dim], dtype of q; in memory token by token. A query without a key gives 0.
 
     Raises:
-        ArgumentError: leading dimensions that differ, or a window without ``causal``.
+        ArgumentError: no tensors, leading dimensions that differ, or a window without ``causal``.
         KernelInputError: shapes, dtypes, devices or numbers do not fit, or a tensor requires grad.
     """
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(given, Tensor):
+            raise ArgumentError(
+                f"{name} is a {type(given).__name__}", rule="q, k and v are tensors", remedy="Give torch tensors"
+            )
     leading = q.shape[:-3]
     if q.ndim < 3 or k.shape[:-3] != leading or v.shape != k.shape or k.ndim != q.ndim or k.shape[-1] != q.shape[-1]:
         raise ArgumentError(

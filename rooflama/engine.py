@@ -78,6 +78,14 @@ class Engine:
         """Whether a sequence waits or runs."""
         return self._tokens.has_work
 
+    def forget_prefixes(self) -> None:
+        """Let no new sequence begin with pages that are known now. Call it after changing the model's weights.
+
+        Raises:
+            ModelClosed: the model is closed.
+        """
+        self._tokens.forget_prefixes()
+
     def table(self) -> EngineTable:
         """The sequences and the pages at this moment, for a terminal and for Jupyter.
 

@@ -113,3 +113,9 @@ def test_keys_of_a_cache_are_read_where_they_lie():
 def test_what_does_not_fit_is_refused(shapes, options, error, message):
     with pytest.raises(error, match=message):
         rooflama.attention(*(torch.zeros(shape, device=DEVICE) for shape in shapes), **options)
+
+
+def test_what_is_no_tensor_is_named():
+    q = torch.zeros(2, 3, 16)
+    with pytest.raises(rooflama.ArgumentError, match="k is a list: q, k and v are tensors"):
+        rooflama.attention(q, q.tolist(), q)

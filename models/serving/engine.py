@@ -90,6 +90,13 @@ class TokenEngine:
         with self.turns.turn():
             self._end(sequence, "cancelled")
 
+    def forget_prefixes(self) -> None:
+        """Let no new sequence begin with pages that are known now."""
+        with self.turns.turn():
+            self.check_open()
+            if self.scheduler.prefixes is not None:
+                self.scheduler.prefixes.forget()
+
     @property
     def has_work(self) -> bool:
         """Whether a sequence waits or runs."""

@@ -85,7 +85,7 @@ def test_what_is_found(path):
         statistics = engine.scheduler.prefixes.statistics
         assert (statistics.lookups, statistics.hits) == (6, 4)
         assert statistics.tokens_saved == len(STEM) - 1 + 2 * PAGE - 1 + 40 + PAGE
-        engine.scheduler.prefixes.forget()
+        engine.forget_prefixes()
         assert cached(engine, STEM) == 0
 
 
