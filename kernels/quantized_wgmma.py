@@ -114,7 +114,6 @@ def _wgmma_kernel(
     columns,
     blocks_per_split,
     LAYOUT: gl.constexpr,
-    SIGNED: gl.constexpr,  # whether a group's own scales are
     TILES: gl.constexpr,
     N: gl.constexpr,
     PARTS: gl.constexpr,
@@ -225,7 +224,7 @@ def _wgmma_kernel(
                 x = x_part.slice(group * N, N, dim=0).permute((1, 0))
                 unused = gl.zeros([ROWS, N], gl.float32, layout=ACC)
                 products += (warpgroup_mma(a, x, unused, use_acc=False, is_async=True),)
-                factors += (scale_of(scales_now, own * PART + group, LAYOUT, SIGNED),)
+                factors += (scale_of(scales_now, own * PART + group, LAYOUT),)
             for left in gl.static_range(FLIGHT):
                 oldest = warpgroup_mma_wait(FLIGHT - 1 - left, deps=(products[len(products) - FLIGHT + left],))
                 total += oldest * factors[len(products) - FLIGHT + left][:, None]
@@ -271,7 +270,6 @@ def launch_wgmma(activations: Input, weight: Weight, output: Output, swiglu: boo
             columns,
             plan.blocks,
             LAYOUT=layout,
-            SIGNED=planes.scales is not None and planes.scales.dtype == torch.int8,
             TILES=plan.tiles,
             N=plan.n,
             PARTS=plan.parts_of_block,

@@ -43,7 +43,6 @@ def scale_of(
     scales,  # from load_scales
     GROUP: gl.constexpr,  # its number in the block
     LAYOUT: gl.constexpr,
-    SIGNED: gl.constexpr,
 ):
     """The scale of a group: [ROWS] float32."""
     d, first, second = scales
@@ -53,13 +52,13 @@ def scale_of(
         word = ((first if GROUP < 8 else second) >> (32 * (GROUP // 4 % 2))).to(gl.int32)
         if LAYOUT.packed:
             word &= 0x0F0F0F0F
-        elif SIGNED:
+        elif LAYOUT.has_signed_scales:
             word ^= -0x7F7F7F80
         # The byte becomes the last of 0x4B000000, which is 2^23 in float32, whose last place is worth 1.
         whole = gl.inline_asm_elementwise(
             _BYTE_TO_FLOAT[GROUP % 4], "=f,r", [word], dtype=gl.float32, is_pure=True, pack=1
         )
-        scale = d.to(gl.float32) * (whole - (8388736.0 if SIGNED else 8388608.0))
+        scale = d.to(gl.float32) * (whole - (8388736.0 if LAYOUT.has_signed_scales else 8388608.0))
     return scale
 
 

@@ -84,6 +84,11 @@ class QuantLayout:
     def is_float(self) -> bool:
         return self.low_bits == 0
 
+    @property
+    def has_signed_scales(self) -> bool:
+        """Whether a group's own scale has a sign. No two layouts of one repr differ in it."""
+        return any(plane.name == "scales" and plane.dtype == "int8" for plane in self.planes)
+
 
 def _floats(dtype: str) -> QuantLayout:
     return QuantLayout((Plane("values", dtype, 1),))

@@ -170,7 +170,6 @@ def test_product_in_numpy(ggml_type, tile, late):
         columns,
         plan.blocks,
         layout,
-        planes.scales is not None and planes.scales.dtype == torch.int8,
         *(plan.tiles, plan.n, plan.parts_of_block, plan.stages, plan.flight),
         True,
         False,

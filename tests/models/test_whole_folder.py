@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("numpy_backend")
 PROMPT = "The llama walks over the roof, isn't it? 1234 größe"
 MESSAGES = [{"role": "user", "content": "The llama walks"}]
 # Facts that differ by what files can say; rotary factors are tensors in GGUF.
-APART = {"file", "model", "vocabulary", "RoPE", "parameters", "tensors"}
+APART = {"file", "model", "tokenizer", "RoPE", "parameters", "tensors"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def test_a_folder_says_what_its_gguf_file_says(name, folders, tmp_path):
     file = write_file(name, tmp_path / "same.gguf")
     of_folder, of_file = (dict(rooflama.inspect(path).rows()) for path in (folders(name), file))
     assert of_folder["file"].split(",")[0] == name
-    assert of_folder["vocabulary"] == f"{len(tokenizer(name))} tokens, tokenizer.json"
+    assert of_folder["vocabulary"] == f"{len(tokenizer(name))} tokens"
+    assert of_folder["tokenizer"] == "tokenizer.json"
     if module(name).config.rope_parameters["rope_type"] == "default":
         for fact in ("RoPE", "parameters"):
             assert of_folder[fact] == of_file[fact]
