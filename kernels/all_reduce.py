@@ -62,8 +62,9 @@ def _sum_parts_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < num_elements
     total = tl.zeros([BLOCK], tl.float32)
-    for rank in tl.static_range(RANKS):
-        total += tl.load(parts_ptr + rank * num_elements.to(tl.int64) + offs, mask=mask, other=0.0).to(tl.float32)
+    for _ in tl.static_range(RANKS):
+        total += tl.load(parts_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        parts_ptr += num_elements
     _store_sum(total, bias_ptr, residual_ptr, out_ptr, offs, mask, columns)
 
 

@@ -10,6 +10,7 @@ import rooflama
 from rooflama.integrations.dense import PAGE_SIZE, as_pages
 from rooflama.kernels import KernelInputError, reference
 from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
+from rooflama.testing.attention import score_span, units
 from rooflama.testing.strategies import DEVICE, dtypes, exact, normal, seeds
 
 
@@ -56,7 +57,8 @@ def test_attention_equals_definition(
     want = defined(*map(exact, (q, k, v)), softmax_scale=0.2, **options)
     rounded = defined(*(exact(x).astype(np.float32) for x in (q, k, v)), softmax_scale=0.2, **options)
     same_dtype = torch.from_numpy(rounded).to(dtype=dtype, device=DEVICE)
-    assert_within_rounding(got, want, same_dtype, context=f"seed={seed}")
+    c = units(score_span([q], [k], 0.2), [v], want, dtype)
+    assert_within_rounding(got, want, same_dtype, c=c, context=f"seed={seed}")
 
 
 @given(queries=st.integers(2, 20), keys=st.integers(20, 60), place=st.integers(0, 59), seed=seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -245,28 +246,38 @@ def torch_attention(drawn: Drawn, s: Dense) -> Tensor:
     return out.transpose(0, 1).to(s.q.dtype)
 
 
+def score_span(q: Iterable[Tensor], k: Iterable[Tensor], softmax_scale: float) -> float:
+    """softmax_scale |q| |k| of the longest query and key, each [..., head_dim]: the largest score. NaN counts as 0."""
+    longest = [
+        max((float(x.float().nan_to_num(0.0).norm(dim=-1).max()) for x in parts if x.numel()), default=0.0)
+        for parts in (q, k)
+    ]
+    return softmax_scale * longest[0] * longest[1]
+
+
+def units(span: float, v: Iterable[Tensor], reference: np.ndarray, dtype: torch.dtype) -> float:
+    """The ``c`` of :func:`assert_within_rounding` for attention's output in ``dtype``.
+
+    A score is a sum of head_dim products, so it is off by float32's eps times ``span`` (:func:`score_span`); weights
+    are off by as much, relatively, and by their rounding; out, a mean of values, by that times the largest value. NaN
+    in ``v`` counts as 0.
+    """
+    largest = max((float(x.float().nan_to_num(0.0).abs().max()) for x in v if x.numel()), default=0.0)
+    eps = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    scale = np.abs(reference).max(initial=0.0) or 1.0
+    return (4.0 + span * eps) * max(1.0, largest / scale)
+
+
 def assert_attention(
     got: tuple[Tensor, Tensor | None], want: tuple[np.ndarray, np.ndarray], drawn: Drawn, dense: list[Dense]
 ) -> None:
-    """out and lse against the definition. lse may be None: not computed.
-
-    A score is a sum of head_dim products, so it is off by eps times softmax_scale |q| |k|; weights are off by as much,
-    relatively, and by their rounding; out, a mean of values, by that times the largest value.
-    """
+    """out and lse against the definition. lse may be None: not computed."""
     out, lse = got
-    floats = [s.floats() for s in dense]
-    largest = {
-        "q": max((float(s.q.float().norm(dim=-1).max()) for s in dense if s.q.numel()), default=0.0),
-        "k": max((float(k.float().norm(dim=-1).max()) for k, _ in floats if k.numel()), default=0.0),
-        "v": max((float(v.abs().float().max()) for _, v in floats if v.numel()), default=0.0),
-    }
-    span = drawn.options["softmax_scale"] * largest["q"] * largest["k"]
-    eps = torch.finfo(torch.float32).eps / torch.finfo(out.dtype).eps
+    k, v = ([x for s in dense if (x := s.floats()[i]).numel()] for i in range(2))
+    span = score_span([s.q for s in dense], k, drawn.options["softmax_scale"])
     context = str(drawn)
-    scale = np.abs(want[0]).max(initial=0.0) or 1.0
-    c = (4.0 + span * eps) * max(1.0, largest["v"] / scale)
     same = torch.cat([torch_attention(drawn, s) for s in dense])
-    assert_within_rounding(out, want[0], same, c=c, context=f"out; {context}")
+    assert_within_rounding(out, want[0], same, c=units(span, v, want[0], out.dtype), context=f"out; {context}")
     if lse is None:
         return
     finite = np.abs(want[1][np.isfinite(want[1])]).max(initial=0.0) or 1.0

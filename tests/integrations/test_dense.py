@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rooflama.integrations.dense import PAGE_SIZE, as_pages, dense_attention
 from rooflama.kernels import KernelInputError, swap
 from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
+from rooflama.testing.attention import score_span, units
 from rooflama.testing.strategies import DEVICE, dtypes, exact, normal, seeds
 
 NAN = float("nan")
@@ -112,13 +113,19 @@ def problems(draw, most_queries=12):
     )
 
 
+def check(out, wide, drawn, problem, options):
+    """``out`` against the formula in float64."""
+    query, key, value, _ = problem
+    c = units(score_span([query], [key], options["softmax_scale"]), [value], exact(wide), out.dtype)
+    assert_within_rounding(out, exact(wide), plain(*problem, **options), c=c, context=repr(drawn))
+
+
 @given(drawn=problems())
 def test_equals_the_formula(drawn):
     query, key, value, seen, visible = drawn.problem()
     out = dense_attention(query, key, value, seen, **drawn.options)
     wide = plain(query.cpu().double(), key.cpu().double(), value.cpu().double(), visible, **drawn.options)
-    same_dtype = plain(query, key, value, visible, **drawn.options)
-    assert_within_rounding(out, exact(wide), same_dtype, context=repr(drawn))
+    check(out, wide, drawn, (query, key, value, visible), drawn.options)
 
 
 @given(drawn=problems(most_queries=1), hidden=st.data())
@@ -132,7 +139,7 @@ def test_one_query_sees_exactly_the_keys_that_are_named(drawn, hidden):
     key, value = (x.masked_fill(~visible[:, 0, None, :, None].to(DEVICE), NAN) for x in (key, value))
     out = dense_attention(query, key, value, visible[:, None].to(DEVICE), **options)
     wide = plain(query.cpu().double(), key.cpu().double(), value.cpu().double(), visible, **options)
-    assert_within_rounding(out, exact(wide), plain(query, key, value, visible, **options), context=repr(drawn))
+    check(out, wide, drawn, (query, key, value, visible), options)
 
 
 @given(drawn=problems())

@@ -17,7 +17,7 @@ from rooflama.integrations.flash import flash_attn_func, flash_attn_varlen_func,
 from rooflama.kernels import reference
 from rooflama.models import ArgumentError
 from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
-from rooflama.testing.attention import NAN, int32, starts
+from rooflama.testing.attention import NAN, int32, score_span, starts, units
 from rooflama.testing.strategies import DEVICE, dtypes, exact, normal, seeds
 
 
@@ -87,7 +87,10 @@ def problems(draw, queries=None):
 
 
 def check(drawn, out):
-    assert_within_rounding(out, exact(drawn.expected()), drawn.expected(drawn.dtype), context=repr(drawn))
+    q, k, v = zip(*drawn.sequences(), strict=True)
+    wide = exact(drawn.expected())
+    c = units(score_span(q, k, drawn.head_dim**-0.5), v, wide, drawn.dtype)
+    assert_within_rounding(out, wide, drawn.expected(drawn.dtype), c=c, context=repr(drawn))
 
 
 def paged(drawn, keep):

@@ -23,7 +23,7 @@ from rooflama.kernels import swap
 from rooflama.kernels.kernel import KERNELS
 from rooflama.models import ArgumentError
 from rooflama.testing.assertions import assert_within_rounding
-from rooflama.testing.attention import NAN, int32, starts
+from rooflama.testing.attention import NAN, int32, score_span, starts, units
 from rooflama.testing.strategies import DEVICE, dtypes, exact, normal, seeds
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def batches(draw, queries=None):
 
 
 def run(drawn):
-    """(output, the formula in float64, the formula in the drawn dtype): old keys, then a step as vLLM runs it."""
+    """(output, the formula in float64 and in the drawn dtype, ``units``): old keys, then a step as vLLM runs it."""
     rng = np.random.default_rng(drawn.seed)
     size, heads = drawn.head_size, 2 * drawn.group
     counts = [-(-keys // drawn.block_size) for _, keys in drawn.lens]
@@ -134,7 +134,7 @@ def run(drawn):
     memory = torch.full([shape[axis] for axis in drawn.order], NAN, dtype=drawn.dtype, device=DEVICE)
     kv_cache = memory.permute([drawn.order.index(axis) for axis in range(4)])
     table = np.zeros((len(counts), max(counts) + 1), dtype=int)
-    queries, new_keys, new_values, new_slots, wide, same = [], [], [], [], [], []
+    queries, new_keys, new_values, new_slots, wide, same, whole = [], [], [], [], [], [], []
     impl, layer = drawn.impl(), torch.nn.Module()
     for row, (count, (length, keys)) in enumerate(zip(counts, drawn.lens, strict=True)):
         table[row, :count], blocks = blocks[:count], blocks[count:]
@@ -147,6 +147,7 @@ def run(drawn):
             parts.append(part)
         wide.append(formula(drawn, q.double(), k.double(), v.double()))
         same.append(formula(drawn, q, k, v))
+        whole.append((q, k, v))
     padding = torch.full((drawn.padding, heads, size), NAN, dtype=drawn.dtype, device=DEVICE)
     new_slots.append(torch.full((drawn.padding,), -1, dtype=torch.int64, device=DEVICE))
     query, key, value = (
@@ -174,7 +175,9 @@ def run(drawn):
     assert impl.forward(layer, query, key, value, kv_cache, metadata, output) is output
     assert output[-1].isnan().all()
     assert (output[len(query) - drawn.padding : -1] == 0).all()
-    return output[: len(query) - drawn.padding].view(-1, heads, size), torch.cat(wide), torch.cat(same)
+    q, k, v = zip(*whole, strict=True)
+    c = units(score_span(q, k, size**-0.5), v, exact(torch.cat(wide)), drawn.dtype)
+    return output[: len(query) - drawn.padding].view(-1, heads, size), torch.cat(wide), torch.cat(same), c
 
 
 def formula(drawn, q, k, v):
@@ -196,8 +199,8 @@ def formula(drawn, q, k, v):
 @given(data=st.data())
 def test_a_step_equals_the_formula(queries, data):
     drawn = data.draw(batches(queries=queries))
-    output, wide, same = run(drawn)
-    assert_within_rounding(output, exact(wide), same, context=repr(drawn))
+    output, wide, same, c = run(drawn)
+    assert_within_rounding(output, exact(wide), same, c=c, context=repr(drawn))
 
 
 @pytest.mark.parametrize(
