@@ -39,7 +39,7 @@ from rooflama.models import (
     adapter_for,
 )
 from rooflama.planning import plan_for_device
-from timing import ceilings, provenance, write_rows
+from timing import by_kernel, ceilings, provenance, write_rows
 
 STEPS = 64
 WARM_UP = 6  # an eager step, the capture, and replays
@@ -121,24 +121,29 @@ def captured(runner: ModelRunner, sequences: int, length: int) -> DecodeSlots:
     return slots
 
 
-def run_case(case: Case) -> dict[str, float]:
-    """Seconds of a step, and the bytes that it must read."""
+def run_case(case: Case, *, profile: bool = False) -> dict[str, float]:
+    """Seconds of a step, and the bytes that it must read. ``profile`` prints the kernels' times to stderr."""
     with ready(case) as (slots, num_bytes):
         started = time.perf_counter()
         for _ in range(STEPS):
             slots.step()
         torch.cuda.synchronize()
-        return {"seconds": (time.perf_counter() - started) / STEPS, "bytes": num_bytes}
+        seconds = (time.perf_counter() - started) / STEPS
+        if profile:
+            for name, (launches, us) in by_kernel(slots.step, repeats=8).items():
+                print(f"  {us:9.1f} us {launches:6.0f} x {name[:80]}", file=sys.stderr)
+        return {"seconds": seconds, "bytes": num_bytes}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows there, as CSV")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose line matches")
+    parser.add_argument("--profile", action="store_true", help="print launches and microseconds per step and kernel")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case is not None:
-        print(json.dumps(run_case(CASES[options.case])))
+        print(json.dumps(run_case(CASES[options.case], profile=options.profile)))
         return 0
     rate, _ = ceilings()
     torch.cuda.empty_cache()
@@ -146,11 +151,13 @@ def main() -> int:
     for number, case in enumerate(CASES):
         if not re.search(options.only, str(case)):
             continue
-        command = [sys.executable, __file__, "--case", str(number)]
+        command = [sys.executable, __file__, "--case", str(number), *["--profile"] * options.profile]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{case}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
+        if options.profile:
+            print(done.stderr, end="", flush=True)
         found = json.loads(done.stdout.strip().splitlines()[-1])
         share = found["bytes"] / rate / found["seconds"]
         tokens_per_s = case.sequences / found["seconds"]

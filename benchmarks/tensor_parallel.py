@@ -33,7 +33,6 @@ from torch.distributed import _symmetric_memory
 import memory_plan_check
 from memory_plan_check import RandomSource, ShapesOnly, config_of, driver_used, gpu_id
 from rooflama.kernels import one_shot_sum
-from rooflama.kernels.all_reduce import most_bytes
 from rooflama.loaders.device import open_device
 from rooflama.loading import start_runner
 from rooflama.models import CheckpointReader, Decoder, MemoryPlan, ModelRunner, adapter_for
@@ -41,12 +40,12 @@ from rooflama.models.parallel import Ranks
 from rooflama.models.share import ALONE
 from rooflama.planning import plan_for_device
 from step import STEPS, captured
-from timing import measure, provenance, write_rows
+from timing import by_kernel, measure, provenance, write_rows
 
 PROMPT = 4096  # tokens
 CONTEXT = PROMPT + 512
 SIZES = (4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 32 << 20)  # bytes of an addend in bfloat16
-ROUNDS = 2000  # of sums that are compared
+ROUNDS = 2000  # of sums that are compared; fewer of large ones
 IN_A_GRAPH = 32  # sums
 Row = dict[str, object]
 
@@ -63,12 +62,12 @@ def running(model: str, types: str, ranks: Ranks | None) -> Iterator[tuple[Model
         with torch.inference_mode():
             runner = start_runner(decoder, plan, device)
             if ranks is not None:
-                ranks.connect(device, plan.dtype)
+                ranks.connect(device, plan.dtype, plan.addend_elements)
             yield runner, plan
 
 
-def decode_seconds(runner: ModelRunner) -> float:
-    """Seconds of a step of one sequence."""
+def decode_seconds(runner: ModelRunner, *, profile: bool) -> float:
+    """Seconds of a step of one sequence. ``profile`` prints the kernels' times on rank 0."""
     slots = captured(runner, 1, 64)
     dist.barrier()
     started = time.perf_counter()
@@ -76,6 +75,10 @@ def decode_seconds(runner: ModelRunner) -> float:
         slots.step()
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / STEPS
+    if profile:
+        kernels = by_kernel(slots.step, repeats=8)
+        for name, (launches, us) in kernels.items() if dist.get_rank() == 0 else ():
+            print(f"  {us:9.1f} us {launches:6.0f} x {name[:80]}", flush=True)
     for sequence in slots.sequences:
         runner.cache.free(sequence.cache_id)
     return seconds
@@ -97,7 +100,7 @@ def prompt_seconds(runner: ModelRunner) -> float:
     return statistics.median(times[2:])
 
 
-def model_rows(model: str, types: str, ranks: Ranks, *, alone: bool) -> Iterator[Row]:
+def model_rows(model: str, types: str, ranks: Ranks, *, alone: bool, profile: bool) -> Iterator[Row]:
     """Decoding and prompts, on one GPU and on all."""
     baseline: dict[str, float] = {}
     for shared in (None, ranks) if alone else (ranks,):
@@ -105,7 +108,7 @@ def model_rows(model: str, types: str, ranks: Ranks, *, alone: bool) -> Iterator
         with running(model, types, shared) as (runner, plan):
             found = {"prompt": prompt_seconds(runner)}
             used = [driver_used(gpu_id(gpu))]
-            found["decode"] = decode_seconds(runner)
+            found["decode"] = decode_seconds(runner, profile=profile and shared is not None)
             used.append(driver_used(gpu_id(gpu)))
             outside = used[-1] - torch.cuda.memory_reserved()
         for name, seconds in found.items():
@@ -126,7 +129,7 @@ def model_rows(model: str, types: str, ranks: Ranks, *, alone: bool) -> Iterator
 def sum_rows(ranks: Ranks, group: dist.ProcessGroup) -> Iterator[Row]:
     """The ways of summing addends, each in a CUDA graph of IN_A_GRAPH sums."""
     with open_device("cuda") as device:
-        ranks.connect(device, torch.bfloat16)
+        ranks.connect(device, torch.bfloat16, max(SIZES) // 2)
         peers, gathering = ranks._peers, Ranks(group)
         for num_bytes in SIZES:
             columns = min(8192, num_bytes // 2)
@@ -139,9 +142,9 @@ def sum_rows(ranks: Ranks, group: dist.ProcessGroup) -> Iterator[Row]:
                 "gathered, sum_parts": lambda a=addend: gathering.total(a),
                 "torch one_shot": lambda s=shared: torch.ops.symm_mem.one_shot_all_reduce(s, "sum", group.group_name),
             }
-            if peers is not None and num_bytes <= most_bytes(ranks.share.size, addend.device)["ONE_SHOT_BYTES"]:
+            if peers is not None and addend.numel() <= peers.capacity:
                 ways["one_shot_sum"] = lambda a=addend: one_shot_sum(a, peers)
-                for round_ in range(ROUNDS):
+                for round_ in range(min(ROUNDS, (1 << 30) // num_bytes)):
                     addend.normal_()
                     if not torch.equal(one_shot_sum(addend, peers), gathering.total(addend)):
                         raise SystemExit(f"one_shot_sum of {num_bytes} bytes differs in round {round_}")
@@ -158,6 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows there, as CSV")
     parser.add_argument("--only", default="", metavar="REGEX", help="of 'sums', '8B BF16', '8B Q4_K_M', '70B Q8_0'")
+    parser.add_argument("--profile", action="store_true", help="print launches and microseconds per step and kernel")
     options = parser.parse_args()
     gpu = int(os.environ["LOCAL_RANK"])
     before = driver_used(gpu_id(gpu))  # without this process, which has no context yet
@@ -165,11 +169,12 @@ def main() -> int:
     dist.init_process_group("cpu:gloo,cuda:nccl")
     group = dist.group.WORLD
     torch.manual_seed(dist.get_rank())  # ranks' addends differ
+    shown = {"profile": options.profile}
     parts: dict[str, Callable[[Ranks], Iterator[Row]]] = {
         "sums": lambda ranks: sum_rows(ranks, group),
-        "8B BF16": lambda ranks: model_rows("Llama-3-8B", "BF16", ranks, alone=True),
-        "8B Q4_K_M": lambda ranks: model_rows("Llama-3-8B", "Q4_K_M", ranks, alone=True),
-        "70B Q8_0": lambda ranks: model_rows("Llama-3-70B", "Q8_0", ranks, alone=False),
+        "8B BF16": lambda ranks: model_rows("Llama-3-8B", "BF16", ranks, alone=True, **shown),
+        "8B Q4_K_M": lambda ranks: model_rows("Llama-3-8B", "Q4_K_M", ranks, alone=True, **shown),
+        "70B Q8_0": lambda ranks: model_rows("Llama-3-70B", "Q8_0", ranks, alone=False, **shown),
     }
     rows = []
     for name, part in parts.items():

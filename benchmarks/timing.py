@@ -47,6 +47,22 @@ def measure(calls: Sequence[Callable[[], object]], *, replays: int = 20) -> Meas
     return Measured(*(times[int(share * (len(times) - 1))] for share in (0.2, 0.5, 0.8)))
 
 
+def by_kernel(run: Callable[[], object], repeats: int) -> dict[str, tuple[float, float]]:
+    """Of each kernel that ``run`` starts: launches and microseconds on the GPU, per run, longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    found = {
+        one.key: (one.count / repeats, one.self_device_time_total / repeats)
+        for one in profiler.key_averages()
+        if one.self_device_time_total
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+
 def ceilings() -> tuple[float, float]:
     """The rates that this GPU reaches: (bytes read and written per second, bf16 FLOP/s of 8192^3).
 

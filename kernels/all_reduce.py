@@ -279,3 +279,17 @@ def one_shot_sum(
 def most_bytes(ranks: int, device: torch.device | None) -> dict[str, int]:
     """The most bytes of an addend that each way of exchange serves. The first that serves a call takes it."""
     return configuration("all_reduce", device, ranks=ranks)
+
+
+def slot_elements(num_elements: int, itemsize: int, ranks: int, device: torch.device | None) -> int:
+    """Elements of a slot of ``Peers`` that serves addends of up to ``num_elements``, in whole blocks.
+
+    Fewer than ``num_elements`` where ``one_shot_sum`` does not take so large addends.
+    """
+    most = most_bytes(ranks, device)["ONE_SHOT_BYTES"] // itemsize
+    return -(-min(num_elements, most) // BLOCK) * BLOCK
+
+
+def peers_bytes(capacity: int, itemsize: int, ranks: int) -> int:
+    """The memory that one rank maps into the others: two slots, and their flags."""
+    return 2 * capacity * itemsize + 2 * 4 * capacity // BLOCK * ranks

@@ -168,7 +168,7 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     # bytes to gather as to reduce.
     "all_reduce": {
         "any": [
-            row({"ranks": 2}, ONE_SHOT_BYTES=1 << 20, GATHER_BYTES=1 << 40),
+            row({"ranks": 2}, ONE_SHOT_BYTES=64 << 20, GATHER_BYTES=1 << 40),
             row({"ranks": 4}, ONE_SHOT_BYTES=512 << 10, GATHER_BYTES=1 << 20),
             row(ONE_SHOT_BYTES=256 << 10, GATHER_BYTES=1 << 20),
         ],

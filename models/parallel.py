@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory
 
 from rooflama.kernels import RooflamaError, one_shot_sum, sum_parts
-from rooflama.kernels.all_reduce import BLOCK, Peers, most_bytes
+from rooflama.kernels.all_reduce import BLOCK, Peers, most_bytes, peers_bytes, slot_elements
 
 from .errors import ArgumentError
 from .share import Share
@@ -57,8 +57,12 @@ class Ranks:
         self._peers: Peers | None = None
         self._mapping: Any = None  # torch's handle, without which the peers' memory is unmapped
 
-    def connect(self, device: Device, dtype: torch.dtype) -> None:
-        """Let sums of few tokens in ``dtype`` go through memory that all ranks map. Every rank must call it.
+    def connect(self, device: Device, dtype: torch.dtype, num_elements: int) -> None:
+        """Let sums in ``dtype`` go through memory that all ranks map. Every rank must call it, with equal arguments.
+
+        Args:
+            num_elements: the most elements of an addend. The launch table says how large addends may be that go this
+                way; memory is taken for no larger ones.
 
         Nothing changes unless all ranks are Nvidia GPUs of one host that can read each other's memory: sums then go
         through the group's backend. ``device`` owns the memory, and frees it when it is closed.
@@ -79,10 +83,10 @@ class Ranks:
         if not all(self.exchange(reaches)):
             return
         ranks = self.share.size
-        capacity = most_bytes(ranks, device.torch_device)["ONE_SHOT_BYTES"] // dtype.itemsize // BLOCK * BLOCK
+        capacity = slot_elements(num_elements, dtype.itemsize, ranks, device.torch_device)
         blocks, slot_bytes = capacity // BLOCK, 2 * capacity * dtype.itemsize
         with self.together():
-            memory = device.allocate_shared(slot_bytes + 2 * 4 * blocks * ranks, label="addends of ranks")
+            memory = device.allocate_shared(peers_bytes(capacity, dtype.itemsize, ranks), label="addends of ranks")
             launches = device.allocate((blocks,), torch.int32, label="launches of sums over ranks").tensor.zero_()
         with self._guard():
             self._mapping = _symmetric_memory.rendezvous(memory.tensor, self.group)
@@ -104,10 +108,9 @@ class Ranks:
         Raises:
             RankFailed: another rank ended, or did not come within the group's timeout.
         """
-        most = most_bytes(self.share.size, addend.device)
-        if self._peers is not None and addend.nbytes <= most["ONE_SHOT_BYTES"]:
+        if self._peers is not None and addend.numel() <= self._peers.capacity:
             return one_shot_sum(addend, self._peers, bias, residual)
-        if self.batch_invariant or addend.nbytes <= most["GATHER_BYTES"]:
+        if self.batch_invariant or addend.nbytes <= most_bytes(self.share.size, addend.device)["GATHER_BYTES"]:
             return sum_parts(self._gathered(addend), bias, residual)
         with self._guard():
             dist.all_reduce(addend, group=self.group)

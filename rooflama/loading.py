@@ -158,7 +158,7 @@ def load(
             num_tokens = min(tokenizer.vocab_size, config.vocab_size)
             runner = start_runner(decoder, plan, owner, longrope=longrope, num_tokens=num_tokens)
         if ranks is not None:
-            ranks.connect(owner, plan.dtype)
+            ranks.connect(owner, plan.dtype, plan.addend_elements)
         return Model(
             checkpoint.name,
             runner,

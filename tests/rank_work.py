@@ -78,7 +78,7 @@ def same_sums(rounds: int, dtype: torch.dtype) -> list[int]:
     wrong = []
     with open_device("cuda") as device:
         ranks, gathering = Ranks(dist.group.WORLD), Ranks(dist.group.WORLD)
-        ranks.connect(device, dtype)
+        ranks.connect(device, dtype, 1 << 20)
         assert ranks._peers is not None
         sizes = [(1, 48), (1, 4096), (7, 4096), (64, 8192), (3, 1000)]
         for number in range(rounds):

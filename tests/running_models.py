@@ -40,7 +40,7 @@ def running(
         decoder = Decoder.load(source, config, adapter)
         num_pages = num_seqs * -(-max_context // PAGE_SIZE)
         if ranks is not None:
-            ranks.connect(owner, dtype)
+            ranks.connect(owner, dtype, 1 << 20)
         cache = PagedKVCache(
             decoder.config,
             num_pages=num_pages,

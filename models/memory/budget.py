@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from rooflama.kernels import checks
+from rooflama.kernels.all_reduce import peers_bytes, slot_elements
 
 from ..config import ModelConfig
 from ..errors import ArgumentError
@@ -63,8 +64,8 @@ class Target:
         return cls(kind, "triton", CONTEXT_BYTES[kind], library)
 
 
-# What NCCL allocates for the ranks of one host, outside torch.
-COLLECTIVES_BYTES = 300 * MIB
+# What NCCL allocates for two ranks of one host, outside torch, on the devices of the table below (on H200s).
+COLLECTIVES_BYTES = 770 * MIB
 
 # What the driver counts besides torch's memory: context, torch's and cuBLAS's modules, kernels. Measured on an H100
 # with torch 2.11 and CUDA 13 (benchmarks/results/memory_plan.csv); other GPUs and versions differ by some tens of MiB.
@@ -166,13 +167,24 @@ class Budget:
                 Line("device", "context and kernels", self.target.context_bytes, "an estimate for the kind of device"),
             ]
         if on_gpu and self.ranks > 1:
-            lines.append(Line("device", "collectives library", COLLECTIVES_BYTES, "an estimate for NCCL's buffers"))
+            slot = slot_elements(self.addend_elements, self.dtype.itemsize, self.ranks, terms.ANY_GPU)
+            mapped = peers_bytes(slot, self.dtype.itemsize, self.ranks)
+            lines += [
+                Line("device", "addends of ranks", mapped, "2 b n E, and their flags, in memory that the ranks map"),
+                Line("device", "collectives library", COLLECTIVES_BYTES, "an estimate for NCCL's buffers"),
+            ]
         return tuple(line for line in lines if line.nbytes)
 
     @property
     def pass_tokens(self) -> int:
         """Tokens of the largest prefill pass."""
         return min(self.prefill_chunk, self.sequences * self.context)
+
+    @property
+    def addend_elements(self) -> int:
+        """Elements of the largest sum over ranks."""
+        tokens = max(padded(self.pass_tokens, captured_sizes(self.config)), self.sequences)
+        return tokens * self.config.hidden_size
 
     @property
     def _library_matrices(self) -> tuple[Matrix, ...]:

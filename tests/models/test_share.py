@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from demo_oracle import checkpoint_path
 from rooflama import ConfigError, plan_memory
 from rooflama.kernels import dequantize, use_backend
+from rooflama.kernels.all_reduce import peers_bytes
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.gguf.types import TYPE_SIZES
 from rooflama.models import CheckpointReader, adapter_for, checkpoint_weights
@@ -109,9 +110,12 @@ def test_a_plan_of_ranks():
     assert shared.ranks == 3
     assert shared.bytes_of("keys and values") * 3 == alone.bytes_of("keys and values")
     assert alone.bytes_of("weights") / 3 < shared.bytes_of("weights") < alone.bytes_of("weights") / 2.98
-    assert "collectives library" in {line.name for line in shared.lines}
+    of = {line.name: line.nbytes for line in shared.lines}
+    assert of["collectives library"]
+    assert of["addends of ranks"] == peers_bytes(262_144, 2, 3)  # three ranks exchange 512 KiB in one launch
+    assert shared.addend_elements == 2048 * 576
     assert {"sums over ranks", "logits of all ranks"} <= {
         line.name for line in shared.lines if line.group == "CUDA graph"
     }
-    assert not {"sums over ranks", "collectives library"} & {line.name for line in alone.lines}
+    assert not {"sums over ranks", "addends of ranks", "collectives library"} & {line.name for line in alone.lines}
     assert ALONE.of(alone.config) == alone.config
