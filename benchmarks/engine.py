@@ -2,7 +2,8 @@
 
 mixed     requests of mixed lengths, all added at once: seconds until the last has ended, against what its passes take
           by themselves: prefill passes at the rate of one long prompt, and each decode step as ``step.py`` times it
-host      median microseconds of host time in a step that only decodes: the step without its wait for tokens
+host      median microseconds of host time in a step that only decodes: ``between`` two replays of the graph, without
+          the wait for tokens, and in ``replay`` itself, while the GPU still works on the step before
 prefix    sequences with a long common beginning: the share of the prefill work, and of the pages, that sharing saves,
           against the ideal of computing and holding the beginning once
 second    milliseconds to the first token of a text whose beginning is known, by the length of that beginning
@@ -17,7 +18,7 @@ import dataclasses
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,26 +196,40 @@ def host(runner: ModelRunner, sizes: Sizes) -> dict[str, float]:
     for _ in range(sizes.requests):
         engine.add(request(rng, runner, 4, 4 * sizes.steps))
     waited: list[float] = []
-    wait = engine_module._Readback.wait
+    replayed: list[float] = []
 
-    def timed(readback: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return wait(readback)
-        finally:
-            waited.append(time.perf_counter() - started)
+    def timed(method: Callable[[Any], Any], times: list[float]) -> Callable[[Any], Any]:
+        def call(owner: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return method(owner)
+            finally:
+                times.append(time.perf_counter() - started)
 
-    spent = []
-    with mock.patch.object(engine_module._Readback, "wait", timed):
+        return call
+
+    readback, graph = engine_module._Readback, torch.cuda.CUDAGraph
+    between, replays = [], []
+    with (
+        mock.patch.object(readback, "wait", timed(readback.wait, waited)),
+        mock.patch.object(graph, "replay", timed(graph.replay, replayed)),
+    ):
         for _ in range(3 * sizes.steps):
             waited.clear()
+            replayed.clear()
             started = time.perf_counter()
             handed = engine.step()
             if len(handed) == sizes.requests:
-                spent.append(time.perf_counter() - started - sum(waited))
+                between.append(time.perf_counter() - started - sum(waited) - sum(replayed))
+                replays.append(sum(replayed))
     for sequence in [*engine.scheduler.running]:
         engine.cancel(sequence)
-    return {"sequences": sizes.requests, "host_us": statistics.median(spent[len(spent) // 3 :]) * 1e6}
+    late = len(between) // 3
+    return {
+        "sequences": sizes.requests,
+        "between_us": statistics.median(between[late:]) * 1e6,
+        "replay_us": statistics.median(replays[late:]) * 1e6,
+    }
 
 
 def prefix(runner: ModelRunner, sizes: Sizes) -> dict[str, float]:
