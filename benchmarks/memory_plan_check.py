@@ -90,6 +90,8 @@ def config_of(name: str) -> ModelConfig:
         return _config(name, 30, 576, 9, 3, 1536, 49152, True, 1e5)
     if name == "Llama-3-70B":
         return _config(name, 80, 8192, 64, 8, 28672, 128256, False, 5e5)
+    if name == "tiny":  # whole blocks of 256, small enough for a CPU
+        return _config(name, 2, 256, 4, 2, 256, 512, False, 5e5)
     return _config(name, 32, 4096, 32, 8, 14336, 128256, False, 5e5)
 
 
@@ -185,15 +187,20 @@ def measure_case(name: str, context: int, kv_dtype: str, gpu: str) -> dict[str, 
     with open_device("cuda") as device:
         plan = run_case(name, context, kv_dtype, device, ask_driver)
         ask_driver()
-        return {
-            "planned_allocated": plan.allocated_bytes,
-            "peak_allocated": torch.cuda.max_memory_allocated(),
-            "planned_reserved": plan.total_bytes - plan.target.context_bytes,
-            "peak_reserved": torch.cuda.max_memory_reserved(),
-            "planned_total": plan.total_bytes,
-            "driver_used": max(used),
-            "outside_torch": used[-1] - torch.cuda.memory_reserved(),
-        }
+        return compared(plan, used)
+
+
+def compared(plan: MemoryPlan, used: list[int]) -> dict[str, int]:
+    """Planned and measured bytes. ``used``: what the driver counted for this process, the last time at its end."""
+    return {
+        "planned_allocated": plan.allocated_bytes,
+        "peak_allocated": torch.cuda.max_memory_allocated(),
+        "planned_reserved": plan.total_bytes - plan.target.context_bytes,
+        "peak_reserved": torch.cuda.max_memory_reserved(),
+        "planned_total": plan.total_bytes,
+        "driver_used": max(used),
+        "outside_torch": used[-1] - torch.cuda.memory_reserved(),
+    }
 
 
 def as_row(name: str, context: int, kv_dtype: str, figures: Mapping[str, int]) -> dict[str, Any]:

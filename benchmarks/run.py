@@ -2,7 +2,7 @@
 
 Needs a CUDA GPU. Writes one row per case and implementation: percentiles of its time, and its fraction of the roofline.
 The roofline is the longer of bytes over memory rate and operations over bf16 matrix rate, both measured in the same
-run.
+run and stated in each row.
 
 A run of everything writes the file anew. A run of named kernels replaces the rows of the cases it measures and keeps
 the others. Each row names its commit and date.
@@ -51,6 +51,7 @@ def main() -> None:
     print(
         f"{origin['gpu']}: memory {memory_rate / 1e12:.2f} TB/s, bf16 matrix product {matrix_rate / 1e12:.0f} TFLOP/s"
     )
+    rates = {"memory_tb_per_s": f"{memory_rate / 1e12:.3f}", "matrix_tflop_per_s": f"{matrix_rate / 1e12:.0f}"}
     kept = read_rows(arguments.out) if arguments.kernels else []
     rows: list[Row] = []
     for kernel in arguments.kernels or MEASURED:
@@ -68,6 +69,7 @@ def main() -> None:
                     "gb_per_s": f"{case.num_bytes / time.p50 / 1e3:.0f}",
                     "tflop_per_s": f"{case.num_flops / time.p50 / 1e6:.1f}",
                     "of_roofline": f"{floor_us / time.p50:.3f}",
+                    **rates,
                     **origin,
                 }
                 rows.append(row)

@@ -6,10 +6,12 @@ import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import rooflama
 from rooflama.kernel_card import CARDS, MEASUREMENTS
 from rooflama.kernels.kernel import KERNELS
 from rooflama.kernels.launch import TABLE, configuration
@@ -61,6 +63,42 @@ def test_the_benchmark_of_the_engine_runs(cases, numpy_backend, monkeypatch, cap
 
 def test_each_file_of_the_registry_is_a_kernels(measured):
     assert set(measured) == set(CARDS)
+
+
+def test_every_kernel_is_measured(cases, measured, monkeypatch):
+    """Tensors without contents; ``one_shot_sum`` is measured by tensor_parallel.py, on two GPUs."""
+    monkeypatch.setattr(cases, "CUDA", "meta")
+    called = set()
+    with ExitStack() as stack:
+        for name in KERNELS:
+            stack.enter_context(rooflama.swap(**{name: lambda *args, name=name, **kwargs: called.add(name)}))
+        for kernel in measured:
+            for case in measured[kernel]():
+                for name in case.implementations.keys() & {"rooflama"}:
+                    case.implementations[name][0]()
+    assert called == KERNELS.keys() - {"one_shot_sum"}
+
+
+def test_the_benchmark_of_long_contexts_runs(cases, numpy_backend, monkeypatch, tmp_path):
+    benchmark, out = importlib.import_module("long_context"), tmp_path / "long_context.csv"
+    monkeypatch.setattr(sys, "argv", ["long_context.py", "--small", "--out", str(out)])
+    assert benchmark.main() == 0
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["what"], int(row["depth"])) for row in rows] == [
+        *(("chunk", depth) for depth in (64, 128, 192, 256)),
+        *(("token", depth) for depth in (32, 256)),
+    ]
+    assert all(float(row["ms"]) > 0 for row in rows)
+
+
+def test_the_least_time_of_a_chunk_and_of_a_token(cases):
+    """By hand for one layer with one head of 2: tokens 3 and 4 see 3 and 4 keys; 10 weights; a token is 5 bytes."""
+    benchmark = importlib.import_module("long_context")
+    shape = SimpleNamespace(num_heads=1, head_dim=2, num_layers=1)
+    least = benchmark.Least(shape, 1e3, 1e3, layer_weights=10, step_bytes=100, token_bytes=5)
+    assert least.chunk(depth=4, count=2) == 2 * 2 * 10 + (3 + 4) * 4 * 2
+    assert least.token(depth=4) == 100 + 4 * 5
 
 
 REGIMES = {"all_reduce", "quantized_matmul"}  # rows that choose a way are measured as cases, not as candidates

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
+import cases
 from cases import Case, heads_and_slots, page_pools, paged
 from model_calls import CHUNK, CONTEXT, INT32, INT64, PAGE_SIZE, Call, Model, empty, page_dtypes, pages, short
 from rooflama import kernels
@@ -27,6 +30,12 @@ def measured() -> Iterator[Case]:
                 lambda p=pool[0]: kernels.gather_kv(p, block_table, seq_lens, num_keys=num_keys) for pool in filled
             ]
         },
+    )  # fmt: skip
+
+    sources = [torch.randperm(pools[0].shape[0], device=cases.CUDA)[:512].chunk(2) for _ in range(8)]
+    yield Case(
+        "copy_pages 256 of 16", 2 * 256 * pools[0][0].nbytes, 0,
+        {"rooflama": [lambda p=pool, s=s: kernels.copy_pages(p, *s) for s in sources for pool in pools]},
     )  # fmt: skip
 
 

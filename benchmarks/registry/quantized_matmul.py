@@ -21,25 +21,31 @@ def measured() -> Iterator[Case]:
     return chain(products(), regimes())
 
 
+SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (128256, 4096)]  # Llama-3-8B's
+MORE_TOKENS = (2, 4, 8, 16, 32, 64, 128, 512, 4096)
+
+
 def products() -> Iterator[Case]:
-    """Decode (1 token) over every type, then 2 to 4096 tokens over Q4_K; the peer is cuBLAS on bf16 weights."""
-    shapes = [(4096, 4096), (28672, 4096), (4096, 14336)]
-    plan = [(t, n, k, 1) for n, k in shapes for t in LAYOUTS if t != "F32"]
-    plan += [(t, 28672, 4096, m) for t in ("Q4_K", "Q8_0") for m in (2, 4, 8, 16, 32, 64, 128, 512, 4096)]
-    for ggml_type, rows, columns, tokens in plan:
-        weight_bytes = random_weight(ggml_type, rows, columns).nbytes
-        weights = [random_weight(ggml_type, rows, columns) for _ in range(cases.copies(weight_bytes))]
+    """Decode (1 token) over every type, then 2 to 4096 tokens over two of them; the peer is cuBLAS on bf16 weights."""
+    for rows, columns in SHAPES:
         dense = [random_weight("BF16", rows, columns) for _ in range(cases.copies(2 * rows * columns))]
-        x = torch.randn(tokens, columns, device=cases.CUDA, dtype=BF16)
-        yield Case(
-            f"{ggml_type} [{rows}, {columns}] tokens={tokens}",
-            weight_bytes + 2 * tokens * (rows + columns),
-            2 * tokens * rows * columns,
-            {
-                "rooflama": [lambda w=w, x=x: kernels.quantized_matmul(x, w) for w in weights],
-                "torch bf16": [lambda w=w, x=x: F.linear(x, w.planes[0]) for w in dense],
-            },
-        )
+        plan = [(ggml_type, 1) for ggml_type in LAYOUTS if ggml_type != "F32"]
+        if (rows, columns) == SHAPES[0]:
+            plan += [(ggml_type, tokens) for ggml_type in ("Q4_K", "Q8_0") for tokens in MORE_TOKENS]
+        for ggml_type, tokens in plan:
+            weights = [random_weight(ggml_type, rows, columns)]
+            weight_bytes = weights[0].nbytes
+            weights += [random_weight(ggml_type, rows, columns) for _ in range(cases.copies(weight_bytes) - 1)]
+            x = torch.randn(tokens, columns, device=cases.CUDA, dtype=BF16)
+            yield Case(
+                f"{ggml_type} [{rows}, {columns}] tokens={tokens}",
+                weight_bytes + 2 * tokens * (rows + columns),
+                2 * tokens * rows * columns,
+                {
+                    "rooflama": [lambda w=w, x=x: kernels.quantized_matmul(x, w) for w in weights],
+                    "torch bf16": [lambda w=w, x=x: F.linear(x, w.planes[0]) for w in dense],
+                },
+            )
 
 
 def regimes() -> Iterator[Case]:
