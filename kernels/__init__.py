@@ -9,6 +9,7 @@ from .embedding import embedding
 from .errors import KernelInputError, RooflamaError
 from .kernel import current_swaps, swap, swapped_only
 from .mlp import geglu, swiglu
+from .next_slots import next_slots
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
 from .penalties import penalise
@@ -34,6 +35,7 @@ __all__ = [
     "embedding",
     "gather_kv",
     "geglu",
+    "next_slots",
     "one_shot_sum",
     "penalise",
     "quantized_matmul",

@@ -25,6 +25,7 @@ from rooflama.kernels import (
     dequantize,
     gather_kv,
     geglu,
+    next_slots,
     penalise,
     sample,
     sum_parts,
@@ -170,6 +171,10 @@ def _own_tensors(
     if kernel is penalise:
         seen = torch.bincount(torch.tensor(token_ids), minlength=vocab).clamp(max=1).int()[None].to(device)
         yield None, ((done.logits.clone(), seen, 1.2 * ones, 0.1 * ones, 0.1 * ones), {})
+    if kernel is next_slots:
+        length = torch.tensor([len(token_ids)], dtype=torch.int32, device=device)
+        table = runner.block_table([sequence_id])
+        yield None, ((length - 1, length, table, cache.page_size, runner.max_context), {})
     for layer in range(config.num_layers):
         hidden = done.hidden[DECODING, layer]
         if kernel is dequantize:

@@ -65,7 +65,17 @@ COMPARED = [name for name in kernels.__all__ if name in KERNELS and name != "one
 ELSEWHERE = {
     **dict.fromkeys(["rms_norm", "rope", "write_kv", "swiglu"], "unfused"),
     **dict.fromkeys(
-        ["add_rms_norm", "copy_pages", "dequantize", "gather_kv", "geglu", "penalise", "sample", "sum_parts"],
+        [
+            "add_rms_norm",
+            "copy_pages",
+            "dequantize",
+            "gather_kv",
+            "geglu",
+            "next_slots",
+            "penalise",
+            "sample",
+            "sum_parts",
+        ],
         "own tensors",
     ),
 }
@@ -78,10 +88,10 @@ def test_a_kernel_is_within_its_own_tolerance(name, model):
     assert made.first_beyond is None
     assert made.way == ELSEWHERE.get(name, "as loaded")
     layers = {row.layer for row in made.layers}
-    outside = {"embedding", "penalise", "sample"}
+    outside = {"embedding", "next_slots", "penalise", "sample"}
     assert layers == {None} if name in outside else layers - {None} == set(range(LAYERS))
     assert all(row.error == row.own_error for row in made.layers)
-    assert all(row.tolerance > row.own_error or name == "sample" for row in made.layers)
+    assert all(row.tolerance > row.own_error or name in ("next_slots", "sample") for row in made.layers)
     assert made.same_token
     assert not any(made.drift.values())
     assert all(speed.kernel > 0 and speed.replacement > 0 for speed in made.speeds.values())

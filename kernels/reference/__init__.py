@@ -10,6 +10,7 @@ from .attention import attention_decode, attention_prefill
 from .dequantize import dequantize
 from .embedding import embedding
 from .mlp import geglu, swiglu
+from .next_slots import next_slots
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
 from .penalties import penalise
@@ -26,6 +27,7 @@ __all__ = [
     "embedding",
     "gather_kv",
     "geglu",
+    "next_slots",
     "one_shot_sum",
     "penalise",
     "quantized_matmul",

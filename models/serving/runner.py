@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import current_swaps
+from rooflama.kernels import current_swaps, next_slots
 from rooflama.kernels.kernel import replays
 
 from ..decoder import Decoder, Observer, Step
@@ -283,17 +283,15 @@ class DecodeSlots:
         return self.token_ids[: key[0]], self.sampler.report(self._options, key[0])
 
     def _step(self, count: int, options: Options) -> Drawn:
-        runner, page_size, rows = self.runner, self.runner.cache.page_size, slice(0, count)
+        runner, rows = self.runner, slice(0, count)
         lengths, block_table = self.lengths[rows], self.block_table[rows]
-        active = lengths < self.limits[rows]
-        position = lengths.clamp(max=runner.max_context - 1)
-        page = block_table.gather(1, (position // page_size).long().unsqueeze(1)).squeeze(1)
-        slot = page.long() * page_size + position % page_size
-        lengths += active
+        positions, slots = next_slots(
+            lengths, self.limits[rows], block_table, runner.cache.page_size, runner.max_context
+        )
         hidden = runner.hidden_states(
             token_ids=self.token_ids[rows],
-            **runner.rotation.rows(self.pins[rows], position),
-            slot_mapping=torch.where(active, slot, -1),
+            **runner.rotation.rows(self.pins[rows], positions),
+            slot_mapping=slots,
             block_table=block_table,
             seq_lens=lengths,
         )

@@ -152,12 +152,13 @@ class Sampler:
         filters = {name: self._filters[name][rows] for name in options.filters}
         tokens = sample(adjusted, steps=self._steps[rows], vocab_size=self._num_tokens, **filters)
         self._steps[rows] += 1
-        places = tokens.clamp(min=0).long().unsqueeze(1)
+        report = self.report(options, len(tokens))
+        if options.penalised or report is not None:
+            places = tokens.clamp(min=0).long().unsqueeze(1)
         if options.penalised:
             seen.scatter_(1, places, seen.gather(1, places) + 2)
             if not isinstance(rows, slice):
                 self._seen_rows(slice(None))[rows] = seen
-        report = self.report(options, len(tokens))
         if report is not None:
             _report(logits[:, : self._num_tokens], places, *report)
         return tokens, report

@@ -127,6 +127,18 @@ def _copy_pages(num_tokens: int, dtype: torch.dtype, seed: int) -> Call:
     return _call(dict(seed=seed), pages=pages, source=order[:num_tokens].clone(), target=order[num_tokens:].clone())
 
 
+def _next_slots(num_tokens: int, page_size: int, seed: int) -> Call:
+    rng = np.random.default_rng(seed)
+    width = int(rng.integers(1, 5))
+    most = width * page_size - int(rng.integers(0, page_size))
+    lengths = rng.integers(0, most + 1, num_tokens)
+    limits = np.where(rng.random(num_tokens) < 0.3, lengths, rng.integers(0, most + 1, num_tokens))
+    table = rng.integers(0, 1000, (num_tokens, width))
+    lengths, limits, table = (torch.from_numpy(x.astype(np.int32)).to(DEVICE) for x in (lengths, limits, table))
+    named: dict[str, Any] = dict(lengths=lengths, limits=limits, block_table=table)
+    return _call(dict(page_size=page_size, seed=seed), **named, page_size=page_size, most_positions=most)
+
+
 def _embedding(num_tokens: int, ggml_type: str, seed: int) -> Call:
     rng = np.random.default_rng(seed)
     table = random_weight(rng, ggml_type, 20, some_columns(ggml_type)[1])
@@ -190,6 +202,7 @@ MAKERS: dict[str, tuple[Maker, dict[str, Any]]] = {
     "embedding": (_embedding, _plain | {"ggml_type": _weights["ggml_type"]}),
     "gather_kv": (_gather_kv, _sizes | _heads | _page | _page_dtypes),
     "geglu": (_gated, _sizes | {"intermediate": st.integers(1, 1500)}),
+    "next_slots": (_next_slots, _plain | _page),
     "penalise": (_penalise, _plain | _vocab),
     "quantized_matmul": (_quantized_matmul, _plain | _weights | {"biased": st.booleans()}),
     "rms_norm": (_rms_norm, _sizes | {"hidden": st.integers(1, 700)}),

@@ -43,6 +43,6 @@ def _widened(kernel: Kernel, name: str, value: Any) -> Any:
         return torch.float64
     if not isinstance(value, Tensor):
         return value
-    if name in POOLS:
-        return copied(value) if name in kernel.mutates else value
-    return value.double() if value.dtype in FLOATS else value
+    if value.dtype in FLOATS and name not in POOLS:
+        return value.double()
+    return copied(value) if name in kernel.mutates else value
