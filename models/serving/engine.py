@@ -278,19 +278,19 @@ class TokenEngine:
             except Exception as error:
                 self._fail([sequence for sequence, life in readback.lives if sequence.life == life], error)
                 continue
+            now = time.perf_counter()
             for row, (sequence, life) in enumerate(readback.lives):
                 if sequence.life == life:
-                    self._take(sequence, values[row], [column[row] for column in logprobs])
+                    self._take(sequence, values[row], logprobs and [column[row] for column in logprobs], now)
                     if values[row] >= 0:
                         taken.append((sequence, values[row]))
         return taken
 
-    def _take(self, sequence: Sequence, token: int, logprobs: list) -> None:
+    def _take(self, sequence: Sequence, token: int, logprobs: list, now: float) -> None:
         """Append a token to its sequence, and end the sequence if that was the last."""
         if token < 0:
             self._end(sequence, _not_a_number(sequence, self.runner.dtype))
             return
-        now = time.perf_counter()
         sequence.timings.add(now - sequence.clock, first=not sequence.token_ids)
         sequence.clock = now
         sequence.token_ids.append(token)

@@ -84,10 +84,10 @@ class Scheduler:
                 batch.decode.append(sequence)
         room, swaps = max(1, self.token_budget - len(batch.decode)), None
         for sequence in list(self.running):
-            count = min(room, sequence.num_tokens - sequence.num_cached)
-            if sequence.row >= 0 or not count or (swaps is not None and sequence.swaps != swaps):
+            if sequence.row >= 0 or not room or (swaps is not None and sequence.swaps != swaps):
                 continue
-            if self._grow(sequence, sequence.num_cached + count):
+            count = min(room, sequence.num_tokens - sequence.num_cached)
+            if count and self._grow(sequence, sequence.num_cached + count):
                 room, swaps = room - count, sequence.swaps
                 batch.prefill.append((sequence, count))
         while room and self.waiting and (swaps is None or self.waiting[0].swaps == swaps):
