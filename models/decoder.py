@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -73,22 +74,20 @@ class Step:
     fused: bool = True
     observe: Observer | None = None
 
-    def attention(
-        self, layer: int, qkv: Tensor, *, q_norm: Tensor | None = None, k_norm: Tensor | None = None
-    ) -> Tensor:
+    def attention(self, layer: int, *qkv: Tensor, q_norm: Tensor | None = None, k_norm: Tensor | None = None) -> Tensor:
         """Rotate queries and keys, write keys and values to their pages, and attend, as ``config`` says of the layer.
 
         Args:
             layer: its index.
-            qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], queries, then keys, then values.
+            qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], queries, then keys, then values. Several tensors
+                are parts of it, side by side, each of whole queries, keys or values.
             q_norm, k_norm: [head_dim], weights of the norms before rotation (Qwen 3).
 
         Returns:
             [num_tokens, num_heads * head_dim].
         """
         config, cache = self.config, self.cache
-        heads = qkv.unflatten(-1, (-1, config.head_dim))
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        q, k, v = self._heads(qkv)
         k_pages, v_pages = cache.k_pages[layer], cache.v_pages[layer]
         scales: dict[str, Any] = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
         rotated = layer not in config.unrotated_layers
@@ -120,6 +119,18 @@ class Step:
                 q, k_pages, v_pages, self.block_table, self.seq_lens, self.query_start_loc, **options
             )
         return out.flatten(1)
+
+    def _heads(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Queries, keys and values [num_tokens, heads, head_dim]: views of the parts of ``qkv``."""
+        left = [self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads]
+        found: list[Tensor] = []
+        for part in parts:
+            heads = part.unflatten(-1, (-1, self.config.head_dim))
+            inside: list[int] = []
+            while sum(inside) < heads.shape[1]:
+                inside.append(left.pop(0))
+            found += heads.split(inside, dim=1)
+        return found
 
     def rotation(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """cos, sin, and each token's row in them, for a layer that rotates."""

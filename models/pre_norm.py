@@ -41,8 +41,8 @@ def block(layer: PreNormLayer, hidden: Tensor, step: Step) -> Tensor:
     """One layer: the residual stream [num_tokens, hidden_size] in, the residual stream out."""
     config = step.config
     eps = config.rms_norm_eps
-    qkv = layer.qkv(hidden, norm_weight=layer.attn_norm, eps=eps)
-    attended = step.attention(layer.index, qkv, q_norm=layer.q_norm, k_norm=layer.k_norm)
+    qkv = layer.qkv.apart(hidden, norm_weight=layer.attn_norm, eps=eps)
+    attended = step.attention(layer.index, *qkv, q_norm=layer.q_norm, k_norm=layer.k_norm)
     hidden = add_projected(hidden, layer.attn_output, attended, config, layer.attn_post_norm)
     gated = layer.gate_up(hidden, norm_weight=layer.ffn_norm, eps=eps, gate=config.activation)
     return add_projected(hidden, layer.ffn_down, gated, config, layer.ffn_post_norm)

@@ -79,18 +79,36 @@ class Projection:
         """
         if norm_weight is not None and not self.fused:
             x, norm_weight = rms_norm(x, norm_weight, eps), None
-        norm: dict[str, Any] = {"norm_weight": norm_weight, "eps": eps, "batch_invariant": self.batch_invariant}
-        norm["resident"] = True  # uploaded long before any step
+        options = self._options(norm_weight, eps)
         if self.summed_over is not None:
-            return self._sum_over(self.summed_over, x, residual, norm)
+            return self._sum_over(self.summed_over, x, residual, options)
         if self.fused and len(self.parts) == 1 and gate in (None, "silu"):
             gated = gate is not None
-            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=gated, **norm)
-        parts = [quantized_matmul(x, part, bias, **norm) for part, bias in zip(self.parts, self.biases, strict=True)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            return quantized_matmul(x, self.parts[0], self.biases[0], residual=residual, swiglu=gated, **options)
+        products = self._products(x, options)
+        y = products[0] if len(products) == 1 else torch.cat(products, -1)
         if gate is not None:
             y = GATED[gate](*y.chunk(2, dim=-1))
         return y if residual is None else y + residual
+
+    def apart(self, x: Tensor, *, norm_weight: Tensor | None = None, eps: float = 0.0) -> list[Tensor]:
+        """The product of each part, which together are the columns of ``self(x)``: joining them would copy them all."""
+        if norm_weight is not None and not self.fused:
+            x, norm_weight = rms_norm(x, norm_weight, eps), None
+        return self._products(x, self._options(norm_weight, eps))
+
+    def _options(self, norm_weight: Tensor | None, eps: float) -> dict[str, Any]:
+        """Of each product. Weights are resident: they were uploaded long before any step."""
+        return {
+            "norm_weight": norm_weight,
+            "eps": eps,
+            "batch_invariant": self.batch_invariant,
+            "resident": True,
+        }
+
+    def _products(self, x: Tensor, options: dict[str, Any]) -> list[Tensor]:
+        pairs = zip(self.parts, self.biases, strict=True)
+        return [quantized_matmul(x, part, bias, **options) for part, bias in pairs]
 
     def _sum_over(self, ranks: Ranks, x: Tensor, residual: Tensor | None, options: dict[str, Any]) -> Tensor:
         """x [num_tokens, columns of this rank] -> [num_tokens, rows], the same on every rank."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, PreTrainedModel
 
-from rooflama.kernels import LAYOUTS, use_backend
+from rooflama.kernels import LAYOUTS, rope_and_cache_write, swap, use_backend
 from rooflama.loaders.gguf import read_gguf
 from rooflama.loaders.gguf.types import TYPE_SIZES
 from rooflama.testing.weights import HALVES, TYPES, gguf_dequantize, random_blocks
@@ -100,6 +100,24 @@ def test_whole_model_equals_the_dequantised_one(family, kinds, tmp_path):
         (decoded,) = decode_logits(runner, [tokens], [12])
     assert_parity(prefilled, expected, f"{family} in {kinds}")
     assert_parity(decoded, expected[12:], f"{family} in {kinds}, decoded")
+
+
+@pytest.mark.usefixtures("numpy_backend")
+def test_parts_of_unlike_types_are_not_joined(tmp_path):
+    """q, k and v reach the rotation where their products wrote them, whatever their types and their number."""
+    _, tensors = quantised(config("llama"), MIXED)
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config("llama")), tensors)
+    seen = set()
+
+    def count_parts(q, k, v, *args, **kwargs):
+        seen.add(len({tensor.untyped_storage().data_ptr() for tensor in (q, k, v)}))
+        return rope_and_cache_write(q, k, v, *args, **kwargs)
+
+    with read_gguf(path) as checkpoint, running(checkpoint) as runner, swap(rope_and_cache_write=count_parts):
+        expected = {len(layer.qkv.parts) for layer in runner.decoder.layers}
+        prefill_logits(runner, [random_tokens(5)], 7)
+    assert seen == expected
+    assert max(expected) > 1
 
 
 def test_the_kernels_themselves_run_a_quantised_model(tmp_path):
