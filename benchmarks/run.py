@@ -1,16 +1,17 @@
-"""Measure kernels against the roofline and their peers: ``python benchmarks/run.py [KERNEL ...] [--out FILE.csv]``.
+"""Measure kernels against the roofline and their peers: ``python benchmarks/run.py [KERNEL ...] [--only REGEX]``.
 
 Needs a CUDA GPU. Writes one row per case and implementation: percentiles of its time, and its fraction of the roofline.
 The roofline is the longer of bytes over memory rate and operations over bf16 matrix rate, both measured in the same
 run and stated in each row.
 
-A run of everything writes the file anew. A run of named kernels replaces the rows of the cases it measures and keeps
-the others. Each row names its commit and date.
+A run of everything writes the file anew. A run of named kernels, or of some of their cases, replaces the rows of the
+cases it measures and keeps the others. Each row names its commit and date.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -39,6 +40,7 @@ def replaced(rows: Sequence[Row], measured: Sequence[Row]) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kernels", nargs="*", help=f"of {', '.join(MEASURED)}; all by default")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose label matches")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.csv")
     arguments = parser.parse_args()
     if unknown := set(arguments.kernels) - set(MEASURED):
@@ -52,10 +54,10 @@ def main() -> None:
         f"{origin['gpu']}: memory {memory_rate / 1e12:.2f} TB/s, bf16 matrix product {matrix_rate / 1e12:.0f} TFLOP/s"
     )
     rates = {"memory_tb_per_s": f"{memory_rate / 1e12:.3f}", "matrix_tflop_per_s": f"{matrix_rate / 1e12:.0f}"}
-    kept = read_rows(arguments.out) if arguments.kernels else []
+    kept = read_rows(arguments.out) if arguments.kernels or arguments.only else []
     rows: list[Row] = []
     for kernel in arguments.kernels or MEASURED:
-        for case in MEASURED[kernel]():
+        for case in (case for case in MEASURED[kernel]() if re.search(arguments.only, case.label)):
             floor_us = 1e6 * max(case.num_bytes / memory_rate, case.num_flops / matrix_rate)
             for name, calls in case.implementations.items():
                 time = measure(calls)

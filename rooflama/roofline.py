@@ -30,7 +30,9 @@ OTHER_COLOUR = "#7b4b94"
 HEADINGS = (
     ("quantized_matmul", r"(\w+) \[28672, 4096\] tokens=1", "quantized_matmul [28672, 4096], 1 token"),
     ("quantized_matmul", r"(\w+) \[4096, 14336\] tokens=1", "quantized_matmul [4096, 14336], 1 token"),
+    ("quantized_matmul", r"(\w+) \[6144, 4096\] tokens=1", "quantized_matmul [6144, 4096], 1 token"),
     ("quantized_matmul", r"(\w+) \[4096, 4096\] tokens=1", "quantized_matmul [4096, 4096], 1 token"),
+    ("quantized_matmul", r"(\w+) \[128256, 4096\] tokens=1", "quantized_matmul [128256, 4096], 1 token"),
     ("quantized_matmul", r"(\w+) \[28672, 4096\] (tokens=\d+)", "quantized_matmul [28672, 4096]"),
     ("sampling", r"temperature, (top-k, top-p, min-p) (\[.*\])", "sampling"),
 )

@@ -131,8 +131,8 @@ def test_a_run_of_one_kernel_keeps_the_rows_of_the_others(cases, monkeypatch, tm
     def case(label, *names):
         return cases.Case(label, 1, 1, {name: [name] for name in names})
 
-    def run_kernels(*kernels):
-        monkeypatch.setattr(sys, "argv", ["run.py", *kernels, "--out", str(table)])
+    def run_kernels(*options):
+        monkeypatch.setattr(sys, "argv", ["run.py", *options, "--out", str(table)])
         run.main()
         with table.open(newline="") as file:
             return [(r["kernel"], r["case"], r["implementation"], float(r["us_p50"])) for r in csv.DictReader(file)]
@@ -163,6 +163,13 @@ def test_a_run_of_one_kernel_keeps_the_rows_of_the_others(cases, monkeypatch, tm
         ("a", "fourth", "ours", 3.0),
     ]
     assert {row[1] for row in run_kernels()} == {"first", "third", "fourth"}
+
+    clock["ours"] = 4.0
+    assert run_kernels("--only", "^f") == [
+        ("a", "first", "ours", 4.0),
+        ("a", "fourth", "ours", 4.0),
+        ("b", "third", "ours", 3.0),
+    ]
 
 
 def test_a_call_is_replayed_from_the_second_time_on(cases):
