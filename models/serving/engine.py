@@ -59,7 +59,6 @@ class TokenEngine:
         self.turns = Turns()
         self.scheduler = Scheduler(
             runner.cache,
-            max_context=runner.max_context,
             num_slots=num_slots,
             token_budget=min(token_budget or runner.prefill_chunk, runner.prefill_chunk),
             prefixes=PrefixCache(runner) if prefix_cache else None,
@@ -82,6 +81,7 @@ class TokenEngine:
             self.check_open()
             self.runner.check(sequence.request)
             sequence.number = self._arrivals
+            sequence.most_tokens = sequence.request.planned_tokens(self.runner.max_context)
             self._arrivals += 1
             self.scheduler.add(sequence)
 
@@ -221,7 +221,7 @@ class TokenEngine:
             end += count
             ends.append(end)
         ids = [sequence.cache_id for sequence in sequences if sequence.cache_id is not None]
-        planned = [sequence.request.planned_tokens(self.runner.max_context) for sequence in sequences]
+        planned = [sequence.most_tokens for sequence in sequences]
         ((_, hidden),) = self.runner.prefill(ids, parts, planned)
         rows: list[Tensor] = []
         complete: list[Sequence] = []
@@ -302,9 +302,10 @@ class TokenEngine:
         except Exception as error:
             self._end(sequence, error)
             return
-        is_full = sequence.num_tokens == sequence.request.planned_tokens(self.runner.max_context)
-        if stopped or is_full or token in self.end_ids:
-            self._end(sequence, "stop" if stopped or token in self.end_ids else "length")
+        if stopped or token in self.end_ids:
+            self._end(sequence, "stop")
+        elif sequence.num_tokens == sequence.most_tokens:
+            self._end(sequence, "length")
 
     def _end(self, sequence: Sequence, reason: str | BaseException) -> None:
         """End a sequence, unless it has ended, with a finish reason or an error."""

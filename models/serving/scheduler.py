@@ -40,7 +40,6 @@ class Scheduler:
 
     Args:
         cache: the pages.
-        max_context: the most tokens of a sequence.
         num_slots: the most sequences that hold pages at once.
         token_budget: the most tokens of a step, those of prefill and of decoding together.
         prefixes: the known beginnings of texts; None to share nothing.
@@ -55,13 +54,12 @@ class Scheduler:
         self,
         cache: PagedKVCache,
         *,
-        max_context: int,
         num_slots: int,
         token_budget: int,
         prefixes: PrefixCache | None,
         leave: Callable[[Sequence], None],
     ):
-        self.cache, self.max_context, self._leave = cache, max_context, leave
+        self.cache, self._leave = cache, leave
         self.num_slots, self.token_budget, self.prefixes = num_slots, token_budget, prefixes
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -106,7 +104,7 @@ class Scheduler:
 
     def _most(self, sequence: Sequence) -> int:
         """The most tokens that the sequence's cache ever holds: its last token is never read."""
-        return sequence.request.planned_tokens(self.max_context) - 1
+        return sequence.most_tokens - 1
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a sequence room for ``num_tokens`` tokens. False if it had to be preempted itself."""

@@ -85,6 +85,7 @@ class Sequence:
         error: what ended the sequence before its time; None if nothing did.
         preemptions: how often it gave up its pages and was computed again.
         number: its place in the order of arrival; -1 before it is added to an engine.
+        most_tokens: the tokens that end it, its prompt's included; 0 before it is added to an engine.
         cache_id: of its pages in the cache; None without pages.
         num_cached: tokens whose keys and values are in the cache, those of a launched step included.
         limit: the most tokens that it has pages for and will need.
@@ -102,6 +103,7 @@ class Sequence:
     error: BaseException | None = None
     preemptions: int = 0
     number: int = -1
+    most_tokens: int = 0
     cache_id: int | None = None
     num_cached: int = 0
     limit: int = 0
