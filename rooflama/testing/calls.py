@@ -134,8 +134,8 @@ def _next_slots(num_tokens: int, page_size: int, seed: int) -> Call:
     lengths = rng.integers(0, most + 1, num_tokens)
     limits = np.where(rng.random(num_tokens) < 0.3, lengths, rng.integers(0, most + 1, num_tokens))
     table = rng.integers(0, 1000, (num_tokens, width))
-    lengths, limits, table = (torch.from_numpy(x.astype(np.int32)).to(DEVICE) for x in (lengths, limits, table))
-    named: dict[str, Any] = dict(lengths=lengths, limits=limits, block_table=table)
+    arrays = {"lengths": lengths, "limits": limits, "block_table": table}
+    named: dict[str, Any] = {n: torch.from_numpy(x.astype(np.int32)).to(DEVICE) for n, x in arrays.items()}
     return _call(dict(page_size=page_size, seed=seed), **named, page_size=page_size, most_positions=most)
 
 
