@@ -91,7 +91,7 @@ format: $(VENV)/.lint  ## apply ruff's formatting
 wheel: $(VENV)/.ready  ## build the wheel into dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
-GPU_MODEL_TESTS := $(addprefix tests/models/test_,parity_gpu.py adapter_hooks.py batch_invariance.py engine_gpu.py quantised_pages.py demo_checkpoint_gpu.py faults.py second_gpu.py tensor_parallel_gpu.py unfused.py swap.py)
+GPU_MODEL_TESTS := $(addprefix tests/models/test_,parity_gpu.py warm_gpu.py adapter_hooks.py batch_invariance.py engine_gpu.py quantised_pages.py demo_checkpoint_gpu.py faults.py second_gpu.py tensor_parallel_gpu.py unfused.py swap.py)
 GPU_DEVICE_TESTS := tests/loaders/device
 GPU_INTEGRATION_TESTS := tests/integrations
 

@@ -18,7 +18,6 @@ dtype of q before they multiply V. Keys outside [first_key, end_key) are not rea
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +35,7 @@ from .checks import (
     check_same_device,
     check_shape,
 )
+from .gpu import capability
 from .paged_checks import check_block_table, check_keys_in_pages, check_kv_pages
 from .paged_common import LIMITS, PagedKV, paged_kv
 
@@ -250,10 +250,9 @@ def natural(lse):
     return lse * _LN_2
 
 
-@functools.cache
 def converts_float8(device: torch.device) -> bool:
     """Whether Triton converts e4m3: on Nvidia's devices from compute capability 8.9 on. Elsewhere ``widen`` does."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 9)
+    return capability(device) >= (8, 9)
 
 
 def attention_kv(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> PagedKV:

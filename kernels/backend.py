@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from .errors import KernelInputError
+from .gpu import stands_for_gpu
 from .interpreter import repair_loop_bounds
 
 Backend = Literal["triton", "numpy"]
@@ -53,6 +54,8 @@ def forced_backend() -> Backend | None:
 
 def backend_for(device: torch.device) -> Backend:
     """The implementation that runs for tensors on ``device``."""
+    if stands_for_gpu(device):
+        return "triton"
     if device.type not in ("cpu", "cuda"):  # HIP devices are called cuda, too
         raise KernelInputError(
             f"tensors on {device}",

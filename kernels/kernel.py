@@ -11,6 +11,7 @@ A call then goes this way:
                                        traced goes the ways below when it runs
     inside ``swap(rms_norm=mine)``     ``mine``, with the arguments as given
     tensors on the CPU                 the NumPy definition, or the launches under Triton's interpreter
+    tensors without memory             noted as launches to compile, inside a rehearsal (rehearsal.py)
     tensors on a GPU                   the launches, bound once per signature and then replayed (bound.py)
 
 Kernels compute no gradients: a tensor that requires one is refused.
@@ -36,6 +37,7 @@ from .bound import BoundLaunches, Launch, launch, scratch, signature_of, tensors
 from .checks import check
 from .errors import KernelInputError
 from .facts import Facts
+from .rehearsal import note
 
 __all__ = ["KERNELS", "Kernel", "Launch", "kernel", "launch", "like", "nothing", "run_definition", "scratch", "swap"]
 
@@ -166,7 +168,7 @@ class Kernel(Facts, Generic[P, Out]):
         bound = None
         if launches is not None:
             launches = [one for one in ([launches] if isinstance(launches, Launch) else launches) if all(one.grid)]
-            compiled = [run(one) for one in launches]
+            compiled = list(map(note if device.type == "meta" else run, launches))
             if signature is not None:
                 bound = BoundLaunches.bind(values, out, scratches, launches, compiled)
         if signature is not None:

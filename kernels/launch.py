@@ -11,7 +11,6 @@ No configuration changes what a kernel computes; some change the order of its su
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from .backend import INTERPRETED
+from .gpu import capability, gpu_of
 
 WHOLE = 4096  # BLOCK_K that holds a whole row of most models: the launchers cut it to the row's own power of two
 
@@ -191,7 +191,6 @@ TABLE: dict[str, dict[str, list[Row]]] = {
 }
 
 
-@functools.cache
 def gpu_names(device: torch.device | None) -> tuple[str, ...]:
     """The keys of ``TABLE`` that serve a device, best first: its own, its family's, "any". None is for plans: sm90.
 
@@ -199,12 +198,12 @@ def gpu_names(device: torch.device | None) -> tuple[str, ...]:
     """
     if device is None:
         return "sm90", "any"
-    if device.type == "cpu":
+    gpu = gpu_of(device)
+    if gpu is None:
         return "interpreter", "any"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0], "hip", "any"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}", "sm90" if major in (9, 10) else "sm80", "any"
+    if gpu.backend == "hip":
+        return str(gpu.arch), "hip", "any"
+    return f"sm{gpu.arch}", "sm90" if int(gpu.arch) // 10 in (9, 10) else "sm80", "any"
 
 
 _overridden: dict[str, dict[str, int]] = {}
@@ -240,13 +239,10 @@ def override(kernel: str, **chosen: int) -> Iterator[None]:
             _overridden[kernel] = before
 
 
-@functools.cache
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel on this device may start before the one in front of it has ended.
 
     This is programmatic dependent launch, from Hopper on. Such a kernel calls ``gdc_wait`` before it reads or writes
     what another kernel writes or reads.
     """
-    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return not INTERPRETED and capability(device) >= (9, 0)

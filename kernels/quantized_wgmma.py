@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra import cuda
 
 from .bound import Launch, launch, scratch
+from .gpu import capability
 from .quantized_tiles import Input, Output, planes_of
 from .quantized_wgmma_codes import load_spread, low_lanes, low_words, unpack
 from .quantized_wgmma_ends import (
@@ -235,11 +236,9 @@ def _wgmma_kernel(
 
 def serves(activations: Input, weight: Weight) -> bool:
     """Whether this regime can compute the product: on compute capability 9.x, where alone wgmma exists."""
-    device, x = weight.device, activations.x
+    x = activations.x
     return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device)[0] == 9
+        capability(weight.device)[0] == 9
         and has_blocks(weight.layout, weight.shape[1])
         and x.dtype in (torch.bfloat16, torch.float16)
         and LEAST_TOKENS <= x.shape[0] <= MOST_TOKENS

@@ -31,6 +31,7 @@ __all__ = [
     "RooflamaError",
     "Summary",
     "Trace",
+    "Warmed",
     "attention",
     "check",
     "compare",
@@ -41,6 +42,7 @@ __all__ = [
     "plan_memory",
     "swap",
     "trace",
+    "warm",
 ]
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from .results import Generation
     from .summary import Summary, inspect
     from .tracing import Trace, trace
+    from .warming import Warmed, warm
 else:
     _ROOMS = ("kernels", "loaders", "models")  # folders beside this one in a clone
     _PACKAGES = (*_ROOMS, "integrations", "testing")
@@ -80,6 +83,7 @@ else:
         "results": ("Generation",),
         "summary": ("Summary", "inspect"),
         "tracing": ("Trace", "trace"),
+        "warming": ("Warmed", "warm"),
     }
     _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

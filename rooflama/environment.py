@@ -42,6 +42,11 @@ VARIABLES = (
         "`1` runs CPU tensors through the Triton kernels in Triton's interpreter instead of the NumPy definitions; "
         "read at import",
     ),
+    Variable(
+        ("TRITON_CACHE_DIR",),
+        "the folder of compiled kernels, `~/.triton/cache` by default "
+        "([LOADING_EXAMPLES.md](LOADING_EXAMPLES.md#the-first-answer-of-a-process))",
+    ),
     Variable(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "the GPUs that the driver shows"),
     Variable(
         ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"),

@@ -26,13 +26,12 @@ from rooflama.models import (
     Decoder,
     MemoryPlan,
     ModelConfig,
-    ModelRunner,
-    PagedKVCache,
     TensorSource,
 )
 from rooflama.models.memory.amounts import count, parse_bytes, size
 from rooflama.models.parallel import Ranks, ranks_of
 from rooflama.models.rope.spec import FactorSetPolicy
+from rooflama.models.serving.starting import start_runner
 
 from . import arguments
 from .model import Model
@@ -177,34 +176,6 @@ def _closed_on_error(device: Device) -> Iterator[None]:
     except BaseException:
         device.close()
         raise
-
-
-def start_runner(
-    decoder: Decoder,
-    plan: MemoryPlan,
-    device: Device,
-    *,
-    longrope: FactorSetPolicy = "auto",
-    num_tokens: int | None = None,
-) -> ModelRunner:
-    """A runner as ``plan`` describes it, with pages and tables, for weights that are on ``device`` already."""
-    cache = PagedKVCache(
-        plan.config,
-        num_pages=plan.num_pages,
-        page_size=plan.page_size,
-        max_append=plan.prefill_chunk,
-        dtype=plan.kv_dtype,
-        device=device,
-    )
-    return ModelRunner(
-        decoder,
-        cache,
-        max_context=plan.context,
-        dtype=plan.dtype,
-        prefill_chunk=plan.prefill_chunk,
-        longrope=longrope,
-        num_tokens=num_tokens,
-    )
 
 
 def check_vocabulary(tokenizer: Tokenizer, num_rows: int) -> None:

@@ -80,7 +80,7 @@ class _ForcedSlots(DecodeSlots):
         for step in range(max(len(tokens) for tokens in continuations)):
             for row, tokens in enumerate(continuations):
                 self.token_ids[row] = tokens[step] if step < len(tokens) else 0
-            self._step(len(continuations), Options())
+            self.run_step(len(continuations), Options())
         return [
             torch.stack([logits[row] for logits in self.seen[: len(tokens)]])
             for row, tokens in enumerate(continuations)

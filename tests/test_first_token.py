@@ -13,9 +13,20 @@ from tiny_checkpoints import write_case
 
 PROGRAM = """
 import sys, rooflama
+from rooflama.kernels.gpu import GPUTarget
+from rooflama.loaders.opening import open_headers
+from rooflama.models import CheckpointReader
+from rooflama.models.serving.rehearsal import rehearse
+from rooflama.planning import adapter_of
+
 running, *planned = sys.argv[1:]
 for path in planned:
-    rooflama.plan_memory(path)
+    for kv_dtype in ("auto", "int8"):
+        plan = rooflama.plan_memory(path, device="cuda", dtype="float16", kv_dtype=kv_dtype)
+        with open_headers(path) as checkpoint:
+            reader, adapter = CheckpointReader(checkpoint), adapter_of(checkpoint)
+            adapter.read_config(reader)
+            assert rehearse(reader, plan.config, adapter, plan, GPUTarget("cuda", 90, 32))
 with rooflama.load(running, progress=False) as model:
     model.generate("a", max_new_tokens=1)
 print(*sys.modules)
@@ -23,9 +34,10 @@ print(*sys.modules)
 
 
 def test_the_first_token_imports_no_compiler_of_torch(tmp_path):
-    """torch._dynamo takes a second to import. Some of torch's operators on the meta device, which plan, import it."""
-    names = ("llama-biases", "qwen2-fused-qkv", "qwen3", "phi3-4k")
+    """torch._dynamo takes a second to import. Some operators on the meta device would, in a plan or a rehearsal."""
+    names = ("llama-biases", "qwen2-fused-qkv", "qwen3", "phi3-128k")
     paths = [write_small(tmp_path / "small.gguf"), *(write_case(name, tmp_path, "gguf") for name in names)]
+    paths.append(write_case("llama-dynamic", tmp_path, "safetensors"))
     command = [sys.executable, "-c", PROGRAM, *map(str, paths)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "rooflama.models" in result.stdout.split()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from rooflama.kernels import LAYOUTS, Weight
 from rooflama.loaders.gguf.repack import repack
@@ -21,6 +19,7 @@ from rooflama.loaders.gguf.types import TYPE_SIZES, row_nbytes
 
 from ..config import ModelConfig
 from ..decoder import Adapter, Decoder
+from ..shapes_only import shapes_only
 from ..share import ALONE, Cut, Share
 from ..weights import WHOLE, CheckpointReader, TensorSource
 from .allocator import Segments
@@ -131,27 +130,6 @@ class DryRunSource(TensorSource):
         self.resident["F32"] += tensor.nbytes
         self.allocations.append(tensor.nbytes)
         return tensor
-
-
-class _ShapesOnly(TorchFunctionMode):
-    """Joins meta tensors by their shapes. torch's own rule imports its compiler, which takes a second.
-
-    So do ``a + b`` and ``a[index]`` on meta tensors; ``add_`` and ``index_select`` do not, and loading uses these.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.cat:
-            first = args[0][0]
-            rows = sum(tensor.shape[0] for tensor in args[0])
-            return torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device="meta")
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """The context for ``Decoder.load`` on a ``DryRunSource``: tensors made inside have no memory."""
-    with torch.device("meta"), _ShapesOnly():
-        yield
 
 
 def checkpoint_weights(

@@ -112,7 +112,9 @@ class ModelRunner:
 
     def upload(self, tensor: Tensor) -> Tensor:
         """A copy of a host tensor on the device, without waiting for the device."""
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def prefill(
         self,
@@ -149,10 +151,10 @@ class ModelRunner:
     def _pass(self, inputs: PassInputs, observe: Observer | None) -> Tensor:
         is_plain = observe is None and not current_swaps()  # a graph calls neither
         if is_plain and replays(self.device) and self._captured.serves(inputs):
-            return self._captured(self._run_pass, inputs)
-        return self._run_pass(PassInputs(*map(self.upload, inputs)), observe)
+            return self._captured(self.run_pass, inputs)
+        return self.run_pass(PassInputs(*map(self.upload, inputs)), observe)
 
-    def _run_pass(self, inputs: PassInputs, observe: Observer | None = None) -> Tensor:
+    def run_pass(self, inputs: PassInputs, observe: Observer | None = None) -> Tensor:
         return self.hidden_states(
             token_ids=inputs.token_ids,
             **self.rotation.rows(inputs.pins[inputs.sequence_of], inputs.positions),
@@ -270,19 +272,19 @@ class DecodeSlots:
         """Feed each sequence its last token and draw the next. The next step overwrites the result."""
         count = len(self.sequences)
         if not replays(self.runner.device):
-            return self._step(count, self._options)
+            return self.run_step(count, self._options)
         key = (bucket(count, self.num_slots), self._options)
         if key not in self._graphs:
             self._graphs[key] = None
-            return self._step(*key)  # compiles every kernel, which is impossible during a capture
+            return self.run_step(*key)  # compiles every kernel, which is impossible during a capture
         if (graph := self._graphs[key]) is None:
             self._memory_pool = self._memory_pool or torch.cuda.graph_pool_handle()
-            graph = self.runner.cache.device.capture(lambda: self._step(*key), self._memory_pool)
+            graph = self.runner.cache.device.capture(lambda: self.run_step(*key), self._memory_pool)
             self._graphs[key] = graph
         graph.replay()
         return self.token_ids[: key[0]], self.sampler.report(self._options, key[0])
 
-    def _step(self, count: int, options: Options) -> Drawn:
+    def run_step(self, count: int, options: Options) -> Drawn:
         runner, rows = self.runner, slice(0, count)
         lengths, block_table = self.lengths[rows], self.block_table[rows]
         positions, slots = next_slots(

@@ -1,4 +1,4 @@
-"""The command line: ``rooflama demo | run | chat | inspect | plan | check | kernel | compare | roofline | env``.
+"""The command line: ``rooflama demo | run | chat | inspect | plan | check | warm | kernel | compare | roofline | env``.
 
 The exit status is 2 for an error that the user can fix, and 130 after Ctrl-C. Commands import what they need when they
 run, because torch takes seconds to import and ``--help`` does not need it.
@@ -20,6 +20,7 @@ from .compare import compare
 from .options import Json, Loading, ModelSource, Rope, Sampling, with_groups
 from .roofline import roofline
 from .run import run
+from .warm import warm
 
 
 class Commands(TyperGroup):
@@ -101,6 +102,7 @@ def inspect(model: ModelSource, rope: Rope = None, as_json: Json = False) -> Non
 
 app.command()(cli_plan.plan)
 app.command()(cli_plan.check)
+app.command()(warm)
 
 
 @app.command()

@@ -26,6 +26,7 @@ Rope = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 SystemMessage = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="the system message of the chat")]
 Option = typer.Option
+DTYPES = "dtype of activations: auto, float32, float16, bfloat16"
 KV_DTYPES = "dtype of keys and values: auto, float32, float16, bfloat16, fp8, int8"
 
 
@@ -72,7 +73,7 @@ class Loading:
     """Device, dtypes and limits of a model: keyword arguments of ``rooflama.load``."""
 
     device: DeviceName = "auto"
-    dtype: Annotated[str, Option(help="dtype of activations: auto, float32, float16, bfloat16")] = "auto"
+    dtype: Annotated[str, Option(help=DTYPES)] = "auto"
     kv_dtype: Annotated[str, Option(help=KV_DTYPES)] = "auto"
     max_context: Annotated[int | None, Option(help="the most tokens of prompt and answer together")] = None
     rope: Rope = None

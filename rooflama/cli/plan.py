@@ -10,7 +10,7 @@ import typer
 
 from ..json_text import json_text
 from . import ranks
-from .options import KV_DTYPES, DeviceName, Json, ModelSource, Rope
+from .options import DTYPES, KV_DTYPES, DeviceName, Json, ModelSource, Rope
 from .output import console
 
 Limit = Annotated[str | None, typer.Option(help="memory that the model must fit into, e.g. 24GiB")]
@@ -21,7 +21,7 @@ def plan(
     context: Annotated[int | None, typer.Option(help="tokens per sequence; the model's own context by default")] = None,
     sequences: Annotated[int, typer.Option(help="number of sequences at once")] = 1,
     kv_dtype: Annotated[str, typer.Option(help=KV_DTYPES)] = "auto",
-    dtype: Annotated[str, typer.Option(help="dtype of activations: auto, float32, float16, bfloat16")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPES)] = "auto",
     device: DeviceName = "auto",
     limit: Limit = None,
     rope: Rope = None,

@@ -12,6 +12,7 @@ import pytest
 
 import rooflama
 from hub_server import Repository, files_of, serving
+from rooflama import warming
 from rooflama.loaders.gguf.errors import GGUFError
 from rooflama.loaders.gguf.parse import parse_header
 from rooflama.loaders.huggingface.hub import HubError, HubUnreachableError, NotOnHubError, fetch
@@ -357,3 +358,12 @@ def test_the_environment_counts_as_the_library_has_it(hub, tmp_path):
     hub.requests.clear()
     assert "GQA: 4 query heads" in inspect(HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path / "cache")).stdout
     assert not hub.requests
+
+
+@pytest.mark.parametrize("reference", ["hf:owner/folder", "hf:owner/gguf:small.gguf"])
+def test_warm_reads_headers_and_the_tokenizer(hub, monkeypatch, tmp_path, reference):
+    """Nothing is compiled here, since this process may interpret its kernels."""
+    monkeypatch.setattr(warming, "INTERPRETED", False)
+    monkeypatch.setattr(warming, "compile_launches", lambda launches, device, progress: len(launches))
+    assert rooflama.warm(reference, target="sm_90", dtype="float16").kernels > 10
+    assert not list(tmp_path.rglob("cache/**/*.safetensors")) + list(tmp_path.rglob("cache/**/*.gguf"))

@@ -1,0 +1,44 @@
+"""After ``rooflama.warm``, a process that runs the model compiles nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from whole_checkpoints import write_file
+
+pytestmark = pytest.mark.gpu
+
+WARM = "import sys, rooflama; print(rooflama.warm(sys.argv[1], max_sequences=2).compiled)"
+RUN = """
+import sys, triton, rooflama
+
+def listen(*, src, cache_hit, **_):
+    if not cache_hit:
+        compiled.append(src.name)
+
+compiled = []
+triton.knobs.compilation.listener = listen
+with rooflama.load(sys.argv[1], max_sequences=2, progress=False) as model:
+    for length in (1, 3, 8, 100, 300):
+        prompt = [1 + i % 50 for i in range(length)]
+        for options in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}):
+            model.generate([prompt, prompt[:1]], max_new_tokens=4, **options)
+            model.generate(prompt, max_new_tokens=4, **options)
+print("compiled:", *compiled)
+"""
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "phi3-128k"])
+def test_a_warm_process_compiles_nothing(name, tmp_path):
+    path = write_file(name, tmp_path / "tiny.gguf")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    printed = []
+    for program in (WARM, RUN):
+        command = [sys.executable, "-c", program, str(path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert int(printed[0]) > 10
+    assert printed[1] == "compiled:\n"
