@@ -24,6 +24,7 @@ _OTHERWISE: dict[str, tuple[str, ...]] = {
     "kernel": ("kernel", "every_kernel", "norm"),
     "launch": ("every_kernel", "norm"),
     "facts": ("kernel",),
+    "gpu": ("rehearsal",),
     "interpreter": ("attention_edges", "paged_cache"),
     "mlp": ("mlp", "beyond_int32_outputs"),
     "norm": ("norm", "beyond_int32_outputs"),
