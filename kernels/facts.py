@@ -38,7 +38,7 @@ def fact_table(rows: Rows) -> Table:
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in rows:
-        table.add_row(Text(label, style="bold"), Text(value))
+        table.add_row(Text(label, style="bold"), Text(value, overflow="fold"))  # a path is shown to its end
     return table
 
 
