@@ -62,9 +62,10 @@ def _check(lengths: Tensor, limits: Tensor, block_table: Tensor, page_size: int,
     check_shape("block_table", block_table, (None, None))
     num_seqs, width = block_table.shape
     check_sequences(num_seqs)
+    check_shape("lengths", lengths, (num_seqs,))
+    check_shape("limits", limits, (num_seqs,))
     tensors = {"lengths": lengths, "limits": limits, "block_table": block_table}
     for name, tensor in tensors.items():
-        check_shape(name, tensor, (num_seqs,) if tensor is not block_table else (num_seqs, width))
         check_dtype(name, tensor, (torch.int32,))
     check_last_dim_contiguous(**tensors)
     check_count("page_size", page_size, "the tokens of a page")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ def measured() -> Iterator[Case]:
         lengths = torch.zeros(num_seqs, dtype=torch.int32, device=cases.CUDA)
         limits = torch.full_like(lengths, 2**30)
         table = torch.zeros(num_seqs, PAGES, dtype=torch.int32, device=cases.CUDA)
-        call = lambda a=(lengths, limits, table): kernels.next_slots(*a, PAGE_SIZE, PAGE_SIZE * PAGES)  # noqa: E731
+        call = partial(kernels.next_slots, lengths, limits, table, PAGE_SIZE, PAGE_SIZE * PAGES)
         yield Case(f"next_slots [{num_seqs}]", 32 * num_seqs, 0, {"rooflama": [call] * 8})
 
 

@@ -183,8 +183,14 @@ class Budget:
     @property
     def addend_elements(self) -> int:
         """Elements of the largest sum over ranks."""
-        tokens = max(padded(self.pass_tokens, captured_sizes(self.config)), self.sequences)
-        return tokens * self.config.hidden_size
+        return max(self._padded_pass, self.sequences) * self.config.hidden_size
+
+    @property
+    def _padded_pass(self) -> int:
+        """Tokens of the largest prefill pass as it runs: a GPU's are padded to the size of a captured one."""
+        if self.target.kind == "cpu":
+            return self.pass_tokens
+        return padded(self.pass_tokens, captured_sizes(self.config))
 
     @property
     def _library_matrices(self) -> tuple[Matrix, ...]:
@@ -207,9 +213,7 @@ class Budget:
     @cached_property
     def _prefill(self) -> Moment:
         """The widest moment of a prefill pass."""
-        widest = self._widest(
-            self.pass_tokens if self.target.kind == "cpu" else padded(self.pass_tokens, captured_sizes(self.config))
-        )
+        widest = self._widest(self._padded_pass)
         if self.target.kind != "cpu" and self._library_matrices:
             widest["matmul library"] = self.target.matmul_library_bytes
         return widest

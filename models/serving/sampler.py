@@ -153,8 +153,9 @@ class Sampler:
         tokens = sample(adjusted, steps=self._steps[rows], vocab_size=self._num_tokens, **filters)
         self._steps[rows] += 1
         report = self.report(options, len(tokens))
-        if options.penalised or report is not None:
-            places = tokens.clamp(min=0).long().unsqueeze(1)
+        if report is None and not options.penalised:
+            return tokens, None
+        places = tokens.clamp(min=0).long().unsqueeze(1)
         if options.penalised:
             seen.scatter_(1, places, seen.gather(1, places) + 2)
             if not isinstance(rows, slice):

@@ -1,10 +1,8 @@
 """The engine: whatever is added, preempted or cancelled beside it, a sequence draws the tokens that it draws alone."""
 
 import asyncio
-import contextvars
 import itertools
 import os
-import threading
 import time
 from io import StringIO
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import rooflama
+from engine_acts import acts_of, finish, play, run_in_threads
 from failing import Failing
 from rooflama import ArgumentError, Engine, ModelClosed
 from rooflama.kernels import use_backend
@@ -52,11 +51,6 @@ def all_free(model):
     return pool.num_free == len(pool.references)
 
 
-def finish(engine, *sequences):
-    for sequence in sequences:
-        engine.advance(sequence, until=lambda: False)
-
-
 @pytest.fixture(scope="module")
 def alone(model):
     """The tokens of (prompt number, draw number, new tokens) on an engine of its own, computed once."""
@@ -80,7 +74,7 @@ def sequence_of(prompt, draw, new):
 
 
 requests = st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(0, len(DRAWS) - 1), st.integers(1, 40))
-acts = st.one_of(requests, st.integers(1, 12), *map(st.just, ("cancel", "preempt", "forget")))  # numbers are steps
+acts = acts_of(requests)
 
 
 @settings(max_examples=12)
@@ -91,23 +85,7 @@ def test_a_sequence_draws_what_it_draws_alone(model, alone, acts, budget, slots)
     """In tight memory, with chunked prompts, among sequences that come, go, and lose their pages."""
     with use_backend("numpy"):
         engine = TokenEngine(model.runner, num_slots=slots, token_budget=budget)
-        added, cancelled = [], set()
-        for act in acts:
-            live = [sequence for _, sequence in added if not sequence.has_ended]
-            if isinstance(act, tuple):
-                added.append((act, sequence_of(*act)))
-                engine.add(added[-1][1])
-            elif act == "cancel" and live:
-                engine.cancel(live[len(live) // 2])
-                cancelled.add(live[len(live) // 2])
-            elif act == "preempt" and engine.scheduler.running:
-                engine.scheduler.preempt(engine.scheduler.running[0])
-            elif act == "forget":
-                engine.scheduler.prefixes.forget()
-            elif isinstance(act, int):
-                for _ in range(act):
-                    engine.step()
-        finish(engine, *(sequence for _, sequence in added))
+        added, cancelled = play(engine, acts, sequence_of)
         assert not engine.has_work
         assert all_free(model)
         for (prompt, draw, new), sequence in added:
@@ -401,15 +379,7 @@ def test_threads_and_an_event_loop_share_one_engine(model, alone):
         for prompt in range(len(PROMPTS)):
             for draw in range(len(DRAWS)):
                 alone(prompt, draw, 12)
-        actions = [lambda: hammer(0), lambda: hammer(1), lambda: asyncio.run(loop())]
-        threads = [
-            threading.Thread(target=contextvars.copy_context().run, args=(action,), daemon=True) for action in actions
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(WAIT_S)
-            assert not thread.is_alive()
+        run_in_threads([lambda: hammer(0), lambda: hammer(1), lambda: asyncio.run(loop())], WAIT_S)
         assert not failures
         assert not model.tokens.has_work
         assert all_free(model)

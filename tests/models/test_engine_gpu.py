@@ -1,15 +1,15 @@
 """The engine on a GPU, with batch_invariant: no neighbour, preemption or cancellation changes a bit of a sequence."""
 
-import contextvars
 import itertools
-import threading
 import time
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rooflama
+from engine_acts import acts_of, finish, play, run_in_threads
 from rooflama.models import Request, SamplingParams, Sequence, TokenEngine
 from small_checkpoint import write_small
 
@@ -21,16 +21,11 @@ DRAWS = [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 0.9, "top_k": 9, "
 SECONDS = 10
 
 requests = st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(0, len(DRAWS) - 1))
-acts = st.one_of(requests, requests, st.integers(1, 12), *map(st.just, ("cancel", "preempt", "forget")))
+acts = acts_of(requests, requests)
 
 
 def sequence_of(prompt, draw):
     return Sequence(Request(PROMPTS[prompt], NEW, SamplingParams(**DRAWS[draw], logprobs=2)))
-
-
-def finish(engine, *sequences):
-    for sequence in sequences:
-        engine.advance(sequence, until=lambda: False)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -65,22 +60,8 @@ def assert_as_alone(sequence, wanted):
     acts=st.lists(acts, min_size=6, max_size=25), budget=st.sampled_from([5, 33, 1024]), slots=st.sampled_from([2, 8])
 )
 def test_bits_do_not_depend_on_the_company(model, alone, acts, budget, slots):
-    engine, added = TokenEngine(model.runner, num_slots=slots, token_budget=budget), []
-    for act in acts:
-        live = [sequence for _, sequence in added if not sequence.has_ended]
-        if isinstance(act, tuple):
-            added.append((act, sequence_of(*act)))
-            engine.add(added[-1][1])
-        elif act == "cancel" and live:
-            engine.cancel(live[len(live) // 2])
-        elif act == "preempt" and engine.scheduler.running:
-            engine.scheduler.preempt(engine.scheduler.running[0])
-        elif act == "forget":
-            engine.scheduler.prefixes.forget()
-        elif isinstance(act, int):
-            for _ in range(act):
-                engine.step()
-    finish(engine, *(sequence for _, sequence in added))
+    engine = TokenEngine(model.runner, num_slots=slots, token_budget=budget)
+    added, _ = play(engine, acts, sequence_of)
     for request, sequence in added:
         assert sequence.finish_reason in ("length", "cancelled")
         assert_as_alone(sequence, alone(request))
@@ -109,14 +90,6 @@ def test_threads_share_one_engine(model, alone):
         except Exception as error:
             failures.append(error)
 
-    threads = [
-        threading.Thread(target=contextvars.copy_context().run, args=(hammer, worker), daemon=True)
-        for worker in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10 * SECONDS)
-        assert not thread.is_alive()
+    run_in_threads([partial(hammer, worker) for worker in range(4)], 10 * SECONDS)
     assert not failures
     assert not model.tokens.has_work
