@@ -57,7 +57,8 @@ class Step:
         slot_mapping: int64 [num_tokens], the slot of each token's key and value; negative to write neither.
         block_table: int32 [num_seqs, max_pages_per_seq].
         seq_lens: int32 [num_seqs], keys of each sequence, those of this step included.
-        query_start_loc: int32 [num_seqs + 1], where each sequence's tokens start; None if each has exactly one.
+        query_start_loc: int32 [num_seqs + 1], where each sequence's tokens start. None if each has exactly one, and
+            ``attention_decode`` is to serve them: its sums have another order than those of ``attention_prefill``.
     """
 
     config: ModelConfig
@@ -173,7 +174,7 @@ class Decoder:
     layers: list[Any]
     output_norm: Tensor  # [hidden_size]
     output: Weight  # [vocab_size, hidden_size], this rank's rows; the embedding itself where tied
-    batch_invariant: bool  # whether its products are, see quantized_matmul
+    batch_invariant: bool  # whether its bits are: of products see quantized_matmul, of attention DecodeSlots
     fused: bool  # whether norms, activations and additions run within the products, see Projection
     ranks: Ranks | None = None  # those that share the model; None for one alone
 

@@ -84,10 +84,12 @@ def load(
         prefix_cache: whether requests share the keys and values of equal beginnings of their texts, so that a system
             prompt, or the history of a chat, is computed once. Results then agree up to rounding with those without,
             and in every bit with ``batch_invariant=True``.
-        batch_invariant: make each sequence's results equal in every bit, whatever sequences run at the same time and
-            however its prompt is cut into chunks. Otherwise they agree up to rounding, since products of few and of
-            many tokens use different kernels. Prompts become several times slower. Only the Triton kernels promise
-            this; it is refused where the NumPy definitions run.
+        batch_invariant: make each sequence's results equal in every bit, whatever sequences run at the same time,
+            however its prompt is cut into chunks, and whether its tokens are drawn or read. Otherwise they agree up to
+            rounding, since products of few and of many tokens use different kernels, and so do attention of prompts
+            and of decode steps. Here ``attention_prefill`` serves both. Prompts become several times slower, and so
+            does decoding after long texts. Only the Triton kernels promise this; it is refused where the NumPy
+            definitions run.
         fused: False runs norm, projection, rotation, cache write, activation and addition as kernels of their own, so
             that an implementation given to ``rooflama.swap`` for any of them is called. Results agree up to rounding;
             decoding is slower. See docs/SWAP_AND_TRACE.md.

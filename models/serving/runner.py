@@ -203,6 +203,9 @@ class DecodeSlots:
         self.limits = torch.zeros(num_slots, dtype=torch.int32, device=device)  # a row at its limit does not advance
         self.pins = runner.upload(runner.rotation.pin([1] * num_slots))
         self.block_table = runner.block_table([]).new_zeros(num_slots, runner.table_width)
+        # With batch_invariant as a prompt has it: preemption and shared beginnings let a drawn token be read later.
+        starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
+        self.query_start_loc = starts if runner.decoder.batch_invariant else None
         self.sampler = Sampler(
             num_slots,
             num_rows=runner.decoder.config.vocab_size,
@@ -296,5 +299,6 @@ class DecodeSlots:
             slot_mapping=slots,
             block_table=block_table,
             seq_lens=lengths,
+            query_start_loc=None if self.query_start_loc is None else self.query_start_loc[: count + 1],
         )
         return self.draw(runner.decoder.logits(hidden), rows, options)

@@ -178,11 +178,22 @@ class Sampler:
 
 def _report(logits: Tensor, places: Tensor, drawn: Tensor, top_ids: Tensor, top: Tensor) -> None:
     """Write the log probabilities of the tokens drawn, ``places`` [n, 1], and of the likeliest tokens."""
-    total = logits.logsumexp(-1, keepdim=True)
+    total = _log_sum_exp(logits)
     values, ids = logits.topk(top.shape[1])
     drawn.copy_((logits.gather(1, places) - total).squeeze(1))
     top_ids.copy_(ids)
     top.copy_(values - total)
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """log(sum(exp)) of each row, [n, 1]. Adds halves of a row: the order of torch's own sums depends on n."""
+    largest = logits.amax(-1, keepdim=True)
+    weights = (logits - largest).exp_()
+    while (width := weights.shape[1]) > 1:
+        half = width // 2
+        weights[:, :half] += weights[:, width - half :]
+        weights = weights[:, : width - half]
+    return largest + weights.log()
 
 
 def _seen(prompt: Sequence[int], drawn: Sequence[int], num_rows: int) -> np.ndarray:

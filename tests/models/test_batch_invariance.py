@@ -1,12 +1,16 @@
-"""A whole model's bits, with batch_invariant: the same alone, in a batch, and in chunks of any size."""
+"""A whole model's bits, with batch_invariant: the same alone, in a batch, in chunks of any size, and while decoding."""
 
 import pytest
 import torch
+from torch import Tensor
 
 import rooflama
+from compiled_kernels import compiled
 from rooflama import ArgumentError, plan_memory
-from rooflama.kernels import use_backend
+from rooflama.kernels import INTERPRETED, use_backend
+from rooflama.kernels import kernel as kernels
 from rooflama.loaders.gguf import read_gguf
+from rooflama.models.serving.sampler import Options, Sampler
 from rooflama.testing.strategies import DEVICE
 from running_models import decode_logits, prefill_logits, running
 from small_checkpoint import write_small
@@ -50,6 +54,53 @@ def test_decoding(runner):
     prompts = [3, 5, 1]
     alone = [decode_logits(runner, [tokens], [length])[0] for tokens, length in zip(sequences, prompts, strict=True)]
     assert all(map(torch.equal, bits(decode_logits(runner, sequences, prompts)), bits(alone)))
+
+
+def test_tokens_have_the_same_bits_decoded_and_read(runner):
+    """So a preempted sequence may read what it had drawn. Longer than what decode attention cuts into splits."""
+    tokens = random_tokens(68, runner.decoder.config.vocab_size)
+    (read,) = prefill_logits(runner, [tokens], 64)
+    (decoded,) = decode_logits(runner, [tokens], [len(tokens) - 2])
+    assert all(map(torch.equal, bits([decoded]), bits([read[-2:]])))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="records the launches of Triton's interpreter")
+def test_every_pass_runs_the_same_kernels(runner, monkeypatch):
+    """Each compiled the same way, so that the order of every sum is the same, which the interpreter would not show."""
+    launched = []
+
+    def record(one):
+        launched.append(one)
+        for tensor in (value for value in one.args if isinstance(value, Tensor)):
+            tensor.zero_()
+
+    monkeypatch.setattr(kernels, "run", record)
+    found = {}
+    for count in (1, 2, 5, 16, 33):
+        prefill_logits(runner, [random_tokens(count, 90)], 64)
+        found[f"a prompt of {count}"] = compiled(launched)
+        launched.clear()
+    for count in (1, 2, 3):
+        decode_logits(runner, count * [[1, 2]], count * [1])
+        found[f"a step of {count}"] = {name for name in compiled(launched) if name[0] != "_next_slots_kernel"}
+        launched.clear()
+    first = found.pop("a prompt of 1")
+    assert len(first) > 5
+    for which, kernels_of_it in found.items():
+        assert kernels_of_it == first, which
+
+
+def test_log_probabilities():
+    """Of a row, whatever rows stand beside it."""
+    logits = 4 * torch.randn(8, 5000, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    sampler, options = Sampler(8, num_rows=5000, num_tokens=None, device=DEVICE), Options(logprobs=4)
+    sampler.prepare(options)
+    drawn, _, top = (part.clone() for part in sampler.draw(logits, slice(0, 8), options)[1])
+    torch.testing.assert_close(top, logits.log_softmax(-1).topk(4).values)
+    for row in range(8):
+        alone = sampler.draw(logits[row : row + 1], slice(0, 1), options)[1]
+        assert torch.equal(alone[0], drawn[row : row + 1])
+        assert torch.equal(alone[2], top[row : row + 1])
 
 
 def test_loading_promises_it_on_kernels_only(tmp_path):

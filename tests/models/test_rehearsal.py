@@ -1,11 +1,10 @@
 """What a rehearsal finds: exactly the kernels that a model launches when it runs."""
 
-import inspect
-
 import pytest
 from torch import Tensor
 
 import rooflama
+from compiled_kernels import compiled
 from rooflama.kernels import INTERPRETED
 from rooflama.kernels import kernel as kernels
 from rooflama.loaders.gguf import read_gguf
@@ -19,33 +18,6 @@ from whole_checkpoints import FAMILIES, write_file
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="records the launches of Triton's interpreter")
 
 LENGTH = 16  # of the prompt; a whole number of the tiles that depend on it
-
-
-def kind(value, specialised=True):
-    """What Triton compiles anew for, of an argument: its type, and of a number or an address whether 16 divides it."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, tuple):
-        return type(value), *map(kind, value)
-    if isinstance(value, int) and specialised:
-        return int, value == 1, value % 16 == 0
-    return type(value)
-
-
-def compiled(launches):
-    """The set of different kernels among launches."""
-    found = set()
-    for one in launches:
-        parameters = inspect.signature(one.kernel.fn).parameters
-        named = {**dict(zip(parameters, one.args, strict=False)), **one.options}
-        free = one.kernel.kwargs.get("do_not_specialize") or ()
-        constant = {name for name, p in parameters.items() if "constexpr" in str(p.annotation)}
-        arguments = [
-            (name, value if name in constant or name not in parameters else kind(value, name not in free))
-            for name, value in named.items()
-        ]
-        found.add((one.kernel.fn.__name__, *arguments))
-    return found
 
 
 def assert_rehearsed(path, monkeypatch, **options):
