@@ -104,6 +104,7 @@ CANDIDATES: dict[str, Callable[[dict[str, int]], Iterator[Configuration]]] = {
     "attention_prefill": lambda facts: _grid(
         BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 5)
     ),
+    "attention_prefill_hopper": lambda facts: _grid(BLOCK_N=(64, 128), STAGES=(2, 3), CONSUMERS=(2, 3)),
     "dequantize": lambda facts: _grid(BLOCK_N=(4, 8, 16, 32), BLOCK_K=(256, 512, 1024), num_warps=(4, 8)),
     "embedding": lambda facts: _grid(BLOCK_K=(256, 512, 1024, 2048), num_warps=(2, 4, 8)),
     "gated": lambda facts: _grid(BLOCK=(256, 512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
@@ -114,6 +115,7 @@ REGISTERED = {
     "attention_decode": ("attention_decode", ""),
     "attention_splits": ("attention_decode", ""),
     "attention_prefill": ("attention_prefill", ""),
+    "attention_prefill_hopper": ("attention_prefill", ""),
     "dequantize": ("dequantize", ""),
     "embedding": ("embedding", ""),
     "gated": ("mlp", "swiglu"),

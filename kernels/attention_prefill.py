@@ -21,7 +21,7 @@ key: compute-bound beyond a few hundred keys.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import attention_prefill_hopper as hopper
 from . import reference
 from .attention_common import (
     Attended,
@@ -46,42 +47,12 @@ from .attention_common import (
     score_rule,
     store_columns,
 )
+from .attention_prefill_blocks import Sequences, count_blocks, find_sequence, first_block
 from .backend import as_array
 from .checks import check, check_dtype, check_last_dim_contiguous, check_shape
 from .kernel import Launch, kernel, launch
 from .launch import configuration
 from .paged_common import heads_of, read_by_definition
-
-
-class Sequences(NamedTuple):
-    """Where each sequence's queries and keys lie, and how many keys it has. All int32."""
-
-    query_start_loc: Tensor  # [num_seqs + 1]
-    block_table: Tensor  # [num_seqs, max_pages_per_seq]
-    seq_lens: Tensor  # [num_seqs]
-
-
-@triton.jit
-def _first_block(query_start_loc_ptr, sequence, group, BLOCK_M: tl.constexpr):
-    """The block at which a sequence's rows start.
-
-    Adding the sequence's number leaves room for the block that is not full, so two sequences never share a block.
-    """
-    return tl.load(query_start_loc_ptr + sequence) * group // BLOCK_M + sequence
-
-
-@triton.jit
-def _find_sequence(query_start_loc_ptr, block, num_seqs, group, BLOCK_M: tl.constexpr):
-    """The last sequence that starts at or before ``block``; num_seqs for tokens that belong to no sequence."""
-    low = 0
-    high = num_seqs + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if _first_block(query_start_loc_ptr, middle, group, BLOCK_M) <= block:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 # One code for every batch. Numbers in a NamedTuple are specialised whatever is said here, so these are not in one.
@@ -104,7 +75,7 @@ def _attention_prefill_kernel(
 ):
     kv_head = (tl.program_id(0) % kv.num_kv_heads).to(tl.int64)
     block = num_blocks - 1 - tl.program_id(0) // kv.num_kv_heads
-    sequence = _find_sequence(sequences.query_start_loc, block, num_seqs, group, BLOCK_M)
+    sequence = find_sequence(sequences.query_start_loc, block, num_seqs, group, BLOCK_M)
     query_start = tl.load(sequences.query_start_loc + sequence)
     query_end = num_tokens
     seq_len = 0
@@ -112,7 +83,7 @@ def _attention_prefill_kernel(
         query_end = tl.load(sequences.query_start_loc + sequence + 1)
         seq_len = tl.load(sequences.seq_lens + sequence)
     num_rows = (query_end - query_start) * group
-    first_row = (block - _first_block(sequences.query_start_loc, sequence, group, BLOCK_M)) * BLOCK_M
+    first_row = (block - first_block(sequences.query_start_loc, sequence, group, BLOCK_M)) * BLOCK_M
     if first_row >= num_rows:
         return
 
@@ -235,26 +206,29 @@ def attention_prefill(
         KernelInputError: shapes, dtypes, devices or numbers do not fit. Lengths and page numbers are checked for CPU
             tensors only, since reading them from a GPU would make every call wait for the device.
     """
+    sequences = Sequences(query_start_loc, block_table, seq_lens)
+    rule = score_rule(softmax_scale, sliding_window, softcap)
+    if hopper.serves(q, k_pages, v_pages):
+        return hopper.launch_hopper(out, q, k_pages, v_pages, sequences, rule)
     num_tokens, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_pages.shape
     tile = configuration("attention_prefill", q.device, itemsize=q.element_size(), head_dim=head_dim)
     group = num_heads // num_kv_heads
     num_seqs = block_table.shape[0]
-    # a sequence of R rows spans at most R // BLOCK_M + 1 blocks, and so do the tokens that belong to none
-    num_blocks = num_tokens * group // tile["BLOCK_M"] + num_seqs + 1
+    num_blocks = count_blocks(num_tokens * group, num_seqs, tile["BLOCK_M"])
     return launch(
         _attention_prefill_kernel,
         (num_blocks * num_kv_heads,),
         heads_of(q),
         attention_kv(k_pages, v_pages, k_scale, v_scale),
-        Sequences(query_start_loc, block_table, seq_lens),
+        sequences,
         block_table.stride(0),
         Attended(*out),
         num_tokens,
         num_seqs,
         num_blocks,
         group,
-        score_rule(softmax_scale, sliding_window, softcap),
+        rule,
         HEAD_DIM=head_dim,
         ONE_PAGE=page_size >= tile["BLOCK_N"],
         **tile,

@@ -7,6 +7,7 @@ each tensor, which argument, result or scratch its address comes from. Later cal
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 
@@ -116,6 +118,27 @@ class _Address(NamedTuple):
     offset: int  # bytes
 
 
+class _Boxes(NamedTuple):
+    """A tensor descriptor of a launch. Triton encodes it at each launch, so it is given the address of the call."""
+
+    descriptor: TensorDescriptor  # without its tensor
+    address: _Address
+
+    def at(self, address: int) -> TensorDescriptor:
+        made = copy.copy(self.descriptor)
+        made.base = _Memory(address)
+        return made
+
+
+class _Memory(NamedTuple):
+    """What a tensor descriptor asks of its tensor."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 class BoundLaunches:
     """Compiled kernels with all they are launched with, apart from addresses."""
 
@@ -167,9 +190,13 @@ _UNKNOWN = object()
 
 
 def _templated(value: Any, sources: list[Tensor]) -> Any:
-    """A tensor's source, a tuple of such, or the value itself."""
+    """A tensor's source, a descriptor with it, a tuple of such, or the value itself."""
     if isinstance(value, tuple):
         return tuple(_templated(one, sources) for one in value)
+    if isinstance(value, TensorDescriptor):
+        without = copy.copy(value)
+        without.base = None
+        return _Boxes(without, _templated(value.base, sources))
     if not isinstance(value, Tensor):
         return value
     if id(value) in _constants:
@@ -199,4 +226,6 @@ def _holds_address(entry: Any) -> bool:
 def _filled(entry: Any, addresses: list[int]) -> Any:
     if type(entry) is _Address:
         return addresses[entry.source] + entry.offset
+    if type(entry) is _Boxes:
+        return entry.at(_filled(entry.address, addresses))
     return tuple([_filled(one, addresses) for one in entry]) if isinstance(entry, tuple) else entry

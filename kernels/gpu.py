@@ -60,3 +60,8 @@ def capability(device: torch.device) -> tuple[int, int]:
         return 0, 0
     major, minor = divmod(int(gpu.arch), 10)
     return major, minor
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; 1 for tensors without memory, whose launches are compiled for any number and do not run."""
+    return 1 if device.type == "meta" else torch.cuda.get_device_properties(device).multi_processor_count

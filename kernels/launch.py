@@ -93,6 +93,11 @@ TABLE: dict[str, dict[str, list[Row]]] = {
             row(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
         ],
     },
+    # Prefill attention by attention_prefill_hopper.py, on the chips and for the pages that it serves; STAGES=0 leaves
+    # them to the kernel above. Facts: head_dim. Measured on an H200.
+    "attention_prefill_hopper": {
+        "any": [row(BLOCK_N=128, STAGES=2, CONSUMERS=2)],
+    },
     # The most tokens that each regime of quantized_matmul serves, if it can. Facts: is_float (of the weight).
     "quantized_matmul": {
         "any": [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rooflama.kernels import Weight
+from rooflama.kernels import Weight, attention_prefill_hopper, bound
 from rooflama.kernels.bound import (
     Bindable,
     BoundLaunches,
@@ -240,3 +240,14 @@ def test_a_signature_tells_launches_apart_and_holds_for_other_tensors_of_the_kin
     assert len(set(signatures)) == len(unlike)
     assert signature_of((buffer[32:48].view(4, 4), 1)) == signatures[0]  # 128 bytes on: as aligned
     assert signature_of((Pair(square, 2), 1)) == signatures[11]
+
+
+def test_descriptors_get_the_address_of_the_call():
+    """A descriptor of the host holds an address. A bound launch encodes one for the pages that it is given."""
+    pages = torch.zeros(3, 16, 2, 64, dtype=torch.float16)
+    boxes = attention_prefill_hopper._boxes(pages[1:], 16, 64)
+    template = bound._templated((boxes,), [torch.zeros(1), pages])
+    (made,) = bound._filled(template, [0, 4096])
+    assert made.base.data_ptr() == 4096 + pages[0].nbytes
+    assert (made.shape, made.strides, made.block_shape) == (boxes.shape, boxes.strides, boxes.block_shape)
+    assert boxes.base.data_ptr() == pages[1].data_ptr()
