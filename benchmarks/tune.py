@@ -96,7 +96,9 @@ def product_tiles(facts: dict[str, int]) -> Iterator[Configuration]:
 CANDIDATES: dict[str, Callable[[dict[str, int]], Iterator[Configuration]]] = {
     "fixed_point": product_tiles,
     "gemv": product_tiles,
-    "wgmma": lambda facts: _grid(SPLITS=(1, 2, 4, 8), PARTS=(1, 2), STAGES=(2, 3), FLIGHT=(1, 2)),
+    "wgmma": lambda facts: _grid(
+        SPLITS=(1, 2, 4, 8), ROWS=(64, 128), FLIGHT=(1, 2), REGISTERS=(80, 168) if facts["tokens"] <= 16 else (128, 168)
+    ),
     "dot": lambda facts: _grid(BLOCK_N=(32, 64, 128), BLOCK_K=(64, 128, 256), num_warps=(4, 8)),
     "matmul": lambda facts: _grid(WORKSPACE_BYTES=tuple(n << 20 for n in (16, 32, 64, 128, 256))),
     "attention_decode": lambda facts: _grid(BLOCK_N=(16, 32, 64, 128), num_warps=(2, 4, 8), num_stages=(1, 2, 3, 5)),

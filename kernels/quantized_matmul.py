@@ -11,7 +11,7 @@ The number of tokens chooses one of five regimes ("quantized_matmul" in ``launch
     fixed_point  few tokens in 16 bits, quantised weights, not on AMD: integer dot products with x in 16-bit fixed
                  point (``quantized_fixed_point.py``).
     wgmma        up to 64 tokens in 16 bits, quantised weights, columns in whole blocks of 256, on Hopper: tensor cores
-                 multiply the codes, and scales multiply the sums (``quantized_wgmma.py``).
+                 multiply the codes, times their scales where these are whole numbers (``quantized_wgmma.py``).
     gemv         few tokens otherwise: float32 products (``quantized_gemv.py``).
     dot          each program owns BLOCK_M tokens x BLOCK_N rows. It dequantises the weights in registers, rounds them
                  to the dtype of the result, and multiplies on tensor cores (float32: in full precision).

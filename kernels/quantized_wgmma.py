@@ -3,21 +3,25 @@
     out[t, n] = sum over groups g of scale[n, g] * I[t, n, g] + minimum[n, g] * S[t, g]
     I[t, n, g] = sum over the columns k of g of value[n, k] * x[t, k]        S[t, g] = sum of x[t, k]
 
-The weight is wgmma's operand A, from registers (``quantized_wgmma_codes.py``): values are whole numbers, exact in 16
-bits, so only products leave the registers. x is operand B, from shared memory. A group's products go to an accumulator
-of their own, and the group's scale multiplies that accumulator in float32. S times the minima is one more product per
-block of 256 columns.
+The weight is wgmma's operand A, from registers (``quantized_wgmma_codes.py``), and x is operand B, from shared memory.
+Where a group's scale is d times a whole number, A is that number times the value, exactly. So all products of a block
+of 256 columns are summed in one accumulator, and d multiplies that once. Where it is a float16 number, A is the value,
+and each group's sum is multiplied by its scale in float32. S times the minima is one more product per block.
 
 Three launches: x is arranged for N tokens, 8, 16, 32 or 64 (``quantized_wgmma_ends.py``); a program of the product
 owns ROWS rows of the weight, a tile of N tokens and a split of the blocks of 256 columns; partial sums are gathered.
 Each starts while the one in front still runs. Where the weight is known to be older than the kernels still running
-(``resident``), its first parts of a block are requested before the program waits for them.
+(``resident``), the words of its first block are requested before the program waits for them.
 
-Layouts: arranged x [tiles, columns / group, N, group]; sums [tiles, blocks, N, 2 * groups of a block] bfloat16 bits, S
-rounded and then the rest of S; partial sums [splits, tiles, N, rows] float32.
+A program goes through its blocks by halves. The words of two halves are under way to shared memory at a time, by
+asynchronous copies of each thread, and x of one, by the copy engine (TMA).
 
-Numerics: x is in its own 16 bits, after the norm if there is one, or in two bfloat16 numbers where a normed x is not to
-be rounded. S has the 16 bits of two bfloat16 numbers. The rest is float32, in a fixed order. The weight is not rounded.
+Layouts: arranged x [tiles, columns / group, N, group] and sums [tiles, blocks, N, 2 * groups of a block], S rounded and
+then the rest of S, float16; partial sums [splits, tiles, N, rows] float32.
+
+Numerics: x is a float16 number times a power of two that each token has for its own (``quantized_wgmma_ends.py``), or
+two float16 numbers where a normed x is not to be rounded. S is two float16 numbers. The rest is float32, in a fixed
+order. The weight is not rounded.
 Moves the planes once, x once per ROWS rows (from L2), and 8 x splits x N x rows bytes of partial sums.
 """
 
@@ -28,13 +32,14 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
 from .bound import Launch, launch, scratch
 from .gpu import capability
 from .quantized_tiles import Input, Output, planes_of
-from .quantized_wgmma_codes import load_spread, low_lanes, low_words, unpack
+from .quantized_wgmma_codes import load_spread, low_lanes, low_words, num_terms, unit_of, unpack
 from .quantized_wgmma_ends import (
     LEAST_TOKENS,
     MOST_TOKENS,
@@ -45,191 +50,237 @@ from .quantized_wgmma_ends import (
     launch_gather,
     num_parts,
 )
-from .quantized_wgmma_scales import load_minima, load_scales, scale_of, start_minima
+from .quantized_wgmma_scales import factor_of, load_factor, load_minima, load_scales, scale_word, start_minima
 from .weight import Weight
 
-ROWS = gl.constexpr(64)  # of a program: what one warpgroup multiplies
-
+MOST_WEIGHTS = 2**36  # whose scales and minima are counted in 32 bits
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6, and since
 
 
 @gluon.constexpr_function
-def _swizzled(words: int) -> gl.SwizzledSharedLayout:
+def _words_layout(words: int) -> gl.SwizzledSharedLayout:
     """Rows of ``words`` words, so that a quad's words of eight rows lie in different banks."""
     chunks = words // 4
     return gl.SwizzledSharedLayout(vec=4, per_phase=max(1, 8 // chunks), max_phase=min(8, chunks), order=[1, 0])
 
 
+@gluon.constexpr_function
+def _x_layout(width: int) -> gl.NVMMASharedLayout:
+    """Rows of 16, 32 or 64 numbers of 16 bits, as wgmma reads them."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=2 * width, element_bitwidth=16, rank=2)
+
+
+@gluon.jit
+def _allocate_x(
+    HEIGHT: gl.constexpr,
+    WIDTH: gl.constexpr,
+):
+    return gl.allocate_shared_memory(gl.float16, [HEIGHT, WIDTH], _x_layout(WIDTH))
+
+
+@gluon.jit
+def _allocate_words(
+    ROWS: gl.constexpr,
+    WORDS: gl.constexpr,
+):
+    return gl.allocate_shared_memory(gl.int32, [ROWS, WORDS], _words_layout(WORDS))
+
+
+@gluon.jit
+def _allocate_barrier():
+    """A barrier that a copy of the copy engine completes, phase after phase."""
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier, count=1)
+    return barrier
+
+
+@gluon.jit
+def _add(
+    total,  # [ROWS, N]
+    product,  # [ROWS, N]
+    factor,  # [ROWS]
+):
+    """total + product * factor, computed here: else the compiler moves all sums behind the last product."""
+    total += product * factor[:, None]
+    return gl.inline_asm_elementwise("", "=f,0", [total], dtype=gl.float32, is_pure=False, pack=1)
+
+
 @gluon.jit
 def _copy_words(
-    shared,  # [STAGES * HALVES, ROWS, words of half a block]
-    plane_ptr,  # [rows, words of a row] int32
+    shared,  # [ROWS, words of half a block]
+    plane_ptr,  # [rows, num_blocks, 2, words of half a block] int32
     row0,
     rows,
-    columns,
-    part,  # of the columns: HALVES halves of a block
-    stage,
+    num_blocks,
+    half,  # of the columns
     is_there,  # else nothing is copied
-    HALVES: gl.constexpr,
-    BITS: gl.constexpr,
 ):
     """Starts to copy words of ROWS rows. Rows past the end are read as the last one."""
-    WORDS: gl.constexpr = shared.shape[2]
-    COPIED: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [4, 1], [1, 0])
-    row = gl.minimum(row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIED)), rows - 1)
+    ROWS: gl.constexpr = shared.shape[0]
+    WORDS: gl.constexpr = shared.shape[1]
+    COPIED: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [ROWS // 16, 1], [1, 0])
+    row = gl.minimum(row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIED)), rows - 1).to(gl.int64)
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, COPIED))
-    ptrs = plane_ptr + row[:, None] * (columns * BITS // 32) + (part * (HALVES * WORDS) + word)[None, :]
+    ptrs = plane_ptr + row[:, None] * (num_blocks * 2 * WORDS) + (half * WORDS + word)[None, :]
     mask = (row >= 0)[:, None] & (word >= 0)[None, :] & is_there
-    for half in gl.static_range(HALVES):
-        async_copy.async_copy_global_to_shared(shared.index(stage * HALVES + half), ptrs + half * WORDS, mask=mask)
+    async_copy.async_copy_global_to_shared(shared, ptrs, mask=mask)
 
 
 @gluon.jit
-def _copy_rows(
-    shared,  # [STAGES, HEIGHT, WIDTH], 16 bits
-    source_ptr,  # [parts, HEIGHT, WIDTH]
-    part,
-    stage,
-    is_there,  # else nothing is copied
-    PER_THREAD: gl.constexpr,
+def _copy_x(
+    shared,  # [groups of half a block * N, group]
+    x_box,
+    half,  # of the columns of all tiles
+    full,  # barrier
+    is_there,
 ):
-    """Starts to copy a part of the arranged x or of its sums."""
-    HEIGHT: gl.constexpr = shared.shape[1]
-    WIDTH: gl.constexpr = shared.shape[2]
-    LANES: gl.constexpr = WIDTH // PER_THREAD
-    COPIED: gl.constexpr = gl.BlockedLayout([1, PER_THREAD], [32 // LANES, LANES], [4, 1], [1, 0])
-    row = gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, COPIED))[:, None]
-    place = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, COPIED))[None, :]
-    ptrs = source_ptr + part * (HEIGHT * WIDTH) + row * WIDTH + place
-    mask = (row >= 0) & (place >= 0) & is_there
-    async_copy.async_copy_global_to_shared(shared.index(stage), ptrs, mask=mask)
+    HEIGHT: gl.constexpr = shared.shape[0]
+    BOX: gl.constexpr = x_box.block_shape[0]
+    for i in gl.static_range(HEIGHT // BOX):
+        place = shared.slice(i * BOX, BOX, dim=0)
+        tma.async_copy_global_to_shared(x_box, [half * HEIGHT + i * BOX, 0], full, place, pred=is_there)
 
 
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit(do_not_specialize=["rows", "num_blocks", "blocks_per_split"])
 def _wgmma_kernel(
-    x_ptr,  # [TILES, columns / group, N, group], arranged
-    sums_ptr,  # [TILES, columns / 256, N, 2 * 256 / group] int16, the bits of bfloat16; or None
+    x_box,  # of x arranged, [TILES * columns / group * N, group] float16
+    sums_box,  # of its sums, [TILES * columns / 256 * N, 2 * 256 / group] float16; or None
     planes,  # Planes
     partials_ptr,  # [splits, TILES, N, rows] float32
     rows,
-    columns,
+    num_blocks,
     blocks_per_split,
     LAYOUT: gl.constexpr,
+    ROWS: gl.constexpr,
     TILES: gl.constexpr,
     N: gl.constexpr,
-    PARTS: gl.constexpr,
-    STAGES: gl.constexpr,
     FLIGHT: gl.constexpr,
     RESIDENT: gl.constexpr,
     EARLY: gl.constexpr,
 ):
     GROUP: gl.constexpr = LAYOUT.group
-    NUM_GROUPS: gl.constexpr = 256 // GROUP
-    SUMS: gl.constexpr = 1 + (STAGES + PARTS - 2) // PARTS  # blocks whose sums are there
-    PART: gl.constexpr = NUM_GROUPS // PARTS  # groups of a part
-    HALVES: gl.constexpr = 2 // PARTS  # of a block, that a part has: their words are unpacked together
+    HALF: gl.constexpr = 128 // GROUP  # groups of half a block
     LOW: gl.constexpr = 4 * LAYOUT.low_bits  # words of a half
     HIGH: gl.constexpr = 4 * LAYOUT.high_bits
-    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    TERMS: gl.constexpr = num_terms(LAYOUT)
     HAS_MINIMA: gl.constexpr = planes.m is not None
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[ROWS // 16, 1], instr_shape=[16, N, 16]
+    )
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
-    X_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * GROUP, element_bitwidth=16, rank=2)
-    SUMS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=4 * NUM_GROUPS, element_bitwidth=16, rank=2)
-    num_blocks = columns // 256
+    X_BYTES: gl.constexpr = 128 * N * 2
+    SUMS_BYTES: gl.constexpr = N * 4 * HALF * 2
     tile = gl.program_id(0) % TILES  # neighbours share the rows of the weight, so L2 serves all but one
-    x_ptr += tile.to(gl.int64) * (columns * N)
-    x_shared = gl.allocate_shared_memory(DTYPE, [STAGES, PART * N, GROUP], X_LAYOUT)
-    low_shared = gl.allocate_shared_memory(gl.int32, [STAGES * HALVES, ROWS, LOW], _swizzled(LOW))
-    high_shared, sums_shared = low_shared, x_shared
-    if HIGH > 0:
-        high_shared = gl.allocate_shared_memory(gl.int32, [STAGES * HALVES, ROWS, HIGH], _swizzled(HIGH))
-    if HAS_MINIMA:
-        sums_ptr = sums_ptr.to(gl.pointer_type(gl.bfloat16)) + tile * (columns * N * 2 // GROUP)
-        sums_shared = gl.allocate_shared_memory(gl.bfloat16, [SUMS, N, 2 * NUM_GROUPS], SUMS_LAYOUT)
+    row0 = gl.program_id(0) // TILES * ROWS
     first = gl.program_id(1) * blocks_per_split
     last = gl.minimum(first + blocks_per_split, num_blocks)
-    row0 = (gl.program_id(0) // TILES).to(gl.int64) * ROWS
     row = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
     row_read = gl.minimum(row, rows - 1)
+
+    # Each half of a block has its own, so that the compiler sees which copies and reads are of other memory.
+    x_shared = (_allocate_x(HALF * N, GROUP), _allocate_x(HALF * N, GROUP))
+    low_shared = (_allocate_words(ROWS, LOW), _allocate_words(ROWS, LOW))
+    high_shared = low_shared
+    if HIGH > 0:
+        high_shared = (_allocate_words(ROWS, HIGH), _allocate_words(ROWS, HIGH))
+    full = (_allocate_barrier(), _allocate_barrier())
+    if HAS_MINIMA:
+        sums_shared = _allocate_x(N, 4 * HALF)
+        sums_full = _allocate_barrier()
 
     if EARLY and not RESIDENT:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-    for ahead in gl.static_range(STAGES - 1):
-        part = PARTS * first + ahead
-        there = part < PARTS * last
-        _copy_words(low_shared, planes.low, row0, rows, columns, part, ahead, there, HALVES, LAYOUT.low_bits)
+    for half in gl.static_range(2):
+        _copy_words(low_shared[half], planes.low, row0, rows, num_blocks, 2 * first + half, True)
         if HIGH > 0:
-            _copy_words(high_shared, planes.high, row0, rows, columns, part, ahead, there, HALVES, LAYOUT.high_bits)
+            _copy_words(high_shared[half], planes.high, row0, rows, num_blocks, 2 * first + half, True)
+        async_copy.commit_group()
     scales = load_scales(planes, row_read, first, num_blocks, LAYOUT)
-    minima = scales
+    minima, dmin = row, row
     if HAS_MINIMA:
-        minima = load_minima(planes, row0, rows, row_read, first, num_blocks, ROWS, LAYOUT)
+        minima = load_minima(planes, row0, rows, first, num_blocks, ROWS, LAYOUT)
+        dmin = load_factor(planes.m, row_read, first, num_blocks, LAYOUT)
     if EARLY and RESIDENT:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-    for ahead in gl.static_range(STAGES - 1):
-        part = PARTS * first + ahead
-        _copy_rows(x_shared, x_ptr, part, ahead, part < PARTS * last, 8)
-        if HAS_MINIMA and ahead % PARTS == 0:
-            _copy_rows(sums_shared, sums_ptr, part // PARTS, ahead // PARTS, part < PARTS * last, 2)
-        async_copy.commit_group()
+    mbarrier.expect(full[0], X_BYTES)
+    _copy_x(x_shared[0], x_box, 2 * (tile * num_blocks + first), full[0], True)
+    if HAS_MINIMA:
+        mbarrier.expect(sums_full, SUMS_BYTES)
+        tma.async_copy_global_to_shared(sums_box, [(tile * num_blocks + first) * N, 0], sums_full, sums_shared)
 
     total = gl.zeros([ROWS, N], gl.float32, layout=ACC)
+    acc = gl.zeros([ROWS, N], gl.float32, layout=ACC)
     for block in range(first, last):
-        scales_now, minima_now = scales, minima
-        following = gl.minimum(block + 1, last - 1)
-        scales = load_scales(planes, row_read, following, num_blocks, LAYOUT)
-        minima = scales
-        if HAS_MINIMA:
-            minima = load_minima(planes, row0, rows, row_read, following, num_blocks, ROWS, LAYOUT)
-        for own in gl.static_range(PARTS):
-            part = PARTS * block + own
-            stage = (part - PARTS * first) % STAGES
-            async_copy.wait_group(STAGES - 2)
-            fence_async_shared()  # by each thread for what it copied, before all meet
+        phase = (block - first) & 1
+        scales_now = scales
+        d = load_factor(planes.d, row_read, block, num_blocks, LAYOUT)
+        for half in gl.static_range(2):
+            # Words of two halves are copied in advance, x of one. Words leave shared memory first.
+            later = 2 * block + half + 1
+            mbarrier.expect(full[1 - half], X_BYTES, pred=later < 2 * last)
+            if HAS_MINIMA and half == 1:
+                mbarrier.expect(sums_full, SUMS_BYTES, pred=later < 2 * last)
+            mbarrier.wait(full[half], phase)
+            if HAS_MINIMA and half == 0:
+                mbarrier.wait(sums_full, phase)
+            async_copy.wait_group(1)
             _barrier()
-            later, later_stage = part + STAGES - 1, (stage + STAGES - 1) % STAGES
-            there = later < PARTS * last
-            _copy_words(low_shared, planes.low, row0, rows, columns, later, later_stage, there, HALVES, LAYOUT.low_bits)
+            low = load_spread(low_shared[half], ROWS, low_words(LAYOUT), low_lanes(LAYOUT))
+            high = low
             if HIGH > 0:
-                _copy_words(
-                    high_shared, planes.high, row0, rows, columns, later, later_stage, there, HALVES, LAYOUT.high_bits
-                )
-            _copy_rows(x_shared, x_ptr, later, later_stage, there, 8)
-            if HAS_MINIMA and (own + STAGES - 1) % PARTS == 0:
-                block_later = later // PARTS
-                _copy_rows(sums_shared, sums_ptr, block_later, (block_later - first) % SUMS, there, 2)
+                high = load_spread(high_shared[half], ROWS, 1, 4)
+            _copy_x(x_shared[1 - half], x_box, 2 * tile * num_blocks + later, full[1 - half], later < 2 * last)
+            if HAS_MINIMA and half == 1:
+                sums_row = (tile * num_blocks + block + 1) * N
+                tma.async_copy_global_to_shared(sums_box, [sums_row, 0], sums_full, sums_shared, pred=later < 2 * last)
+            _barrier()
+            _copy_words(low_shared[half], planes.low, row0, rows, num_blocks, later + 1, later + 1 < 2 * last)
+            if HIGH > 0:
+                _copy_words(high_shared[half], planes.high, row0, rows, num_blocks, later + 1, later + 1 < 2 * last)
             async_copy.commit_group()
-
-            # FLIGHT products run at a time, while the next group is unpacked and the oldest product is scaled.
-            if HAS_MINIMA and own == 0:
-                sums = sums_shared.index((block - first) % SUMS).permute((1, 0))
-                products, factors = start_minima(minima_now, sums, ACC, LAYOUT)
+            if HAS_MINIMA and half == 0:
+                products, factors = start_minima(minima, dmin, sums_shared.permute((1, 0)), acc, ACC, LAYOUT)
             else:
                 products, factors = (), ()
-            x_part = x_shared.index(stage)
-            for group in gl.static_range(PART):
-                if group % (NUM_GROUPS // 2) == 0:
-                    words = stage * HALVES + 2 * group // NUM_GROUPS
-                    low = load_spread(low_shared.index(words), ROWS, low_words(LAYOUT), low_lanes(LAYOUT))
-                    high = low
-                    if HIGH > 0:
-                        high = load_spread(high_shared.index(words), ROWS, 1, 4)
-                a = unpack(low, high, group % (NUM_GROUPS // 2), DTYPE, LAYOUT)
-                a = gl.convert_layout(a, A, assert_trivial=True)
-                if len(products) >= FLIGHT:
-                    oldest = warpgroup_mma_wait(FLIGHT - 1, deps=(products[len(products) - FLIGHT],))
-                    total += oldest * factors[len(products) - FLIGHT][:, None]
-                x = x_part.slice(group * N, N, dim=0).permute((1, 0))
-                unused = gl.zeros([ROWS, N], gl.float32, layout=ACC)
-                products += (warpgroup_mma(a, x, unused, use_acc=False, is_async=True),)
-                factors += (scale_of(scales_now, own * PART + group, LAYOUT),)
-            for left in gl.static_range(FLIGHT):
-                oldest = warpgroup_mma_wait(FLIGHT - 1 - left, deps=(products[len(products) - FLIGHT + left],))
-                total += oldest * factors[len(products) - FLIGHT + left][:, None]
-    async_copy.wait_group(0)
+            if half == 1:
+                following = gl.minimum(block + 1, last - 1)
+                scales = load_scales(planes, row_read, following, num_blocks, LAYOUT)
+                if HAS_MINIMA:
+                    minima = load_minima(planes, row0, rows, following, num_blocks, ROWS, LAYOUT)
+                    dmin = load_factor(planes.m, row_read, following, num_blocks, LAYOUT)
+            for group in gl.static_range(HALF):
+                word = scale_word(scales_now, half * HALF + group, LAYOUT) if TERMS > 0 else row
+                terms = unpack(low, high, word, group, LAYOUT)
+                x = x_shared[half].slice(group * N, N, dim=0).permute((1, 0))
+                if TERMS == 0:
+                    if len(products) >= FLIGHT:
+                        acc = warpgroup_mma_wait(FLIGHT - 1, deps=(products[len(products) - FLIGHT],))
+                        total = _add(total, acc, factors[len(products) - FLIGHT])
+                    a = gl.convert_layout(terms[0], A, assert_trivial=True)
+                    products += (warpgroup_mma(a, x, acc, use_acc=False, is_async=True),)
+                    factors += (factor_of(scales_now, half * HALF + group, LAYOUT),)
+                else:
+                    if HAS_MINIMA and half == 0 and group == 0:
+                        acc = warpgroup_mma_wait(0, deps=(products[0],))
+                        total = _add(total, acc, factors[0])
+                    elif group > 0:
+                        acc = warpgroup_mma_wait(TERMS * (FLIGHT - 1), deps=(acc,))
+                    for term in gl.static_range(TERMS):
+                        a = gl.convert_layout(terms[term], A, assert_trivial=True)
+                        if half + group + term == 0:
+                            acc = warpgroup_mma(a, x, acc, use_acc=False, is_async=True)
+                        else:
+                            acc = warpgroup_mma(a, x, acc, is_async=True)
+            if TERMS == 0:
+                for left in gl.static_range(FLIGHT):
+                    acc = warpgroup_mma_wait(FLIGHT - 1 - left, deps=(products[len(products) - FLIGHT + left],))
+                    total = _add(total, acc, factors[len(products) - FLIGHT + left])
+            else:
+                acc = warpgroup_mma_wait(0, deps=(acc,))
+        if TERMS > 0:
+            total = _add(total, acc, d.to(gl.float32) * unit_of(LAYOUT))
     token = (gl.program_id(1) * TILES + tile) * N + gl.arange(0, N, layout=gl.SliceLayout(0, ACC))
     gl.store(partials_ptr + token[None, :].to(gl.int64) * rows + row[:, None], total, mask=(row < rows)[:, None])
 
@@ -243,40 +294,47 @@ def serves(activations: Input, weight: Weight) -> bool:
         and x.dtype in (torch.bfloat16, torch.float16)
         and LEAST_TOKENS <= x.shape[0] <= MOST_TOKENS
         and all(plane.data_ptr() % 16 == 0 for plane in weight.planes)  # which are read in words
+        and weight.shape[0] * weight.shape[1] < MOST_WEIGHTS
     )
+
+
+def _boxes(tensor: torch.Tensor, height: int) -> TensorDescriptor:
+    """``tensor`` [rows, width] float16 as the copy engine takes it, in boxes of ``height`` rows."""
+    width = tensor.shape[1]
+    return TensorDescriptor.from_tensor(tensor, [height, width], _x_layout(width))
 
 
 def launch_wgmma(activations: Input, weight: Weight, output: Output, swiglu: bool, resident: bool) -> list[Launch]:
     (rows, columns), layout, device = weight.shape, weight.layout, weight.device
     num_tokens, parts = len(activations.x), num_parts(activations, output)
     plan = Plan.of(rows, columns, num_tokens, parts, layout, device)
-    dtype = activations.x.dtype if parts == 1 else torch.bfloat16
     arranged_shape, sums_shape, partials_shape = plan.shapes(rows, columns, layout)
-    arranged = scratch(*arranged_shape, dtype=dtype, device=device)
-    sums = scratch(*sums_shape, dtype=torch.int16, device=device) if sums_shape[0] else None
+    arranged = scratch(*arranged_shape, dtype=torch.float16, device=device)
+    sums = scratch(*sums_shape, dtype=torch.float16, device=device) if sums_shape[0] else None
+    units = scratch(plan.padded, dtype=torch.float32, device=device)
     partials = scratch(*partials_shape, dtype=torch.float32, device=device)
     planes = planes_of(weight)
     return [
-        launch_arrange(activations, arranged, sums, plan),
+        launch_arrange(activations, arranged, sums, units, plan),
         launch(
             _wgmma_kernel,
-            (plan.tiles * triton.cdiv(rows, ROWS), plan.splits),
-            arranged,
-            sums,
+            (plan.tiles * triton.cdiv(rows, plan.rows), plan.splits),
+            _boxes(arranged, min(256, 128 // layout.group * plan.n)),
+            None if sums is None else _boxes(sums, plan.n),
             planes,
             partials,
             rows,
-            columns,
+            columns // 256,
             plan.blocks,
             LAYOUT=layout,
+            ROWS=plan.rows,
             TILES=plan.tiles,
             N=plan.n,
-            PARTS=plan.parts_of_block,
-            STAGES=plan.stages,
             FLIGHT=plan.flight,
             RESIDENT=resident,
-            num_warps=4,
+            num_warps=plan.rows // 16,
+            maxnreg=plan.registers,
             **early(device),
         ),
-        launch_gather(partials, output, num_tokens, swiglu),
+        launch_gather(partials, units, output, num_tokens, swiglu),
     ]

@@ -6,10 +6,15 @@ holds neighbours, all from one or two words of ``low``:
 
     group of 32:  column 8 q + 4 s + 2 h + p      group of 16:  column 4 q + 2 h + p
 
-Neighbours stand in the two halves of a word (``reference/quant_layouts.py``), so a shift and a mask give a register of
-A. Joined with the bits of a power of two whose last place is worth 1 (128 in bfloat16, 1024 in float16), it is a pair
-of numbers, from which that power and the type's zero are subtracted exactly. bfloat16 lacks a bit for codes of eight
-bits: their top bit chooses whether 128 or 256 is subtracted from the rest. Table types look their values up first.
+Neighbours stand in the two halves of a word (``reference/quant_layouts.py``), so a mask gives a register of A: two
+codes, each the lowest bits of a float16. A float16 below 2^-13 is its bits times 2^-24, so such a code is a number
+already, and so is one that stands ``low_bits`` higher. One fused multiply-add takes the type's zero from it and brings
+it to where all its digits fit. That is the value times 2^-9. Table types look their values up first.
+
+Where a group's scale is a whole number, it is a factor of that multiply-add. Then A is the product of scale and value
+(``num_terms``). Scales have 6 bits (4 in Q2_K, 8 in Q6_K), so with codes of up to 5 bits the product has the 11 bits of
+a float16, and A is exact: the product times 2^-19. Other products have up to 14 bits. A is then two float16 numbers,
+the product rounded and the rest of it, together the product times 2^-4.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from triton.experimental.gluon import language as gl
 from .quantized_fixed_point import lookup_assembly
 from .reference.quant_layouts import QuantLayout
 
-_LOOKUP = gl.constexpr(lookup_assembly("w0", "w1", "$8"))  # of a group of 32: its numbers are operands 0 to 7
+_LOOKUP = gl.constexpr(lookup_assembly("w0", "w1", "looked_up"))
 
 
 @gluon.constexpr_function
@@ -65,61 +70,104 @@ def quad_layout(rows: int, words: int) -> gl.DistributedLinearLayout:
 
 
 @gluon.constexpr_function
+def num_terms(layout: QuantLayout) -> int:
+    """Float16 numbers that hold the product of a scale and a value; 0 where scales are no whole numbers."""
+    if layout.quant_block == 32:
+        return 0
+    return 1 if layout.table is None and layout.low_bits + layout.high_bits <= 5 else 2
+
+
+@gluon.constexpr_function
+def unit_of(layout: QuantLayout) -> float:
+    """What A is to be multiplied by to be the value, or the product of scale and value."""
+    return (2.0**9, 2.0**19, 2.0**4)[num_terms(layout)]
+
+
+@gluon.constexpr_function
+def _power(exponent: int) -> str:
+    """2 ** exponent as float16, in both halves of a word; exponent is at least -14."""
+    return f"{((15 + exponent) << 10) * 0x00010001:#x}"
+
+
+@gluon.constexpr_function
 def _shift(to: str, of: str, right: int) -> str:
     return f"shr.u32 {to}, {of}, {right};" if right >= 0 else f"shl.b32 {to}, {of}, {-right};"
 
 
 @gluon.constexpr_function
-def unpack_assembly(layout: QuantLayout, is_bfloat16: bool, odd: bool) -> str:
-    """The words of a lane for one group -> its numbers, in pairs: pair 2 s + h of neighbours.
+def _code_assembly(layout: QuantLayout, j: int, odd: bool) -> list[str]:
+    """Pair j of codes to ``a``, each in the lowest bits of its half, or ``low_bits`` higher where j is odd."""
+    step, half = divmod(j, 2)
+    low, high = layout.low_bits, layout.high_bits
+    if low == 8 or layout.table:
+        word, byte = (half, step) if layout.table else (step, half)
+        return [_shift("a", f"w{word}", 8 * byte), "and.b32 a, a, 0x00ff00ff;"]
+    place = low * half
+    lines = [_shift("a", "w0", 2 * low * step), f"and.b32 a, a, {(((1 << low) - 1) << place) * 0x00010001:#x};"]
+    if high:
+        at = 8 * step + half if layout.group == 32 else high * half + 4 * odd
+        mask = ((1 << high) - 1) << (place + low)
+        lines += [_shift("b", "g", at - place - low), f"lop3.b32 a, b, {mask * 0x00010001:#x}, a, 0xEA;"]
+    return lines
 
-    Operands: the numbers, 16 bits each; two words of ``low`` (the second of 8-bit types only), the word of ``high``,
-    and by how many bits to shift ``low`` and ``high`` for this lane. ``odd``: the group is the second of its high word.
+
+@gluon.constexpr_function
+def unpack_assembly(layout: QuantLayout, odd: bool, byte: int) -> str:
+    """The words of a lane for one group of its two rows -> their numbers, in pairs: pair 2 s + h of neighbours.
+
+    Operands, each for the first row and for the second: the pairs, term after term; two words of ``low`` (the second of
+    8-bit types only), the word of ``high``, by how many bits to shift ``low`` and ``high`` for this lane, and the word
+    of scales, whose ``byte`` is the group's. ``odd``: the group is the second of its high word.
     """
-    pairs, low, wide = layout.group // 8, layout.low_bits, layout.low_bits == 8 or layout.table is not None
-    first, second, high, low_shift, high_shift = (f"${2 * pairs + i}" for i in range(5))
-    zero = 128 if layout.table else layout.zero
-    kind, power = ("bf16x2", 0x43004300) if is_bfloat16 else ("f16x2", 0x64006400)
-    base = power + zero * 0x00010001  # the power of two plus zero, where its last place is worth 1; else not read
-    lines = ["{ .reg .b32 a, b, w0, w1, g, power, base;", f"mov.b32 power, {power:#x}; mov.b32 base, {base:#x};"]
-    if layout.table:
-        lines += [_LOOKUP.value]
-    else:
-        lines += [f"shr.u32 w0, {first}, {low_shift}; mov.b32 w1, {second};"]
-    if layout.high_bits:
-        lines += [f"shr.u32 g, {high}, {high_shift};"]
-    for j in range(pairs):
-        step, half = divmod(j, 2)
+    pairs, terms = layout.group // 8, num_terms(layout)
+    inputs = 2 * pairs * max(1, terms)
+    zero, low = 128 if layout.table else layout.zero, layout.low_bits
+    lines = ["{ .reg .b32 a, b, w0, w1, g, looked_up, scale, scales, higher, factor0, factor1, base, bases, rest;"]
+    lines += [".reg .b16 row0, row1;"]
+    if terms:  # of both rows: 1024 + the byte, from which 1024 is subtracted, times 32
+        lines += [f"prmt.b32 scales, ${inputs + 10}, ${inputs + 11}, {0x0400 + 0x0101 * byte:#x};"]
+        lines += ["mov.b32 a, 0x64006400; lop3.b32 scales, scales, 0x00ff00ff, a, 0xEA;"]
+        from_zero = "0xf880f880" if layout.has_signed_scales else "0xf800f800"  # -32 * 1152, -32 * 1024
+        lines += [f"mov.b32 a, {_power(5)}; mov.b32 b, {from_zero}; fma.rn.f16x2 scales, scales, a, b;"]
+    if terms == 1:
+        lines += [f"mov.b32 a, {_power(-low)}; mul.f16x2 higher, scales, a;"]
+        lines += [f"mov.b32 a, {(0x8000 + zero) * 0x00010001:#x}; mul.f16x2 bases, scales, a;"]
+    for row in range(2):
+        first, second, high, low_shift, high_shift = (f"${inputs + 2 * i + row}" for i in range(5))
         if layout.table:
-            lines += [_shift("a", f"w{half}", 8 * step)]
-        elif low == 8:
-            lines += [_shift("a", f"w{step}", 8 * half)]
+            lines += [f"mov.b32 looked_up, {first};", _LOOKUP.value]
         else:
-            lines += [_shift("a", "w0", low * j)]
-        if wide and is_bfloat16:
-            lines += ["lop3.b32 b, a, 0x00800080, 0x43804380, 0x6A;"]  # 256, or 128 where the top bit is set
-            lines += ["lop3.b32 a, a, 0x007f007f, power, 0xEA;"]
-            lines += [f"sub.{kind} a, a, b;"]
+            lines += [f"shr.u32 w0, {first}, {low_shift}; mov.b32 w1, {second};"]
+        if layout.high_bits:
+            lines += [f"shr.u32 g, {high}, {high_shift};"]
+        for of_row, of_both in (("scale", "scales"), ("factor1", "higher"), ("base", "bases"))[: (0, 3, 1)[terms]]:
+            lines += [f"mov.b32 {{row0, row1}}, {of_both}; mov.b32 {of_row}, {{row{row}, row{row}}};"]
+        if terms == 1:
+            lines += ["mov.b32 factor0, scale;"]
         else:
-            mask = 0x00FF00FF if wide else ((1 << low) - 1) * 0x00010001
-            lines += [f"lop3.b32 a, a, {mask:#x}, power, 0xEA;"]
-            if layout.high_bits:
-                at = 8 * step + half if layout.group == 32 else layout.high_bits * half + 4 * odd
-                lines += [_shift("b", "g", at - low)]
-                lines += [f"lop3.b32 a, b, {(((1 << layout.high_bits) - 1) << low) * 0x00010001:#x}, a, 0xEA;"]
-            lines += [f"sub.{kind} a, a, base;"]
-        lines += [f"mov.b32 {{${2 * j}, ${2 * j + 1}}}, a;"]
+            lines += [f"mov.b32 factor0, {_power(15)}; mov.b32 factor1, {_power(15 - low)};"]
+            lines += [f"mov.b32 base, {_power(zero.bit_length() - 10)}; neg.f16x2 base, base;"]
+        for j in range(pairs):
+            lines += _code_assembly(layout, j, odd)
+            factor = f"factor{j % 2 if layout.low_bits < 8 and not layout.table else 0}"
+            number, rest = f"${2 * j + row}", f"${2 * (pairs + j) + row}"
+            last = "a" if terms == 2 else number
+            lines += [f"fma.rn.f16x2 {last}, a, {factor}, base;" if zero else f"mul.f16x2 {last}, a, {factor};"]
+            if terms == 2:
+                lines += [f"mul.rn.f16x2 {number}, a, scale; neg.f16x2 b, {number};"]
+                lines += [f"fma.rn.f16x2 {rest}, a, scale, b;"]
     return "\n".join([*lines, "}"])
 
 
 @gluon.constexpr_function
 def unpack_constraints(layout: QuantLayout) -> str:
-    return ",".join(["=h"] * (layout.group // 4) + ["r"] * 5)
+    return ",".join(["=&r"] * (layout.group // 4 * max(1, num_terms(layout))) + ["r"] * 12)
 
 
 @gluon.constexpr_function
 def repeated(dtype, layout: QuantLayout) -> tuple:
-    return (dtype,) * (layout.group // 4)
+    """One for each pair that a lane takes of a group's row."""
+    return (dtype,) * (layout.group // 8 * max(1, num_terms(layout)))
 
 
 @gluon.jit
@@ -153,22 +201,51 @@ def take(
 
 
 @gluon.jit
+def _neighbours(
+    pair,  # [ROWS, 4] int32
+):
+    """The two numbers of each pair: [ROWS, 4, 2] float16."""
+    first, second = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pair], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+    )
+    return gl.join(first, second)
+
+
+@gluon.jit
+def _in_order(
+    pairs,  # [ROWS, 4] int32 each
+    START: gl.constexpr,  # from here on they are the term's
+    GROUP: gl.constexpr,
+):
+    """[ROWS, GROUP] in the order K."""
+    ROWS: gl.constexpr = pairs[0].shape[0]
+    result = gl.join(_neighbours(pairs[START]), _neighbours(pairs[START + 1]))
+    if GROUP == 16:  # [ROWS, q, p, h]
+        result = result.permute(0, 3, 1, 2).reshape([ROWS, 16])
+    else:
+        second = gl.join(_neighbours(pairs[START + 2]), _neighbours(pairs[START + 3]))
+        result = gl.join(result, second).permute(0, 4, 3, 1, 2).reshape([ROWS, 32])
+    return result
+
+
+@gluon.jit
 def unpack(
     low,  # from load_spread
     high,  # from load_spread; not read if the type has none
+    scales,  # [ROWS] int32, the word with the group's scale; not read where scales are no whole numbers
     INDEX: gl.constexpr,  # of the group
-    DTYPE: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """A group's numbers, whole and exact in 16 bits: [ROWS, group] in the order K."""
+    """A group's terms, exact float16 numbers, [ROWS, group] in the order K; if there is one, it is given twice."""
     ROWS: gl.constexpr = low.shape[0]
+    GROUP: gl.constexpr = LAYOUT.group
     QUAD: gl.constexpr = quad_layout(ROWS, 4)
     PER_LANE: gl.constexpr = low_words(LAYOUT)
-    HIGH_GROUPS: gl.constexpr = 1 if LAYOUT.high_bits == 0 else 32 // (LAYOUT.high_bits * LAYOUT.group)
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, QUAD))[None, :]
-    lane, _ = gl.broadcast(lane, gl.zeros([ROWS, 4], gl.int32, layout=QUAD))
+    HIGH_GROUPS: gl.constexpr = 1 if LAYOUT.high_bits == 0 else 32 // (LAYOUT.high_bits * GROUP)
+    unused = gl.zeros([ROWS, 4], gl.int32, layout=QUAD)
+    lane, _ = gl.broadcast(gl.arange(0, 4, layout=gl.SliceLayout(0, QUAD))[None, :], unused)
     low_shift, high_shift = lane * 0, lane * 0
-    if LAYOUT.group == 16:
+    if GROUP == 16:
         low_shift = 4 * lane if LAYOUT.low_bits == 2 else 8 * (lane & 1)
         high_shift = 8 * (lane >> 1) + 2 * (lane & 1) if LAYOUT.low_bits == 2 else 8 * (lane & 1) + 4 * (lane >> 1)
     elif LAYOUT.high_bits > 0:
@@ -176,18 +253,20 @@ def unpack(
     first = take(low, INDEX * PER_LANE)
     second = take(low, INDEX * PER_LANE + PER_LANE - 1)
     third = take(high, INDEX // HIGH_GROUPS) if LAYOUT.high_bits > 0 else first
-    parts = gl.inline_asm_elementwise(
-        unpack_assembly(LAYOUT, DTYPE.is_bf16(), INDEX % HIGH_GROUPS == 1),
+    fourth = first
+    if num_terms(LAYOUT) > 0:
+        fourth = gl.convert_layout(scales, gl.SliceLayout(1, QUAD), assert_trivial=True)[:, None]
+        fourth, _ = gl.broadcast(fourth, unused)
+    pairs = gl.inline_asm_elementwise(
+        unpack_assembly(LAYOUT, INDEX % HIGH_GROUPS == 1, INDEX % 4),
         unpack_constraints(LAYOUT),
-        [first, second, third, low_shift, high_shift],
-        dtype=repeated(DTYPE, LAYOUT),
+        [first, second, third, low_shift, high_shift, fourth],
+        dtype=repeated(gl.int32, LAYOUT),
         is_pure=True,
-        pack=1,
+        pack=2,  # the two rows of a lane
     )
-    result = gl.join(gl.join(parts[0], parts[1]), gl.join(parts[2], parts[3]))  # [ROWS, q, p, h]
-    if LAYOUT.group == 16:
-        result = result.permute(0, 3, 1, 2).reshape([ROWS, 16])
-    else:
-        second_step = gl.join(gl.join(parts[4], parts[5]), gl.join(parts[6], parts[7]))
-        result = gl.join(result, second_step).permute(0, 4, 3, 1, 2).reshape([ROWS, 32])
-    return result
+    first_term = _in_order(pairs, 0, GROUP)
+    second_term = first_term
+    if num_terms(LAYOUT) == 2:
+        second_term = _in_order(pairs, GROUP // 8, GROUP)
+    return first_term, second_term

@@ -16,7 +16,13 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from rooflama.kernels import quantized_fixed_point, quantized_wgmma, quantized_wgmma_codes, quantized_wgmma_scales
+from rooflama.kernels import (
+    quantized_fixed_point,
+    quantized_wgmma,
+    quantized_wgmma_codes,
+    quantized_wgmma_ends,
+    quantized_wgmma_scales,
+)
 from rooflama.kernels.reference.quant_layouts import QuantLayout
 
 
@@ -79,9 +85,20 @@ class Pointer:
         return offsets
 
 
+class Box:
+    """A tensor descriptor of ``memory`` [rows, columns]: its first ``height`` rows, or as many further down."""
+
+    def __init__(self, memory: np.ndarray, height: int):
+        self.memory, self.block_shape = memory, (height, memory.shape[1])
+
+
 class Shared:
+    """Shared memory, or a barrier in it: copies that are under way, the bytes that must arrive, the phase."""
+
     def __init__(self, array: np.ndarray):
         self.array, self.shape = array, array.shape
+        self.copies: list = []
+        self.num_bytes = self.phase = 0
 
     def index(self, i) -> Shared:
         return Shared(self.array[int(i)])
@@ -108,7 +125,7 @@ class Product:
             a, b, before = self.operands
             self.result = tensor(np.asarray(a, np.float32) @ np.asarray(b.array, np.float32))
             if before is not None:
-                self.result = self.result + before.value()
+                self.result = self.result + (before.value() if isinstance(before, Product) else before)
         return self.result
 
 
@@ -124,19 +141,20 @@ def pick_bytes(a, b, selector) -> np.ndarray:
     return result
 
 
-def subtract(a, b, kind: str) -> np.ndarray:
-    """Two 16-bit numbers minus two others; the difference must be exact."""
+def multiply_add(a, b, c=None, exact: bool = True) -> np.ndarray:
+    """Two float16 numbers times two others, plus two others: rounded once, or known to be ``exact``."""
     halves = []
     for shift in (0, 16):
-        x, y = ((np.asarray(word, np.uint32) >> np.uint32(shift) & 0xFFFF).astype(np.uint16) for word in (a, b))
-        if kind == "bf16x2":
-            difference = np.subtract(*((half.astype(np.uint32) << np.uint32(16)).view(np.float32) for half in (x, y)))
-            assert (bfloat16(difference) == difference).all()
-            halves.append(difference.view(np.uint32) >> np.uint32(16))
-        else:
-            difference = x.view(np.float16) - y.view(np.float16)
-            assert (difference == x.view(np.float16).astype(float) - y.view(np.float16)).all()
-            halves.append(difference.view(np.uint16).astype(np.uint32))
+        x, y, z = (
+            (np.asarray(0 if word is None else word, np.uint32) >> np.uint32(shift) & 0xFFFF)
+            .astype(np.uint16)
+            .view(np.float16)
+            .astype(float)
+            for word in (a, b, c)
+        )
+        result = (x * y + z).astype(np.float16)
+        assert not exact or (result == x * y + z).all()
+        halves.append(result.view(np.uint16).astype(np.uint32))
     return halves[0] | (halves[1] << np.uint32(16))
 
 
@@ -146,36 +164,46 @@ INSTRUCTIONS = {
     "shl.b32": lambda a, n: a << n,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
-    "lop3.b32": lambda a, b, c, table: (a & b) | c if table == 0xEA else (a & b) ^ c,
+    "lop3.b32": lambda a, b, c, table: {0xEA: (a & b) | c}[int(table)],
     "prmt.b32": pick_bytes,
-    "sub.bf16x2": lambda a, b: subtract(a, b, "bf16x2"),
-    "sub.f16x2": lambda a, b: subtract(a, b, "f16x2"),
+    "neg.f16x2": lambda a: a ^ np.uint32(0x80008000),
+    "mul.f16x2": multiply_add,
+    "mul.rn.f16x2": lambda a, b: multiply_add(a, b, exact=False),
+    "fma.rn.f16x2": multiply_add,
 }
 
 
 def assembly(code: str, constraints, args, dtype, is_pure, pack):
-    """``gl.inline_asm_elementwise``: results are 32-bit words, or pairs of 16-bit numbers."""
+    """``gl.inline_asm_elementwise``: results are 32-bit words, or the two halves of one.
+
+    ``pack`` 2 takes rows r and r + 8 of 16 together, which a lane holds. Empty code changes nothing.
+    """
+    if not code:
+        return args[0]
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    names = {f"${len(dtypes) + i}": np.asarray(arg).astype(np.uint32) for i, arg in enumerate(args)}
-    pairs = dict(re.findall(r"mov\.b32 \{(\$\d+, \$\d+)\}, (\w+);", code))
-    written = {}
+    words = [np.asarray(arg).astype(np.uint32) for arg in args]
+    if pack == 2:
+        words = [word.reshape(-1, 2, 8, *word.shape[1:])[:, row] for word in words for row in range(2)]
+    names = {f"${len(dtypes) * pack + i}": word for i, word in enumerate(words)}
     for statement in re.sub(r"\.reg[^;]*;|[\n]", " ", code).split(";"):
         name, _, operands = statement.strip(" {}").partition(" ")
         if not name:
             continue
+        target, *sources = re.findall(r"\$?\w+", operands)
         if operands.startswith("{"):
-            first, second, source = re.findall(r"\$?\w+", operands)
-            written[first], written[second] = names[source] & 0xFFFF, names[source] >> np.uint32(16)
-            continue
-        target, *sources = (word.strip() for word in operands.split(","))
-        values = [names[s] if s in names else np.uint32(int(s, 0)) for s in sources]
-        names[target] = np.asarray(INSTRUCTIONS[name](*values), np.uint32)
+            word = names[sources[1]]
+            names[target], names[sources[0]] = word & 0xFFFF, word >> np.uint32(16)
+        elif "{" in operands:
+            names[target] = names[sources[0]] | (names[sources[1]] << np.uint32(16))
+        else:
+            values = [names[s] if s in names else np.uint32(int(s, 0)) for s in sources]
+            names[target] = np.asarray(INSTRUCTIONS[name](*values), np.uint32)
     results = []
     for i, kind in enumerate(dtypes):
-        bits = written[f"${i}"] if pairs else names[f"${i}"]
-        if kind.is_bf16():
-            bits = bits << np.uint32(16)
-        elif pairs:
+        bits = names[f"${i}"]
+        if pack == 2:
+            bits = np.stack([names[f"${2 * i + row}"] for row in range(2)], axis=1).reshape(np.shape(args[0]))
+        if kind.numpy.itemsize == 2:
             bits = bits.astype(np.uint16)
         results.append(tensor(bits).view(kind.numpy))
     return tuple(results) if isinstance(dtype, tuple) else results[0]
@@ -188,6 +216,7 @@ class Machine:
         self.late, self.program = late, (0, 0)
         self.copies: list = []
         self.groups: list[list] = []
+        self.running: list[Product] = []
 
     def copy(self, target: Shared, source: Pointer, mask) -> None:
         mask = np.broadcast_to(mask, target.shape)
@@ -205,6 +234,32 @@ class Machine:
         self.groups.append(self.copies)
         self.copies = []
 
+    def expect(self, barrier: Shared, num_bytes: int, pred=True) -> None:
+        barrier.num_bytes += num_bytes * bool(pred)
+
+    def copy_box(self, box: Box, place, barrier: Shared, target: Shared, pred=True) -> None:
+        row, column = map(int, place)
+        assert column == 0
+        assert box.block_shape == target.shape
+        assert not pred or 0 <= row <= len(box.memory) - len(target.array)
+
+        def run() -> None:
+            target.array[...] = box.memory[row : row + len(target.array)]
+
+        if pred:
+            barrier.num_bytes -= target.array.nbytes
+            barrier.copies.append(run)
+        if pred and not self.late:
+            run()
+
+    def wait_full(self, barrier: Shared, phase) -> None:
+        assert barrier.num_bytes == 0
+        assert barrier.copies
+        assert barrier.phase == phase
+        for run in barrier.copies if self.late else ():
+            run()
+        barrier.copies, barrier.phase = [], 1 - barrier.phase
+
     def wait(self, most: int) -> None:
         while len(self.groups) > most:
             for run in self.groups.pop(0):
@@ -212,9 +267,17 @@ class Machine:
 
     def multiply(self, a, b, before, use_acc=True, is_async=False) -> Product:
         product = Product(a, b, before if use_acc else None)
+        self.running.append(product)
         if not self.late:
             product.value()
         return product
+
+    def wait_products(self, most: int, deps: tuple):
+        """The dependency's numbers, or itself if it is one of the last ``most`` products."""
+        while len(self.running) > most:
+            self.running.pop(0).value()
+        (dep,) = deps
+        return dep if dep in self.running or not isinstance(dep, Product) else dep.value()
 
     def store(self, pointer: Pointer, values, mask) -> None:
         mask = np.broadcast_to(mask, values.shape)
@@ -255,12 +318,14 @@ class Machine:
             "async_copy": SimpleNamespace(
                 async_copy_global_to_shared=self.copy, commit_group=self.commit, wait_group=self.wait
             ),
-            "fence_async_shared": ignored,
+            "tma": SimpleNamespace(async_copy_global_to_shared=self.copy_box),
+            "mbarrier": SimpleNamespace(MBarrierLayout=ignored, init=ignored, expect=self.expect, wait=self.wait_full),
             "_barrier": ignored,
             "warpgroup_mma": self.multiply,
-            "warpgroup_mma_wait": lambda most, deps: deps[0].value(),
+            "warpgroup_mma_wait": self.wait_products,
             "lookup_assembly": quantized_fixed_point.lookup_assembly,
             "QuantLayout": QuantLayout,
+            "SUMS_UNIT": quantized_wgmma_ends.SUMS_UNIT.value,
         }
 
 

@@ -1,6 +1,7 @@
 """Bugs of ``kernels/quantized_wgmma_ends.py``."""
 
 _ARRANGE = "tests/kernels/test_quantized_wgmma.py::test_arrange_equals_numpy"
+_FINITE = "tests/kernels/test_quantized_wgmma.py::test_units_are_of_finite_numbers"
 _GATHER = "tests/kernels/test_quantized_wgmma.py::test_gather_equals_numpy"
 
 MUTANTS = [
@@ -19,9 +20,12 @@ MUTANTS = [
     ),
     (
         "wgmma: the rest of a sum dropped",
-        "low = _bfloat16_bits(sums - high.to(tl.float32, bitcast=True))",
-        "low = high * 0",
+        "sums - high.to(tl.float32)",
+        "high * 0.0",
         _ARRANGE,
     ),
+    ("wgmma: infinities choose the unit", "tl.where(bits < 0x7F800000, bits, 0)", "bits", _FINITE),
+    ("wgmma: units of a power too much", "((127 - power) << 23)", "((128 - power) << 23)", _ARRANGE),
+    ("wgmma: sums without their unit", "total *= tl.load(units_ptr + token)[:, None]", "total *= 1.0", _GATHER),
     ("wgmma: the first split again and again", "(split * padded + token)[:, None]", "token[:, None]", _GATHER),
 ]
