@@ -34,7 +34,8 @@ class Sample(NamedTuple):
 
 def sample(model: str, cache: str) -> Sample:
     """Start a process that uses the folder ``cache``. Raises SystemExit with its message if it fails."""
-    command = [sys.executable, "-m", "rooflama", "run", model, PROMPT, "--max-new-tokens", "1"]
+    # -P: not the folder rooflama of the current directory, which is only a part of the package
+    command = [sys.executable, "-P", "-m", "rooflama", "run", model, PROMPT, "--max-new-tokens", "1"]
     environment = {**os.environ, "TRITON_CACHE_DIR": cache}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()

@@ -78,7 +78,10 @@ def test_a_cold_process_finds_no_compiled_kernel_and_a_warm_one_finds_those_of_t
     assert {"gpu", "torch", "triton", "commit", "date"} < set(warm)
 
 
-def test_a_sample_times_a_process_and_reports_its_error(benchmark, tmp_path):
+def test_a_sample_times_a_process_and_reports_its_error(benchmark, monkeypatch, tmp_path):
+    (tmp_path / "rooflama").mkdir()
+    (tmp_path / "rooflama" / "__init__.py").write_text("raise ImportError('not the package')")
+    monkeypatch.chdir(tmp_path)
     taken = benchmark.sample(str(write_small(tmp_path / "small.gguf")), str(tmp_path / "cache"))
     assert 0 < taken.first_token_s < 120
     assert taken.processor_s > 0

@@ -129,6 +129,6 @@ def test_compiling_needs_no_gpu_and_fills_tritons_cache(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.stdout == "3 2 2 [(1, 2), (2, 2)]\n", done.stderr
     assert len(list(tmp_path.rglob("*.cubin"))) == 2
