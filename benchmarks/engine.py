@@ -1,4 +1,4 @@
-"""The engine on a model with random weights: ``python benchmarks/engine.py [--out FILE.csv] [--small]``.
+"""The engine on a model with random weights: ``python benchmarks/engine.py [--out FILE.csv] [--small] [--only NAME]``.
 
 mixed     requests of mixed lengths, all added at once: seconds until the last has ended, against what its passes take
           by themselves: prefill passes at the rate of one long prompt, and each decode step as ``step.py`` times it
@@ -42,6 +42,7 @@ from rooflama.models import (
     adapter_for,
 )
 from rooflama.models.serving import engine as engine_module
+from rooflama.models.serving.readback import Readback
 from rooflama.models.serving.runner import bucket
 from rooflama.planning import plan_for_device
 from timing import provenance, write_rows
@@ -204,10 +205,10 @@ def host(runner: ModelRunner, sizes: Sizes) -> dict[str, float]:
 
         return call
 
-    readback, graph = engine_module._Readback, torch.cuda.CUDAGraph
+    graph = torch.cuda.CUDAGraph
     between, replays = [], []
     with (
-        mock.patch.object(readback, "wait", timed(readback.wait, waited)),
+        mock.patch.object(Readback, "wait", timed(Readback.wait, waited)),
         mock.patch.object(graph, "replay", timed(graph.replay, replayed)),
     ):
         for _ in range(3 * sizes.steps):
@@ -266,10 +267,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the figures there, as CSV")
     parser.add_argument("--small", action="store_true", help="a tiny model and short texts")
+    benchmarks = {one.__name__: one for one in (mixed, host, prefix, second)}
+    parser.add_argument("--only", choices=benchmarks, nargs="+", default=[*benchmarks], help="run some of them")
     options = parser.parse_args()
     sizes, rows = SMALL if options.small else Sizes(), []
     with random_runner(sizes, small=options.small) as runner:
-        for benchmark in (mixed, host, prefix, second):
+        for benchmark in (benchmarks[name] for name in options.only):
             for figure, value in benchmark(runner, sizes).items():
                 print(f"{benchmark.__name__:8} {figure:20} {value:,.3f}", flush=True)
                 rows.append({"benchmark": benchmark.__name__, "figure": figure, "value": f"{value:.4f}"})

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from itertools import compress
 from math import exp
 from typing import Any
 
@@ -192,6 +193,9 @@ class TextStream:
         """The text that this token completes; empty once finished."""
         if self.finished:
             return ""
+        if not self._stops:  # then nothing is ever held
+            self.finished = token in self.tokenizer.eos_ids
+            return self._decode.feed(token)
         piece = self.tokenizer.piece(token)
         shown = self._decode.feed(token)  # nothing for a special token
         self._hold(piece.data.decode("utf-8", "replace") if piece.special else shown, is_shown=not piece.special)
@@ -223,7 +227,7 @@ class TextStream:
 
     def _take(self, count: int) -> str:
         """Remove the first ``count`` characters held, and return those that are shown."""
-        text = "".join(character for character, shown in zip(self._held[:count], self._is_shown, strict=False) if shown)
+        text = "".join(compress(self._held[:count], self._is_shown))
         self._held, self._is_shown = self._held[count:], self._is_shown[count:]
         return text
 

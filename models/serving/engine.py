@@ -12,9 +12,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from rooflama.kernels import swapped_only
 
 from ..errors import ModelClosed
 from .prefix_cache import PrefixCache
+from .readback import Readback, Readbacks
 from .runner import DecodeSlots, ModelRunner
 from .sampling import TokenLogprob
 from .scheduler import Batch, Scheduler
@@ -65,7 +66,7 @@ class TokenEngine:
             leave=self._leave,
         )
         self._groups: list[DecodeSlots] = []  # one for each set of swapped kernels
-        self._in_flight: deque[_Readback] = deque()
+        self._readbacks, self._in_flight = Readbacks(), deque[Readback]()
         self._reads_late = runner.device.type != "cpu"  # a step's tokens while the next one runs
         self._arrivals = 0
         self._closed = False
@@ -81,7 +82,8 @@ class TokenEngine:
             self.check_open()
             self.runner.check(sequence.request)
             sequence.number = self._arrivals
-            sequence.most_tokens = sequence.request.planned_tokens(self.runner.max_context)
+            planned = sequence.request.planned_tokens(self.runner.max_context)
+            sequence.most_new = planned - len(sequence.request.prompt)
             self._arrivals += 1
             self.scheduler.add(sequence)
 
@@ -203,12 +205,11 @@ class TokenEngine:
         for sequence in batch.extended:
             if sequence in group.sequences[sequence.row : sequence.row + 1]:
                 group.extend(sequence.row, sequence.cache_id, sequence.limit)
-        stepped = [sequence for sequence in group.sequences if sequence.num_cached < sequence.limit]
-        if stepped:
-            tokens, logprobs = group.step()
-            self._in_flight.append(_Readback(group.sequences, tokens, logprobs))
-            for sequence in stepped:
-                sequence.num_cached += 1
+        if any(sequence.num_cached < sequence.limit for sequence in group.sequences):
+            self._in_flight.append(self._readbacks.start(group.sequences, *group.step()))
+            for sequence in group.sequences:
+                if sequence.num_cached < sequence.limit:
+                    sequence.num_cached += 1
 
     def _prefill(self, batch: Batch) -> None:
         """Launch a prefill pass, and draw the first token of each sequence whose text it completes."""
@@ -216,7 +217,7 @@ class TokenEngine:
         now = time.perf_counter()
         parts, ends, end = [], [], 0
         for sequence, count in batch.prefill:
-            sequence.clock = sequence.clock or now
+            sequence.began = sequence.began or now
             parts.append(_text(sequence)[sequence.num_cached : sequence.num_cached + count])
             end += count
             ends.append(end)
@@ -240,7 +241,7 @@ class TokenEngine:
         group = self._group_of(sequences[0])
         for sequence in sequences:
             group.join(sequence, sequence.limit)
-        self._in_flight.append(_Readback(sequences, *group.draw_first(logits, sequences)))
+        self._in_flight.append(self._readbacks.start(sequences, *group.draw_first(logits, sequences)))
 
     def _group_of(self, sequence: Sequence) -> DecodeSlots:
         """The slots of sequences with the same swapped kernels, which captured steps hold as well."""
@@ -276,27 +277,35 @@ class TokenEngine:
                 with self.runner.cache.device.guard("generation"):
                     values, logprobs = readback.wait()
             except Exception as error:
-                self._fail([sequence for sequence, life in readback.lives if sequence.life == life], error)
+                self._fail(readback.present, error)
                 continue
-            now = time.perf_counter()
-            for row, (sequence, life) in enumerate(readback.lives):
-                if sequence.life == life:
-                    self._take(sequence, values[row], logprobs and [column[row] for column in logprobs], now)
-                    if values[row] >= 0:
-                        taken.append((sequence, values[row]))
+            self._hand_out(readback, values, logprobs, taken)
         return taken
 
-    def _take(self, sequence: Sequence, token: int, logprobs: list, now: float) -> None:
-        """Append a token to its sequence, and end the sequence if that was the last."""
-        if token < 0:
-            self._end(sequence, _not_a_number(sequence, self.runner.dtype))
-            return
-        sequence.timings.add(now - sequence.clock, first=not sequence.token_ids)
-        sequence.clock = now
-        sequence.token_ids.append(token)
-        if (likeliest := sequence.request.params.logprobs) is not None:
-            drawn, ids, top = logprobs
-            sequence.logprobs.append(TokenLogprob(token, drawn, list(zip(ids, top, strict=True))[:likeliest]))
+    def _hand_out(
+        self, readback: Readback, tokens: list[int], logprobs: list[list], taken: list[tuple[Sequence, int]]
+    ) -> None:
+        """Append tokens to their sequences, and end each sequence whose last one it was."""
+        now = time.perf_counter()
+        reports = zip(*logprobs, strict=True) if logprobs else repeat(())
+        rows = zip(readback.sequences, readback.lives, tokens, reports, strict=False)  # idle rows belong to none
+        for sequence, life, token, report in rows:
+            if sequence.life != life:
+                continue
+            if token < 0:
+                self._end(sequence, _not_a_number(sequence, self.runner.dtype))
+                continue
+            drawn = sequence.token_ids
+            drawn.append(token)
+            sequence.drawn_at.append(now)
+            taken.append((sequence, token))
+            if report:
+                _report(sequence, token, *report)
+            if sequence.on_token is not None or token in self.end_ids or len(drawn) == sequence.most_new:
+                self._end_if_done(sequence, token)
+
+    def _end_if_done(self, sequence: Sequence, token: int) -> None:
+        """Tell a sequence's owner of its newest token, and end the sequence if that was the last."""
         try:
             stopped = sequence.on_token is not None and sequence.on_token(token)
         except Exception as error:
@@ -304,7 +313,7 @@ class TokenEngine:
             return
         if stopped or token in self.end_ids:
             self._end(sequence, "stop")
-        elif sequence.num_tokens == sequence.most_tokens:
+        elif len(sequence.token_ids) == sequence.most_new:
             self._end(sequence, "length")
 
     def _end(self, sequence: Sequence, reason: str | BaseException) -> None:
@@ -323,6 +332,12 @@ def _text(sequence: Sequence) -> list[int]:
     return sequence.request.prompt + sequence.token_ids
 
 
+def _report(sequence: Sequence, token: int, drawn: float, ids: list[int], top: list[float]) -> None:
+    """Note the log probabilities of a token, as many as the sequence asks for."""
+    if (likeliest := sequence.request.params.logprobs) is not None:
+        sequence.logprobs.append(TokenLogprob(token, drawn, list(zip(ids, top, strict=True))[:likeliest]))
+
+
 def _closed_engine() -> ModelClosed:
     return ModelClosed("a closed generation", rule="it ends with its model", remedy="Start another on an open model")
 
@@ -334,33 +349,3 @@ def _not_a_number(sequence: Sequence, dtype: torch.dtype) -> NaNLogits:
         rule="logits are numbers",
         remedy="rooflama check finds weights that are NaN; float16 overflows where bfloat16 does not",
     )
-
-
-class _Readback:
-    """A copy to the host of the tokens of some sequences, and of their log probabilities if there are any.
-
-    Args:
-        sequences: whose tokens they are, in the order of the rows; further rows belong to no sequence.
-        tokens: int32 [rows].
-        logprobs: as ``Sampler.draw`` returns them.
-    """
-
-    def __init__(self, sequences: Items[Sequence], tokens: Tensor, logprobs: tuple[Tensor, ...] | None):
-        self.lives = [(sequence, sequence.life) for sequence in sequences]
-        tensors = (tokens, *(logprobs or ()))
-        self._event = None
-        if tokens.device.type == "cpu":
-            self._host = [tensor.clone() for tensor in tensors]
-            return
-        self._host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-        for host, tensor in zip(self._host, tensors, strict=True):
-            host.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record(torch.cuda.current_stream(tokens.device))
-
-    def wait(self) -> tuple[list[int], list[list]]:
-        """(token ids, columns of log probabilities), once the device has written them."""
-        if self._event is not None:
-            self._event.synchronize()
-        tokens, *logprobs = (host.tolist() for host in self._host)
-        return tokens, logprobs

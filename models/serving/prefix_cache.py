@@ -106,7 +106,7 @@ class PrefixCache:
         self.statistics.tokens_asked += sequence.num_tokens
         self.statistics.tokens_saved += beginning.num_tokens
         if sequence.life == 0:
-            sequence.timings.cached_tokens = beginning.num_tokens
+            sequence.cached_tokens = beginning.num_tokens
 
     def _longest(self, root: bytes, tokens: bytes, copying: bool) -> Beginning:
         size, window = self._page_bytes, self._cache.window

@@ -64,13 +64,27 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._decoding: list[Sequence] = []  # of the last batch
+        self._repeats = 0  # coming steps in which those decode on, on the pages that they have, and nothing else runs
 
     def add(self, sequence: Sequence) -> None:
+        self._repeats = 0
         sequence.status = Status.WAITING
         insort(self.waiting, sequence, key=_arrival)
 
     def schedule(self) -> Batch:
         """Choose the work of the next step, and take the pages that it needs."""
+        if self._repeats:
+            self._repeats -= 1
+            return Batch(self._decoding)
+        batch = self._choose()
+        if len(batch.decode) == len(self.running) and not self.waiting:
+            self._decoding = batch.decode
+            steps = min((sequence.limit - sequence.num_cached for sequence in batch.decode), default=1)
+            self._repeats = steps - 1  # this one is the first
+        return batch
+
+    def _choose(self) -> Batch:
         batch = Batch()
         for sequence in list(self.running):  # preemption may take later ones out
             if sequence.row < 0:
@@ -168,6 +182,7 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence out, with its pages and its row."""
+        self._repeats = 0
         if sequence.cache_id is None:
             if sequence in self.waiting:
                 self.waiting.remove(sequence)

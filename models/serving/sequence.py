@@ -17,7 +17,7 @@ class NaNLogits(RooflamaError, ArithmeticError):
     """The logits hold a NaN."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timings:
     """Wall-clock seconds of a sequence, from its first prefill pass on. Steps that it waits for are included.
 
@@ -38,14 +38,6 @@ class Timings:
     def decode_tokens_per_s(self) -> float:
         """Tokens per second of one sequence, its first token not counted."""
         return self.decode_steps / self.decode_s if self.decode_s else 0.0
-
-    def add(self, seconds: float, *, first: bool) -> None:
-        """Count one token, which may be the first of its sequence."""
-        if first:
-            self.prefill_s = seconds
-        else:
-            self.decode_steps += 1
-            self.decode_s += seconds
 
 
 @dataclass(frozen=True)
@@ -85,12 +77,15 @@ class Sequence:
         error: what ended the sequence before its time; None if nothing did.
         preemptions: how often it gave up its pages and was computed again.
         number: its place in the order of arrival; -1 before it is added to an engine.
-        most_tokens: the tokens that end it, its prompt's included; 0 before it is added to an engine.
+        most_new: the drawn tokens that end it; 0 before it is added to an engine.
         cache_id: of its pages in the cache; None without pages.
         num_cached: tokens whose keys and values are in the cache, those of a launched step included.
         limit: the most tokens that it has pages for and will need.
         row: its row among the decode slots; -1 while it has none.
         life: the number of times that it took pages; results of an earlier life are dropped.
+        cached_tokens: of the prompt, see ``Timings``.
+        began: when its first prefill pass was launched, a time of ``perf_counter``; 0 before.
+        drawn_at: such a time for each token drawn.
     """
 
     request: Request
@@ -103,17 +98,28 @@ class Sequence:
     error: BaseException | None = None
     preemptions: int = 0
     number: int = -1
-    most_tokens: int = 0
+    most_new: int = 0
     cache_id: int | None = None
     num_cached: int = 0
     limit: int = 0
     row: int = -1
     life: int = 0
-    clock: float = 0.0
+    cached_tokens: int = 0
+    began: float = 0.0
+    drawn_at: list[float] = field(default_factory=list)
     _packed: bytes = b""
 
-    def __post_init__(self) -> None:
-        self.timings = Timings(len(self.request.prompt))
+    @property
+    def timings(self) -> Timings:
+        """What it took up to now."""
+        first, last = (self.drawn_at[0], self.drawn_at[-1]) if self.drawn_at else (self.began, self.began)
+        return Timings(
+            len(self.request.prompt),
+            self.cached_tokens,
+            prefill_s=first - self.began,
+            decode_steps=max(0, len(self.drawn_at) - 1),
+            decode_s=last - first,
+        )
 
     def packed(self, num_tokens: int) -> bytes:
         """Its first tokens, the prompt's and those drawn, as int32."""
@@ -126,6 +132,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt) + len(self.token_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens that end it, its prompt's included."""
+        return len(self.request.prompt) + self.most_new
 
     @property
     def reported_logprobs(self) -> list[TokenLogprob] | None:

@@ -7,7 +7,7 @@ import time
 from io import StringIO
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -18,7 +18,7 @@ from rooflama import ArgumentError, Engine, ModelClosed
 from rooflama.kernels import use_backend
 from rooflama.loaders.device import DeviceOutOfMemory
 from rooflama.models import NaNLogits, OutOfPages, Request, SamplingParams, Sequence, TokenEngine
-from rooflama.models.serving.engine import _Readback
+from rooflama.models.serving.readback import Readback
 from rooflama.models.serving.scheduler import Scheduler
 from small_checkpoint import write_small
 
@@ -77,7 +77,23 @@ requests = st.tuples(st.integers(0, len(PROMPTS) - 1), st.integers(0, len(DRAWS)
 acts = acts_of(requests)
 
 
+def check_batches(scheduler):
+    """From now on, assert of each batch that all sequences decode that can."""
+    schedule = scheduler.schedule
+
+    def checked():
+        before = scheduler.preemptions
+        batch = schedule()
+        if scheduler.preemptions == before:
+            ready = [one for one in scheduler.running if one.row >= 0 and one.num_cached < one.limit]
+            assert batch.decode == ready
+        return batch
+
+    scheduler.schedule = checked
+
+
 @settings(max_examples=12)
+@example(acts=[(0, 0, 30), (3, 0, 30), 3, "cancel", 2], budget=33, slots=2)  # ends one of two within a page
 @given(
     acts=st.lists(acts, min_size=4, max_size=14), budget=st.sampled_from([5, 33, 1024]), slots=st.sampled_from([2, 8])
 )
@@ -85,6 +101,7 @@ def test_a_sequence_draws_what_it_draws_alone(model, alone, acts, budget, slots)
     """In tight memory, with chunked prompts, among sequences that come, go, and lose their pages."""
     with use_backend("numpy"):
         engine = TokenEngine(model.runner, num_slots=slots, token_budget=budget)
+        check_batches(engine.scheduler)
         added, cancelled = play(engine, acts, sequence_of)
         assert not engine.has_work
         assert all_free(model)
@@ -150,6 +167,24 @@ def test_decoding_goes_on_beside_a_long_prompt(model):
             counts.append([token for _, token in engine.step()])
         assert len(counts) == 6  # 40 tokens, 7 in each step
         assert [len(tokens) for tokens in counts] == [1] * 5 + [2]
+        finish(engine, first, second)
+
+
+def test_a_sequence_begins_as_soon_as_there_is_room(model):
+    """In the middle of a page, where the steps of the others are all alike."""
+    with use_backend("numpy"):
+        engine, cache = TokenEngine(model.runner), model.runner.cache
+        first, second = sequence_of(0, 0, 30), sequence_of(0, 0, 2)
+        engine.add(first)
+        engine.advance(first, until=lambda: len(first.token_ids) == 3)
+        taken = cache.add()
+        cache.reserve(taken, cache.pool.num_free * cache.page_size)
+        engine.add(second)
+        engine.step()
+        assert second in engine.scheduler.waiting
+        cache.free(taken)
+        engine.step()
+        assert second in engine.scheduler.running
         finish(engine, first, second)
 
 
@@ -228,7 +263,7 @@ def test_an_allocation_or_a_copy_that_fails_ends_one_sequence(path):
 @pytest.mark.parametrize("where", ["logits", "wait", "schedule"])
 def test_an_interrupt_leaves_everything_as_it_was(model, alone, monkeypatch, where, late):
     """Whether it strikes on the way to a launch, while the host waits for tokens, or between sequences."""
-    owner = {"logits": type(model.runner.decoder), "wait": _Readback, "schedule": Scheduler}[where]
+    owner = {"logits": type(model.runner.decoder), "wait": Readback, "schedule": Scheduler}[where]
     with use_backend("numpy"):
         engine = TokenEngine(model.runner)
         engine._reads_late = late
