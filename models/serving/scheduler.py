@@ -85,6 +85,7 @@ class Scheduler:
         return batch
 
     def _choose(self) -> Batch:
+        """The work of a step that may differ from the last one."""
         batch = Batch()
         for sequence in list(self.running):  # preemption may take later ones out
             if sequence.row < 0:
