@@ -62,6 +62,18 @@ def test_the_text_of_tokens_that_are_not_shown_counts(model, stop, shown, fed):
     assert (pieces + text.flush(), count) == (shown, fed)
 
 
+def test_a_stop_string_that_never_comes_changes_no_text(model):
+    """Whatever is fed: halves of characters, tokens that are not shown, tokens that end the text."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        ids, texts = rng.integers(0, len(TOKENS), rng.integers(1, 90)).tolist(), []
+        for stops in ([], ["<|im_start|><|im_start|>ab"]):
+            text = TextStream(model.tokenizer, stops, after=ids[0])
+            pieces = "".join(text.feed(token) for token in ids[1:])
+            texts.append((pieces + text.flush(), text.finished))
+        assert texts[0] == texts[1]
+
+
 def test_a_control_token_ends_a_generation_that_names_it(tmp_path, numpy_backend):
     with rooflama.load(saying(tmp_path / "m.gguf", IM_START, 64), device="cpu", progress=False) as model:
         ended = model.generate(PROMPT, max_new_tokens=6, stop=["never", "<|im_start|>"])
