@@ -190,8 +190,8 @@ def mixed(runner: ModelRunner, sizes: Sizes) -> dict[str, float]:
 def host(runner: ModelRunner, sizes: Sizes) -> dict[str, float]:
     rng = np.random.default_rng(1)
     engine = TokenEngine(runner, num_slots=sizes.requests, prefix_cache=False)
-    for _ in range(sizes.requests):
-        engine.add(request(rng, runner, 4, 4 * sizes.steps))
+    for number in range(sizes.requests):  # whose pages are full at different steps
+        engine.add(request(rng, runner, 4 + number % runner.cache.page_size, 4 * sizes.steps))
     waited: list[float] = []
     replayed: list[float] = []
 

@@ -199,6 +199,11 @@ class PagedKVCache:
     def pages(self, sequence_id: int) -> tuple[int, ...]:
         return tuple(self._sequence(sequence_id).pages)
 
+    def page_at(self, sequence_id: int, index: int) -> int:
+        """The page that holds the tokens from ``index * page_size`` on."""
+        sequence = self._sequence(sequence_id)
+        return sequence.pages[index - sequence.released]
+
     def released(self, sequence_id: int) -> int:
         """How many of the sequence's first pages have left all windows; ``pages`` begins after them."""
         return self._sequence(sequence_id).released

@@ -202,9 +202,8 @@ class TokenEngine:
 
     def _decode(self, batch: Batch, group: DecodeSlots) -> None:
         """Launch a decode step of a group."""
-        for sequence in batch.extended:
-            if sequence in group.sequences[sequence.row : sequence.row + 1]:
-                group.extend(sequence.row, sequence.cache_id, sequence.limit)
+        if extended := [one for one in batch.extended if one in group.sequences[one.row : one.row + 1]]:
+            group.extend(extended)
         if any(sequence.num_cached < sequence.limit for sequence in group.sequences):
             self._in_flight.append(self._readbacks.start(group.sequences, *group.step()))
             for sequence in group.sequences:

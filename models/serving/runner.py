@@ -229,15 +229,22 @@ class DecodeSlots:
     def place(self, row: int, cache_id: int | None, length: int, limit: int, planned: int) -> None:
         """Write a row's block table, its length, its limit, and the rotation of its planned length."""
         assert cache_id is not None
-        self.extend(row, cache_id, limit)
+        self.block_table[row].copy_(self.runner.block_table([cache_id])[0])
+        self.limits[row].fill_(limit)
         self.lengths[row].fill_(length)
         self.pins[row] = self.runner.upload(self.runner.rotation.pin([planned]))[0]
 
-    def extend(self, row: int, cache_id: int | None, limit: int) -> None:
-        """Give a row its sequence's present pages and limit."""
-        assert cache_id is not None
-        self.block_table[row].copy_(self.runner.block_table([cache_id])[0])
-        self.limits[row].fill_(limit)
+    def extend(self, sequences: list[Sequence]) -> None:
+        """Give sequences in rows the last of their pages, which is new, and their present limits."""
+        cache, cells = self.runner.cache, []
+        for sequence in sequences:
+            assert sequence.cache_id is not None
+            column = (sequence.limit - 1) // cache.page_size
+            cells.append((sequence.row, column, cache.page_at(sequence.cache_id, column), sequence.limit))
+        on_device = self.runner.upload(torch.tensor(cells))
+        (rows, columns), (pages, limits) = on_device[:, :2].unbind(1), on_device[:, 2:].int().unbind(1)
+        self.block_table[rows, columns] = pages
+        self.limits[rows] = limits
 
     def leave(self, sequence: Sequence) -> None:
         """Take a sequence out. The last one moves to its row, so that the taken rows are the first."""

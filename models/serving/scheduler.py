@@ -1,10 +1,10 @@
 """Which sequences run in a step, on which pages: first come, first served.
 
-Sequences that decode come first: each gets a page when it needs one. If none is free, the newest sequence with pages is
-preempted: it gives its pages up, and is computed again later, from its tokens. Prefill takes what is left of the
-step's token budget, the oldest sequence first. A waiting sequence is admitted when there are pages for its text and one
-more token, and a step later if this step computes a page that it can share. So the oldest sequence always advances, and
-each of the others does as soon as it is the oldest.
+Sequences that decode come first: each gets a page when it needs one, or a few steps before, while many are free. If
+none is free, the newest sequence with pages is preempted: it gives its pages up, and is computed again later, from its
+tokens. Prefill takes what is left of the step's token budget, the oldest sequence first. A waiting sequence is admitted
+when there are pages for its text and one more token, and a step later if this step computes a page that it can share.
+So the oldest sequence always advances, and each of the others does as soon as it is the oldest.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class Batch:
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
     extended: list[Sequence] = field(default_factory=list)
     failed: list[tuple[Sequence, Exception]] = field(default_factory=list)
+
+
+AHEAD = 8  # steps: the device is told of the pages of several sequences at once
 
 
 class Scheduler:
@@ -87,14 +90,10 @@ class Scheduler:
     def _choose(self) -> Batch:
         """The work of a step that may differ from the last one."""
         batch = Batch()
-        for sequence in list(self.running):  # preemption may take later ones out
-            if sequence.row < 0:
-                continue
-            full = sequence.num_cached == sequence.limit < self._most(sequence)
-            if full and self._grow(sequence, sequence.num_cached + 1):
-                batch.extended.append(sequence)
-            if sequence.num_cached < sequence.limit and sequence.row >= 0:
-                batch.decode.append(sequence)
+        decoding = [sequence for sequence in self.running if sequence.row >= 0]
+        if any(sequence.num_cached == sequence.limit < self._most(sequence) for sequence in decoding):
+            batch.extended = self._extend(decoding)
+        batch.decode = [one for one in decoding if one.row >= 0 and one.num_cached < one.limit]
         room, swaps = max(1, self.token_budget - len(batch.decode)), None
         for sequence in list(self.running):
             if sequence.row >= 0 or not room or (swaps is not None and sequence.swaps != swaps):
@@ -112,6 +111,17 @@ class Scheduler:
                 room, swaps = room - count, sequence.swaps
                 batch.prefill.append((sequence, count))
         return batch
+
+    def _extend(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Give a page to each sequence that needs one now or, while many are free, soon. Returns those that got one."""
+        ahead = AHEAD if self.cache.pool.num_free > len(decoding) else 1
+        return [
+            sequence
+            for sequence in decoding
+            if sequence.row >= 0  # not preempted for an older one
+            and sequence.limit < min(sequence.num_cached + ahead, self._most(sequence))
+            and self._grow(sequence, sequence.limit + 1)
+        ]
 
     def _awaits(self, sequence: Sequence, batch: Batch) -> bool:
         """Whether the step computes something that the sequence can share in the next one."""

@@ -17,9 +17,11 @@ from failing import Failing
 from rooflama import ArgumentError, Engine, ModelClosed
 from rooflama.kernels import use_backend
 from rooflama.loaders.device import DeviceOutOfMemory
+from rooflama.loaders.gguf import read_gguf
 from rooflama.models import NaNLogits, OutOfPages, Request, SamplingParams, Sequence, TokenEngine
 from rooflama.models.serving.readback import Readback
-from rooflama.models.serving.scheduler import Scheduler
+from rooflama.models.serving.scheduler import AHEAD, Scheduler
+from running_models import running
 from small_checkpoint import write_small
 
 WAIT_S = 120
@@ -186,6 +188,32 @@ def test_a_sequence_begins_as_soon_as_there_is_room(model):
         engine.step()
         assert second in engine.scheduler.running
         finish(engine, first, second)
+
+
+def test_pages_come_a_few_steps_ahead_for_several_sequences_at_once(path, alone):
+    """While many are free; and what is drawn does not change."""
+    with use_backend("numpy"), read_gguf(path) as file, running(file, num_seqs=8, max_context=CONTEXT) as runner:
+        engine, cache, told = TokenEngine(runner, prefix_cache=False), runner.cache, []
+        sequences = [sequence_of(row % len(PROMPTS), row % 3, 30 + row) for row in range(6)]
+        for sequence in sequences:
+            engine.add(sequence)
+        schedule = engine.scheduler.schedule
+
+        def watched():
+            batch = schedule()
+            told.append(len(batch.extended))
+            for sequence in batch.decode:
+                pages = len(cache.pages(sequence.cache_id))
+                assert (pages - 1) * cache.page_size < sequence.num_cached + AHEAD
+                assert sequence.num_cached < pages * cache.page_size
+            return batch
+
+        engine.scheduler.schedule = watched
+        finish(engine, *sequences)
+        assert sum(told) >= 9
+        assert max(told) > 2
+        for row, sequence in enumerate(sequences):
+            assert sequence.token_ids == alone(row % len(PROMPTS), row % 3, 30 + row)
 
 
 def test_first_come_first_served(model):
