@@ -39,8 +39,12 @@ class Model:
     qk_norm: bool = False
 
     @property
+    def qk_and_v_rows(self) -> tuple[int, int]:
+        return (self.num_heads + self.num_kv_heads) * self.head_dim, self.num_kv_heads * self.head_dim
+
+    @property
     def qkv_rows(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return sum(self.qk_and_v_rows)
 
 
 MODELS = {

@@ -13,7 +13,7 @@ from .next_slots import next_slots
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
 from .penalties import penalise
-from .quantized_matmul import quantized_matmul
+from .quantized_matmul import quantized_matmul, quantized_matmul_pair
 from .rope import rope
 from .rope_cache_write import rope_and_cache_write
 from .sampling import sample
@@ -39,6 +39,7 @@ __all__ = [
     "one_shot_sum",
     "penalise",
     "quantized_matmul",
+    "quantized_matmul_pair",
     "resident_form",
     "rms_norm",
     "rope",

@@ -12,6 +12,8 @@ activations of its columns itself, from L2: that costs less than a launch of its
 Four codes lie in the four bytes of a register as they are unpacked (``code_part``), and q = 256 * high + low in two
 registers of four bytes each, high signed and low not. So two dp4a instructions multiply four weights by 16 bits.
 
+Two weights of one input may share a launch, whatever their types: a program's number says whose rows it owns.
+
 Where the weight is known to be older than the kernels still running (``resident``), its first tile is requested before
 the program waits for them (programmatic dependent launch).
 
@@ -23,6 +25,10 @@ Moves the planes once, for 2 x num_tokens x rows x columns flops.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
@@ -220,8 +226,9 @@ def load_quants(
     return low, high, scales, minima
 
 
-@triton.jit(do_not_specialize=["rows"])  # else a 1 compiles to other code, with other roundings
-def _fixed_point_kernel(
+@triton.jit
+def multiply_tile(
+    tile,  # its number
     activations,  # Input
     planes,  # Planes
     output,  # Output
@@ -235,10 +242,11 @@ def _fixed_point_kernel(
     NVIDIA: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
+    """All that a program does: BLOCK_N rows of a weight, times all tokens."""
     GROUPS: tl.constexpr = BLOCK_K // LAYOUT.group
     WORDS: tl.constexpr = BLOCK_K * LAYOUT.low_bits // 32
     ZERO_POINT: tl.constexpr = LAYOUT.zero if planes.table is None else 128
-    offs_n, mask_n = tile_rows(tl.program_id(0), rows, BLOCK_N, SWIGLU)
+    offs_n, mask_n = tile_rows(tile, rows, BLOCK_N, SWIGLU)
     sums = (tl.zeros([BLOCK_N, GROUPS], tl.float32),) * num_tokens
     squares = (tl.zeros([BLOCK_K // X_GROUP], tl.float32),) * num_tokens
 
@@ -284,12 +292,76 @@ def _fixed_point_kernel(
         store_tile(total[None, :], output, rows, offs_m, offs_m >= 0, offs_n, mask_n, SWIGLU)
 
 
+@triton.jit(do_not_specialize=["rows"])  # else a 1 compiles to other code, with other roundings
+def _fixed_point_kernel(
+    activations,  # Input
+    planes,  # Planes
+    output,  # Output
+    num_tokens: tl.constexpr,
+    rows,
+    columns: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    multiply_tile(
+        tl.program_id(0), activations, planes, output, num_tokens, rows, columns, SWIGLU, LAYOUT, BLOCK_N, BLOCK_K,
+        NVIDIA, RESIDENT,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_rows", "second_rows"])
+def _fixed_point_pair_kernel(
+    activations,  # Input
+    first,  # Planes
+    second,  # Planes
+    first_output,  # Output
+    second_output,  # Output
+    num_tokens: tl.constexpr,
+    first_rows,
+    second_rows,
+    columns: tl.constexpr,
+    FIRST_LAYOUT: tl.constexpr,
+    SECOND_LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NVIDIA: tl.constexpr,
+    RESIDENT: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    num_second = tl.cdiv(second_rows, BLOCK_N)
+    if tile < num_second:  # in front: these are the fewer, and often have more bits
+        multiply_tile(
+            tile, activations, second, second_output, num_tokens, second_rows, columns, False, SECOND_LAYOUT, BLOCK_N,
+            BLOCK_K, NVIDIA, RESIDENT,
+        )  # fmt: skip
+    else:
+        multiply_tile(
+            tile - num_second, activations, first, first_output, num_tokens, first_rows, columns, False, FIRST_LAYOUT,
+            BLOCK_N, BLOCK_K, NVIDIA, RESIDENT,
+        )  # fmt: skip
+
+
+def _tile(activations: Input, weights: Sequence[Weight]) -> dict[str, int]:
+    """The configuration for weights of one input, together: that of the type with the most rows."""
+    (num_tokens, columns), normed = activations.x.shape, activations.norm is not None
+    rows = sum(weight.shape[0] for weight in weights)
+    layout = max(weights, key=lambda weight: weight.shape[0]).layout
+    facts = {"rows": rows, "tokens": num_tokens, "normed": normed, "bits": layout.low_bits + layout.high_bits}
+    return tile_for("fixed_point", weights[0].device, columns, 256, **facts)
+
+
+def _options(device: torch.device, resident: bool) -> dict[str, Any]:
+    early = resident and overlaps(device)
+    return {"NVIDIA": not INTERPRETED, "RESIDENT": early, **({"launch_pdl": True} if early else {})}
+
+
 def launch_fixed_point(activations: Input, weight: Weight, output: Output, swiglu: bool, resident: bool) -> Launch:
     (rows, columns), num_tokens = weight.shape, activations.x.shape[0]
-    facts = {"rows": rows, "tokens": num_tokens, "normed": activations.norm is not None}
-    bits = weight.layout.low_bits + weight.layout.high_bits
-    tile = tile_for("fixed_point", weight.device, columns, 256, bits=bits, **facts)
-    early = resident and overlaps(weight.device)
+    tile = _tile(activations, [weight])
     return launch(
         _fixed_point_kernel,
         (triton.cdiv(rows, tile["BLOCK_N"]),),
@@ -301,8 +373,31 @@ def launch_fixed_point(activations: Input, weight: Weight, output: Output, swigl
         columns,
         SWIGLU=swiglu,
         LAYOUT=weight.layout,
-        NVIDIA=not INTERPRETED,
-        RESIDENT=early,
-        **({"launch_pdl": True} if early else {}),
+        **_options(weight.device, resident),
+        **tile,
+    )
+
+
+def launch_fixed_point_pair(
+    activations: Input, weights: tuple[Weight, Weight], outputs: tuple[Output, Output], resident: bool
+) -> Launch:
+    """One launch for two weights of the same number of columns: a program owns rows of one of them."""
+    first, second = weights
+    num_tokens, columns = activations.x.shape
+    tile = _tile(activations, weights)
+    return launch(
+        _fixed_point_pair_kernel,
+        (sum(triton.cdiv(weight.shape[0], tile["BLOCK_N"]) for weight in weights),),
+        activations,
+        planes_of(first),
+        planes_of(second),
+        *outputs,
+        num_tokens,
+        first.shape[0],
+        second.shape[0],
+        columns,
+        FIRST_LAYOUT=first.layout,
+        SECOND_LAYOUT=second.layout,
+        **_options(first.device, resident),
         **tile,
     )

@@ -21,6 +21,9 @@ In ``dot`` the norm is a launch of its own, because x times the norm's weight co
 launches before and after the product norm x and join what is added. In ``matmul`` the norm and swiglu are launches of
 their own. Otherwise a tile's rows alternate between gate and up, so that each pair meets in one program.
 
+``quantized_matmul_pair`` multiplies one input by two weights of any types: in ``fixed_point`` in one launch, in the
+other regimes one after the other.
+
 ``batch_invariant`` takes ``dot`` with one tile size for every number of tokens: a token's result is then the same, bit
 for bit, whatever tokens stand beside it.
 
@@ -54,7 +57,7 @@ from .kernel import Launch, kernel, launch, scratch
 from .launch import configuration
 from .mlp import swiglu as gated
 from .norm import rms_norm
-from .quantized_fixed_point import launch_fixed_point
+from .quantized_fixed_point import launch_fixed_point, launch_fixed_point_pair
 from .quantized_gemv import launch_gemv
 from .quantized_tiles import Input, Output, load_tile, planes_of, store_tile, tile_rows
 from .quantized_wgmma import launch_wgmma, serves
@@ -119,6 +122,11 @@ def _launch_dot(x: Tensor, weight: Weight, output: Output, swiglu: bool, block_m
 def most_tokens(layout: QuantLayout, device: torch.device) -> dict[str, int]:
     """The most tokens that each regime serves. The first that serves a call, and can, takes it."""
     return configuration("quantized_matmul", device, is_float=layout.is_float)
+
+
+def _fits_fixed_point(x: Tensor, weight: Weight) -> bool:
+    num_tokens, columns = x.shape
+    return num_tokens <= most_tokens(weight.layout, x.device)["fixed_point"] and x.element_size() == 2 and columns > 0
 
 
 def rows_per_pass(columns: int, itemsize: int, device: torch.device) -> int:
@@ -237,7 +245,7 @@ def quantized_matmul(
     output = Output(bias, residual, 0 if residual is None else residual.stride(0), out)
     if not batch_invariant:
         activations = Input(x, x.stride(0), norm_weight, eps)
-        if num_tokens <= most["fixed_point"] and x.element_size() == 2 and columns > 0:
+        if _fits_fixed_point(x, weight):
             return launch_fixed_point(activations, weight, output, swiglu, resident)
         if num_tokens <= most["wgmma"] and serves(activations, weight):
             return launch_wgmma(activations, weight, output, swiglu, resident)
@@ -260,4 +268,59 @@ def quantized_matmul(
     gate_up = torch.empty((num_tokens, rows), dtype=out.dtype, device=x.device)
     _matmul(gate_up, x, weight, bias, None)
     gated.run(tuple(gate_up.chunk(2, dim=1)), out)
+    return None
+
+
+def _check_pair(
+    x: Tensor, first: Weight, second: Weight, first_bias: Tensor | None, second_bias: Tensor | None, **options: Any
+) -> None:
+    for weight, bias in ((first, first_bias), (second, second_bias)):
+        _check(x, weight, bias, residual=None, swiglu=False, **options)
+
+
+def _pair_output(
+    x: Tensor, first: Weight, second: Weight, out_dtype: torch.dtype | None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    return _output(x, first, False, out_dtype), _output(x, second, False, out_dtype)
+
+
+@kernel(checks=_check_pair, output=_pair_output, definition=reference.quantized_matmul_pair)
+def quantized_matmul_pair(
+    out: tuple[Tensor, Tensor],
+    x: Tensor,
+    first: Weight,
+    second: Weight,
+    first_bias: Tensor | None = None,
+    second_bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    batch_invariant: bool = False,
+    resident: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Launch | None:
+    """``quantized_matmul`` of one input with two weights, which may differ in type and in rows.
+
+    Few tokens in 16 bits with quantised weights are one launch, in fixed point. Otherwise it is two products.
+
+    Args:
+        x, norm_weight, eps, batch_invariant, resident, out_dtype: as for ``quantized_matmul``.
+        first: [first_rows, columns], any type of ``LAYOUTS``.
+        second: [second_rows, columns], any type of ``LAYOUTS``.
+        first_bias: [first_rows].
+        second_bias: [second_rows].
+
+    Returns:
+        [num_tokens, first_rows] and [num_tokens, second_rows].
+
+    Raises:
+        KernelInputError: as ``quantized_matmul``, of either product.
+    """
+    parts = tuple(zip((first, second), (first_bias, second_bias), out, strict=True))
+    if len(x) > 0 and not batch_invariant and _fits_fixed_point(x, first) and _fits_fixed_point(x, second):
+        outputs = tuple(Output(bias, None, 0, one) for _, bias, one in parts)
+        return launch_fixed_point_pair(Input(x, x.stride(0), norm_weight, eps), (first, second), outputs, resident)
+    for weight, bias, one in parts:
+        arguments = (x, weight, bias, None, norm_weight, eps, False, batch_invariant, resident, out_dtype)
+        quantized_matmul.run(arguments, one)
     return None

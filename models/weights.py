@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rooflama.kernels import Weight, geglu, quantized_matmul, resident_form, rms_norm, swiglu
+from rooflama.kernels import Weight, geglu, quantized_matmul, quantized_matmul_pair, resident_form, rms_norm, swiglu
 from rooflama.loaders.gguf.repack import repack, repack_stack
 from rooflama.loaders.gguf.types import row_nbytes
 
@@ -107,6 +107,8 @@ class Projection:
         }
 
     def _products(self, x: Tensor, options: dict[str, Any]) -> list[Tensor]:
+        if self.fused and len(self.parts) == 2:
+            return list(quantized_matmul_pair(x, *self.parts, *self.biases, **options))
         pairs = zip(self.parts, self.biases, strict=True)
         return [quantized_matmul(x, part, bias, **options) for part, bias in pairs]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rooflama.kernels import (
+    Weight,
     add_rms_norm,
     copy_pages,
     dequantize,
@@ -27,6 +28,7 @@ from rooflama.kernels import (
     geglu,
     next_slots,
     penalise,
+    quantized_matmul_pair,
     sample,
     sum_parts,
     swap,
@@ -158,6 +160,13 @@ def visited_calls(
     )
 
 
+def _weights(runner: ModelRunner, layer: int) -> Iterator[Weight]:
+    """The matrices of a layer's projections."""
+    for projection in vars(runner.decoder.layers[layer]).values():
+        if isinstance(projection, Projection):
+            yield from projection.parts
+
+
 def _own_tensors(
     runner: ModelRunner, sequence_id: int, token_ids: list[int], done: Pass, kernel: Any
 ) -> Iterator[tuple[int | None, tuple[tuple, dict[str, Any]]]]:
@@ -178,9 +187,8 @@ def _own_tensors(
     for layer in range(config.num_layers):
         hidden = done.hidden[DECODING, layer]
         if kernel is dequantize:
-            for projection in vars(runner.decoder.layers[layer]).values():
-                for part in projection.parts if isinstance(projection, Projection) else ():
-                    yield layer, ((part, runner.dtype), {})
+            for part in _weights(runner, layer):
+                yield layer, ((part, runner.dtype), {})
         if kernel is gather_kv:
             lens = torch.tensor([len(token_ids)], dtype=torch.int32, device=device)
             table = runner.block_table([sequence_id]).to(device)
@@ -197,5 +205,8 @@ def _own_tensors(
             yield layer, ((hidden, before, runner.decoder.output_norm, config.rms_norm_eps), {})
         if kernel is sum_parts:
             yield layer, ((torch.stack([hidden, done.hidden[DECODING, max(layer - 1, 0)]]),), {})
+        if kernel is quantized_matmul_pair:
+            fitting = [part for part in _weights(runner, layer) if part.shape[1] == config.hidden_size]
+            yield layer, ((hidden, *fitting[:2]), {"resident": True})
         if kernel in (swiglu, geglu):
             yield layer, ((hidden, hidden), {})

@@ -11,6 +11,7 @@ from command_line import rooflama as command
 from rooflama import ArgumentError, KernelInputError, RooflamaError, compare, kernels
 from rooflama.kernels.kernel import KERNELS
 from small_checkpoint import LAYERS, write_small
+from whole_checkpoints import write_file
 
 PROMPT = "ab ab ab"
 
@@ -97,6 +98,15 @@ def test_a_kernel_is_within_its_own_tolerance(name, model):
     assert all(speed.kernel > 0 and speed.replacement > 0 for speed in made.speeds.values())
     free = model.runner.cache.pool.num_free
     assert free == len(model.runner.cache.pool.references)
+
+
+def test_a_pair_of_products_where_the_model_has_none(tmp_path):
+    """All of its projections have one type."""
+    with rooflama.load(write_file("llama3", tmp_path / "m.gguf"), device="cpu", progress=False) as model:
+        made = compare(model, prompt=[5, 6, 7], quantized_matmul_pair=same("quantized_matmul_pair"))
+        assert made.way == "own tensors"
+        assert made.first_beyond is None
+        assert {row.layer for row in made.layers} == set(range(model.config.num_layers))
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,10 @@ def calls(model: Model, everything: bool) -> Iterator[Call]:
                 if everything and tokens == 1:
                     invariant = {**options, "batch_invariant": True}
                     yield Call(kernels.quantized_matmul, f"{note} invariant", (empty(tokens, columns), made), invariant)
+    for tokens in (1, 2):
+        parts = [weight(t, rows, hidden) for t, rows in zip(weight_types(model), model.qk_and_v_rows, strict=True)]
+        normed = {"norm_weight": empty(hidden, dtype=F32), "eps": 1e-5, "resident": True}
+        yield Call(kernels.quantized_matmul_pair, f"qkv {tokens} tokens", (empty(tokens, hidden), *parts), normed)
     for tokens in BATCHES:
         made = weight(weight_types(model)[-1], model.vocab_size, hidden)
         normed = {"norm_weight": empty(hidden, dtype=F32), "eps": 1e-5}

@@ -14,7 +14,7 @@ from .next_slots import next_slots
 from .norm import add_rms_norm, rms_norm
 from .paged_cache import copy_pages, gather_kv, write_kv
 from .penalties import penalise
-from .quantized_matmul import quantized_matmul
+from .quantized_matmul import quantized_matmul, quantized_matmul_pair
 from .rope import rope, rope_and_cache_write
 from .sampling import sample
 
@@ -31,6 +31,7 @@ __all__ = [
     "one_shot_sum",
     "penalise",
     "quantized_matmul",
+    "quantized_matmul_pair",
     "rms_norm",
     "rope",
     "rope_and_cache_write",

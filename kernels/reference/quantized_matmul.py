@@ -52,3 +52,18 @@ def quantized_matmul(
     if residual is not None:
         out += residual.astype(dtype, copy=False)
     return gated(*np.split(out, 2, axis=1)) if swiglu else out
+
+
+def quantized_matmul_pair(
+    x,
+    first,
+    second,
+    first_bias=None,
+    second_bias=None,
+    **options,
+) -> tuple[np.ndarray, np.ndarray]:
+    """x [num_tokens, columns], two weights of as many columns -> [num_tokens, first rows], [num_tokens, second rows].
+
+    Options are those of ``quantized_matmul``.
+    """
+    return quantized_matmul(x, first, first_bias, **options), quantized_matmul(x, second, second_bias, **options)

@@ -164,6 +164,18 @@ def _quantized_matmul(num_tokens: int, ggml_type: str, rows: int, biased: bool, 
     return replace(call, slack=(4 + weight.shape[1] ** 0.5) * 2.0**-24 * terms)
 
 
+def _quantized_matmul_pair(num_tokens: int, ggml_type: str, rows: int, biased: bool, seed: int) -> Call:
+    """The second weight is float16."""
+    call = _quantized_matmul(num_tokens, ggml_type, rows, biased, seed)
+    x, first, bias = (call.arguments[name] for name in ("x", "weight", "bias"))
+    rng = np.random.default_rng(seed)
+    second = random_weight(rng, "F16", int(rng.integers(1, 40)), x.shape[1])
+    numbers = dict(ggml_type=ggml_type, rows=rows, seed=seed)
+    pair = _call(numbers, ("x",), x=x, first=first, second=second, first_bias=bias, batch_invariant=True)
+    terms = float(x.abs().sum(1).max()) * float(np.abs(reference.dequantize(second.numpy())).max())
+    return replace(pair, slack=call.slack + (4 + x.shape[1] ** 0.5) * 2.0**-24 * terms)
+
+
 def _sample(num_tokens: int, vocab: int, seed: int) -> Call:
     rng = np.random.default_rng(seed)
     parameters = random_parameters(rng, num_tokens, vocab)
@@ -205,6 +217,7 @@ MAKERS: dict[str, tuple[Maker, dict[str, Any]]] = {
     "next_slots": (_next_slots, _plain | _page),
     "penalise": (_penalise, _plain | _vocab),
     "quantized_matmul": (_quantized_matmul, _plain | _weights | {"biased": st.booleans()}),
+    "quantized_matmul_pair": (_quantized_matmul_pair, _plain | _weights | {"biased": st.booleans()}),
     "rms_norm": (_rms_norm, _sizes | {"hidden": st.integers(1, 700)}),
     "rope": (_rope, _sizes | _heads | {"interleaved": st.booleans()}),
     "rope_and_cache_write": (_rope_and_cache_write, _sizes | _heads | _page | _page_dtypes),

@@ -8,7 +8,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rooflama.kernels import LAYOUTS, quantized_matmul, reference
+from rooflama.kernels import LAYOUTS, KernelInputError, quantized_matmul, quantized_matmul_pair, reference
+from rooflama.kernels.launch import override
 from rooflama.kernels.quantized_matmul import most_tokens
 from rooflama.kernels.reference.fixed_point import fixed_point
 from rooflama.testing.assertions import assert_bit_equal, assert_guards_intact
@@ -220,3 +221,73 @@ def test_one_tile_and_many(columns):
     got = quantized_matmul(x, weight, out_dtype=torch.float32)
     expected = reference.quantized_matmul(exact(x), weight.numpy(), fixed_point=True)
     assert (np.abs(exact(got) - expected) <= sums_bound(fixed_point(exact(x)), weight)).all()
+
+
+@given(
+    types=st.tuples(*[st.sampled_from(TYPES)] * 2),
+    num_tokens=st.sampled_from([0, *range(1, MOST_TOKENS + 2), 65]),
+    rows=st.tuples(*[st.integers(0, 20)] * 2),
+    dtype=st.sampled_from(DTYPES),
+    normed=st.booleans(),
+    has_bias=st.tuples(*[st.booleans()] * 2),
+    batch_invariant=st.booleans(),
+    seed=seeds,
+)
+@example(("Q4_K", "Q6_K"), 1, (20, 9), torch.float16, True, (True, True), False, 0)
+def test_a_pair_is_the_product_of_each(types, num_tokens, rows, dtype, normed, has_bias, batch_invariant, seed):
+    """In every bit, if the tiles are the same: of any two types, at any number of tokens."""
+    rng = np.random.default_rng(seed)
+    columns = 512
+    weights, buffers = [], []
+    for ggml_type, count in zip(types, rows, strict=True):
+        weight, guards = guarded_weight(random_weight(rng, ggml_type, count, columns))
+        weights.append(weight)
+        buffers += guards
+    x, _ = guarded(normal(rng, num_tokens, columns, dtype=dtype))
+    biases = [guarded(normal(rng, count))[0] if has else None for has, count in zip(has_bias, rows, strict=True)]
+    norm_weight = guarded(normal(rng, columns))[0] if normed else None
+    options = {"norm_weight": norm_weight, "eps": 1e-5, "batch_invariant": batch_invariant, "resident": True}
+    with override("fixed_point", BLOCK_N=8, BLOCK_K=256, num_warps=4):
+        pair = quantized_matmul_pair(x, *weights, *biases, **options)
+        each = [quantized_matmul(x, weight, bias, **options) for weight, bias in zip(weights, biases, strict=True)]
+    context = f"{types} {rows} num_tokens={num_tokens} {dtype} normed={normed} seed={seed}"
+    for got, expected in zip(pair, each, strict=True):
+        if DEVICE.type == "cuda":  # ptxas contracts sums differently in the two kernels
+            scale = 1.0 + float(np.abs(exact(expected)).max(initial=0.0))
+            np.testing.assert_allclose(
+                exact(got), exact(expected), rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * scale, err_msg=context
+            )
+        else:
+            assert_bit_equal(got, expected, context=context)
+    for buffer in buffers:
+        assert_guards_intact(buffer, context=context)
+
+
+@pytest.mark.parametrize("num_tokens", [1, MOST_TOKENS])
+def test_a_pair_is_one_launch_in_the_tile_of_the_larger_part(num_tokens):
+    rng = np.random.default_rng(0)
+    large, small = random_weight(rng, "Q2_K", 40, 4096), random_weight(rng, "Q8_0", 9, 4096)
+    x = normal(rng, num_tokens, 4096, dtype=torch.float16)
+    (alone,) = {quantized_matmul.body(x.new_empty(num_tokens, 40), x, large).options["num_warps"]}
+    for pair in ((large, small), (small, large)):
+        out = tuple(x.new_empty(num_tokens, weight.shape[0]) for weight in pair)
+        one = quantized_matmul_pair.body(out, x, *pair)
+        assert one.options["num_warps"] == alone
+        assert one.grid == (sum(-(-weight.shape[0] // one.options["BLOCK_N"]) for weight in pair),)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 65])
+def test_more_tokens_are_two_products(num_tokens):
+    rng = np.random.default_rng(0)
+    pair = [random_weight(rng, ggml_type, 4, 256) for ggml_type in ("Q4_K", "Q6_K")]
+    x = normal(rng, num_tokens, 256, dtype=torch.float16)
+    assert quantized_matmul_pair.body(tuple(x.new_empty(num_tokens, 4) for _ in pair), x, *pair) is None
+
+
+def test_a_pair_of_other_columns_is_refused():
+    rng = np.random.default_rng(0)
+    first, second = random_weight(rng, "Q4_K", 4, 256), random_weight(rng, "Q6_K", 4, 512)
+    x = normal(rng, 1, 256, dtype=torch.float16)
+    for pair in ((first, second), (second, first)):
+        with pytest.raises(KernelInputError, match="x has shape"):
+            quantized_matmul_pair(x, *pair)

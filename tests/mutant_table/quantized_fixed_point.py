@@ -67,4 +67,34 @@ MUTANTS = [
         "step = ((exponent - 15) << 23)",
         "tests/kernels/test_quantized_fixed_point.py::test_equals_its_definition",
     ),
+    (
+        "fixed: a pair's second weight has a tile too many",
+        "if tile < num_second:",
+        "if tile <= num_second:",
+        "tests/kernels/test_quantized_fixed_point.py::test_a_pair_is_the_product_of_each",
+    ),
+    (
+        "fixed: a pair's first weight begins late",
+        "tile - num_second, activations, first",
+        "tile, activations, first",
+        "tests/kernels/test_quantized_fixed_point.py::test_a_pair_is_the_product_of_each",
+    ),
+    (
+        "fixed: a pair's weights change places",
+        "tile, activations, second, second_output",
+        "tile, activations, first, second_output",
+        "tests/kernels/test_quantized_fixed_point.py::test_a_pair_is_the_product_of_each",
+    ),
+    (
+        "fixed: a pair's second layout for both",
+        "second_rows, columns, False, SECOND_LAYOUT",
+        "second_rows, columns, False, FIRST_LAYOUT",
+        "tests/kernels/test_quantized_fixed_point.py::test_a_pair_is_the_product_of_each",
+    ),
+    (
+        "fixed: a pair's tiles overlap",
+        "num_second = tl.cdiv(second_rows, BLOCK_N)",
+        "num_second = second_rows // BLOCK_N",
+        "tests/kernels/test_quantized_fixed_point.py::test_a_pair_is_the_product_of_each",
+    ),
 ]
