@@ -316,11 +316,11 @@ def quantized_matmul_pair(
     Raises:
         KernelInputError: as ``quantized_matmul``, of either product.
     """
-    parts = tuple(zip((first, second), (first_bias, second_bias), out, strict=True))
     if len(x) > 0 and not batch_invariant and _fits_fixed_point(x, first) and _fits_fixed_point(x, second):
-        outputs = tuple(Output(bias, None, 0, one) for _, bias, one in parts)
+        outputs = Output(first_bias, None, 0, out[0]), Output(second_bias, None, 0, out[1])
         return launch_fixed_point_pair(Input(x, x.stride(0), norm_weight, eps), (first, second), outputs, resident)
-    for weight, bias, one in parts:
-        arguments = (x, weight, bias, None, norm_weight, eps, False, batch_invariant, resident, out_dtype)
-        quantized_matmul.run(arguments, one)
+    for weight, bias, part in ((first, first_bias, out[0]), (second, second_bias, out[1])):
+        quantized_matmul.run(
+            (x, weight, bias, None, norm_weight, eps, False, batch_invariant, resident, out_dtype), part
+        )
     return None

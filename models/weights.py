@@ -107,8 +107,10 @@ class Projection:
         }
 
     def _products(self, x: Tensor, options: dict[str, Any]) -> list[Tensor]:
+        """The product of each part. For a few tokens two parts are one launch."""
         if self.fused and len(self.parts) == 2:
-            return list(quantized_matmul_pair(x, *self.parts, *self.biases, **options))
+            (first, second), (first_bias, second_bias) = self.parts, self.biases
+            return list(quantized_matmul_pair(x, first, second, first_bias, second_bias, **options))
         pairs = zip(self.parts, self.biases, strict=True)
         return [quantized_matmul(x, part, bias, **options) for part, bias in pairs]
 

@@ -202,12 +202,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "per_low_word: tl.constexpr = 33 // LOW_BITS",
     ): "LOW_BITS is 2, 4 or 8.",
     (
-        "_fixed_point_kernel",
+        "multiply_tile",
         "for step in tl.range(0, (columns + BLOCK_K - 1) // BLOCK_K):",
         "for step in tl.range(0, (columns + BLOCK_K - 2) // BLOCK_K):",
     ): "columns and BLOCK_K are multiples of 32.",
     (
-        "_fixed_point_kernel",
+        "multiply_tile",
         "x *= tl.load(activations.norm + offs_k, mask=mask_k, other=0.0).to(tl.float32)",
         "x *= tl.load(activations.norm + offs_k, mask=mask_k, other=1.0).to(tl.float32)",
     ): "x is 0 there.",
@@ -222,12 +222,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if PER_BLOCK > 2 and BLOCK_K % LAYOUT.quant_block == 0:",
     ): "PER_BLOCK is 1, 8 or 16.",
     (
-        "_fixed_point_kernel",
+        "multiply_tile",
         "offs_m = tl.full([1], token, tl.int64)",
         "offs_m = tl.full([1], token, tl.int32)",
     ): "The token is 0 or 1, times less than 2^31 rows.",
     (
-        "_fixed_point_kernel",
+        "multiply_tile",
         "if columns > BLOCK_K:",
         "if columns >= BLOCK_K:",
     ): "A tile beyond the last is masked, and not used.",
