@@ -96,7 +96,8 @@ class _Tables:
         return torch.tensor(long).int() * self._max_context
 
     def rows(self, pins: Tensor, positions: Tensor) -> dict[str, Any]:
-        return {"cos": self._cos, "sin": self._sin, "rope_rows": pins + positions}
+        rows = pins + positions if self._has_choice else positions
+        return {"cos": self._cos, "sin": self._sin, "rope_rows": rows}
 
 
 class _Computed:

@@ -70,7 +70,7 @@ class Sampler:
 
     def __init__(self, num_slots: int, *, num_rows: int, num_tokens: int | None, device: torch.device):
         self._num_slots, self._num_rows, self._num_tokens, self._device = num_slots, num_rows, num_tokens, device
-        self._steps = self._zeros(torch.int64)  # tokens drawn
+        self._steps = self._zeros(torch.int64)  # tokens drawn, but for greedy draws
         self._filters = {
             "temperature": self._zeros(torch.float32),
             "seeds": self._zeros(torch.int64),
@@ -150,8 +150,10 @@ class Sampler:
             seen = self._seen_rows(rows)
             penalise(adjusted, seen, *(column[rows] for column in self._penalties))
         filters = {name: self._filters[name][rows] for name in options.filters}
-        tokens = sample(adjusted, steps=self._steps[rows], vocab_size=self._num_tokens, **filters)
-        self._steps[rows] += 1
+        steps = self._steps[rows] if options.filters else None  # only a random draw depends on how many came before
+        tokens = sample(adjusted, steps=steps, vocab_size=self._num_tokens, **filters)
+        if steps is not None:
+            self._steps[rows] += 1
         report = self.report(options, len(tokens))
         if report is None and not options.penalised:
             return tokens, None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import rooflama
-from rooflama import ArgumentError, ModelClosed, RooflamaError
+from rooflama import ArgumentError, ModelClosed, RooflamaError, kernels
 from rooflama.models import NaNLogits
 from small_checkpoint import write_small
 
@@ -33,6 +33,20 @@ def test_a_seed_reproduces_and_another_does_not(model):
     assert first.token_ids != model.generate(PROMPT, max_new_tokens=24, seed=2, **SAMPLED).token_ids
     unseeded = model.generate(PROMPT, max_new_tokens=24, **SAMPLED)
     assert unseeded.token_ids == model.generate(PROMPT, max_new_tokens=24, seed=unseeded.seed, **SAMPLED).token_ids
+
+
+def test_random_draws_are_numbered_and_greedy_ones_are_not(model):
+    seen = []
+
+    def spy(*args, steps, **kwargs):
+        seen.append(None if steps is None else steps.tolist())
+        return kernels.sample(*args, steps=steps, **kwargs)
+
+    with rooflama.swap(sample=spy):
+        random = model.generate(PROMPT, max_new_tokens=4, seed=1, **SAMPLED)
+        greedy = model.generate(PROMPT, max_new_tokens=4)
+    assert len(random.token_ids) > 1
+    assert seen == [*([draw] for draw in range(len(random.token_ids))), *[None] * len(greedy.token_ids)]
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours(model):
