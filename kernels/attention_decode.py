@@ -5,20 +5,21 @@
 
 Layout: q [num_seqs, num_heads, head_dim] holds the newest token of each sequence, at position seq_len - 1. K/V lie in
 pages as in ``attention_common``.
-Splits: a split is MIN_SPLIT tokens long, doubled until MAX_SPLITS splits hold all keys in reach. The length depends on
-the sequence's own length and on the head counts alone. So a sequence is cut the same way in every batch and merged in
-the same order, and its bits do not depend on its neighbours.
+Splits: MAX_SPLITS equal splits of whole tiles hold all keys in reach; fewer where they would be shorter than MIN_SPLIT
+tokens. The length depends on the sequence's own length and on the head counts alone. So a sequence is cut the same way
+in every batch and merged in the same order, and its bits do not depend on its neighbours.
 Grid: it follows from shapes alone (the table's width bounds the length), so a CUDA graph can be replayed with other
 lengths. Programs past a sequence's last split exit at once.
-One program of the first kernel owns one split, one K/V head and up to 64 of its query heads. It also finishes a
-sequence of one split. One program of the second kernel owns one query head of one sequence.
+One program owns one split, one K/V head and up to 64 of its query heads. The programs that differ only in the split
+count themselves in ``arrivals`` as they finish, and the last one merges their results. The counter decides only who
+merges: splits are added in their own order.
 Numerics: partial values and sums are float32, rounded once at the end.
 Moves: K/V once, and 8 x head_dim bytes per query head and split for the partial results: bandwidth-bound.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,12 +43,10 @@ from .attention_common import (
     score_rule,
     store_columns,
 )
-from .checks import check, check_sequences
+from .checks import check, check_dtype, check_same_device, check_sequences, check_shape
 from .kernel import Launch, kernel, launch, scratch
 from .launch import configuration
 from .paged_common import heads_of, read_by_definition
-
-MERGE_SPLITS = 16  # partial results that one step of the merge adds
 
 
 @triton.jit
@@ -57,10 +56,66 @@ def _split_sequence(seq_len, window, BLOCK_N: tl.constexpr, MIN_SPLIT: tl.conste
     if window is not None:
         first_key = tl.maximum(seq_len - window, 0)
     start = first_key // BLOCK_N * BLOCK_N
-    split_tokens = MIN_SPLIT
-    while split_tokens * MAX_SPLITS < seq_len - start:
-        split_tokens *= 2
-    return first_key, start, split_tokens, tl.maximum(tl.cdiv(seq_len - start, split_tokens), 1)
+    keys = seq_len - start
+    split_tokens = tl.maximum(tl.cdiv(tl.cdiv(keys, MAX_SPLITS), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    return first_key, start, split_tokens, tl.maximum(tl.cdiv(keys, split_tokens), 1)
+
+
+class Splits(NamedTuple):
+    """What the programs of one call write besides its result, where sequences may have several splits."""
+
+    out: Tensor  # [num_seqs, num_heads, splits, head_dim] float32, of each split alone
+    lse: Tensor  # [num_seqs, num_heads, splits] float32, log2
+    arrivals: Tensor  # [num_seqs, num_heads] int32, zeros between calls; each program of axis 0 uses one per sequence
+
+
+@triton.jit
+def merge_splits(
+    splits,  # Splits
+    result,  # Attended
+    first_row,  # int64, sequence * num_heads + head
+    num_rows,
+    num_splits,
+    room,  # splits that there is room for
+    HEAD_DIM: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):
+    """Write the result of some neighbouring rows, their splits added one after another.
+
+    Loads bypass L1, which does not see what other multiprocessors wrote.
+    """
+    ROWS: tl.constexpr = 512 // block_dim(HEAD_DIM)
+    COUNT: tl.constexpr = 4 if MAX_SPLITS > 4 else MAX_SPLITS  # splits loaded at a time; with more, registers spill
+    offs_d = tl.arange(0, block_dim(HEAD_DIM))
+    mask_d = (offs_d < HEAD_DIM)[None, :]
+    offs_s = tl.arange(0, MAX_SPLITS)
+    for start in tl.range(0, num_rows, ROWS, num_stages=1):
+        mask_rows = start + tl.arange(0, ROWS) < num_rows
+        ends = tl.where(mask_rows, num_splits, 0)
+        rows = first_row + start + tl.arange(0, ROWS)
+        places = rows * room  # of their first splits
+        mask = offs_s[None, :] < ends[:, None]
+        every_lse = splits.lse + places[:, None] + offs_s[None, :]
+        top = tl.max(tl.load(every_lse, mask=mask, other=float("-inf"), cache_modifier=".cg"), axis=1)
+        shift = tl.where(top == float("-inf"), 0.0, top)  # every score was -inf
+        acc = tl.zeros([ROWS, block_dim(HEAD_DIM)], tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for first in tl.range(0, num_splits, COUNT, num_stages=1):
+            lse_ptrs = splits.lse + places + first
+            out_ptrs = splits.out + (places + first)[:, None] * HEAD_DIM + offs_d[None, :]
+            sums, values = (), ()
+            for i in tl.static_range(COUNT):
+                present = first + i < ends
+                sums += (tl.load(lse_ptrs + i, mask=present, other=float("-inf"), cache_modifier=".cg"),)
+                here = present[:, None] & mask_d
+                values += (tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=0.0, cache_modifier=".cg"),)
+            for i in tl.static_range(COUNT):
+                weight = tl.exp2(sums[i] - shift)
+                total += weight
+                acc = tl.fma(values[i], tl.broadcast_to(weight[:, None], acc.shape), acc)
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        store_columns(result.out, rows * HEAD_DIM, mask_rows, acc, HEAD_DIM)
+        tl.store(result.lse + rows, natural(log2_sum(top, total)), mask=mask_rows)
 
 
 @triton.jit(do_not_specialize=["block_table_stride"])  # one code for every width of the table
@@ -70,8 +125,8 @@ def _attention_decode_kernel(
     block_table_ptr,  # [num_seqs, max_pages_per_seq]
     block_table_stride,
     seq_lens_ptr,  # [num_seqs]
-    result,  # Attended, written for sequences of one split
-    partial,  # Attended with room for one split per program of axis 1, written for the other sequences
+    result,  # Attended
+    splits,  # Splits with room for one per program of axis 1; None if that is one program
     group,  # query heads per K/V head
     rule,  # ScoreRule
     HEAD_DIM: tl.constexpr,
@@ -89,7 +144,8 @@ def _attention_decode_kernel(
     if split >= num_splits:
         return
 
-    row_in_group = tl.program_id(0) // kv.num_kv_heads * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_head = tl.program_id(0) // kv.num_kv_heads * BLOCK_M
+    row_in_group = first_head + tl.arange(0, BLOCK_M)
     mask_rows = row_in_group < group
     heads = kv_head * group + row_in_group
     q_rows = sequence * q.token_stride + heads * q.head_stride
@@ -105,57 +161,34 @@ def _attention_decode_kernel(
         start, end, first_key, seq_len, rule, HEAD_DIM, BLOCK_N, True, ONE_PAGE,
     )  # fmt: skip
 
-    out_rows = sequence * (kv.num_kv_heads * group) + heads
+    num_heads = kv.num_kv_heads * group
+    out_rows = sequence * num_heads + heads
     values = normalized(state, dtype, kv.v_scale is not None)
     lse = log2_sum(state.row_max, state.row_sum)
     if num_splits == 1:
         store_columns(result.out, out_rows * HEAD_DIM, mask_rows, values, HEAD_DIM)
         tl.store(result.lse + out_rows, natural(lse), mask=mask_rows)
-    else:
-        partial_rows = out_rows * tl.num_programs(1) + split
-        store_columns(partial.out, partial_rows * HEAD_DIM, mask_rows, values, HEAD_DIM)
-        tl.store(partial.lse + partial_rows, lse, mask=mask_rows)
+    elif splits is not None:
+        room = tl.num_programs(1)
+        store_columns(splits.out, (out_rows * room + split) * HEAD_DIM, mask_rows, values, HEAD_DIM)
+        tl.store(splits.lse + out_rows * room + split, lse, mask=mask_rows)
+        tl.debug_barrier()  # every thread has stored before one of them says so
+        arrivals_ptr = splits.arrivals + sequence * num_heads + tl.program_id(0)
+        if tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == num_splits - 1:
+            tl.store(arrivals_ptr, 0)
+            row = sequence * num_heads + (tl.program_id(0) % kv.num_kv_heads * group + first_head)
+            rows = tl.minimum(BLOCK_M, group - first_head)
+            merge_splits(splits, result, row, rows, num_splits, room, HEAD_DIM, MAX_SPLITS)
 
 
-@triton.jit(do_not_specialize=["grid_splits"])
-def _merge_splits_kernel(
-    partial,  # Attended with room for grid_splits splits
-    seq_lens_ptr,  # [num_seqs]
-    result,  # Attended
-    num_heads,
-    grid_splits,
-    window,  # None for all keys
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # splits per step; fixed, since it determines the order of addition
+@triton.jit
+def _zero_kernel(
+    numbers_ptr,  # [count] int32
+    count,
+    BLOCK: tl.constexpr,
 ):
-    sequence = tl.program_id(1).to(tl.int64)
-    seq_len = tl.load(seq_lens_ptr + sequence)
-    _, _, _, num_splits = _split_sequence(seq_len, window, BLOCK_N, MIN_SPLIT, MAX_SPLITS)
-    if num_splits == 1:
-        return
-    row = sequence * num_heads + tl.program_id(0)
-    offs_d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
-    mask_d = offs_d < HEAD_DIM
-    offs_s = tl.arange(0, MAX_SPLITS)
-    every_lse = tl.load(partial.lse + row * grid_splits + offs_s, mask=offs_s < num_splits, other=float("-inf"))
-    top = tl.max(every_lse, axis=0)
-    shift = tl.where(top == float("-inf"), 0.0, top)  # every score was -inf
-    total = tl.sum(tl.exp2(every_lse - shift), axis=0)
-    acc = tl.zeros([triton.next_power_of_2(HEAD_DIM)], tl.float32)
-    for first in tl.range(0, num_splits, BLOCK_S):
-        splits = first + tl.arange(0, BLOCK_S)
-        mask_s = splits < num_splits
-        rows = row * grid_splits + splits
-        weights = tl.exp2(tl.load(partial.lse + rows, mask=mask_s, other=float("-inf")) - shift)
-        ptrs = partial.out + rows[:, None] * HEAD_DIM + offs_d[None, :]
-        values = tl.load(ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)
-        acc += tl.sum(weights[:, None] * values, axis=0)
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(result.out + row * HEAD_DIM + offs_d, acc.to(result.out.dtype.element_ty), mask=mask_d)
-    tl.store(result.lse + row, natural(log2_sum(top, total)))
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(numbers_ptr + offs, 0, mask=offs < count)
 
 
 def most_splits(keys: int, num_kv_heads: int, device: torch.device | None = None) -> int:
@@ -164,7 +197,15 @@ def most_splits(keys: int, num_kv_heads: int, device: torch.device | None = None
     return max(1, min(splits["MAX_SPLITS"], triton.cdiv(keys, splits["MIN_SPLIT"])))
 
 
-def _check(q: Tensor, k_pages: Tensor, block_table: Tensor, seq_lens: Tensor, sliding_window: int, **rest: Any) -> None:
+def _check(
+    q: Tensor,
+    k_pages: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    arrivals: Tensor | None,
+    sliding_window: int,
+    **rest: Any,
+) -> None:
     check_attention(q, k_pages, block_table=block_table, seq_lens=seq_lens, sliding_window=sliding_window, **rest)
     num_seqs = q.shape[0]
     check(
@@ -174,11 +215,29 @@ def _check(q: Tensor, k_pages: Tensor, block_table: Tensor, seq_lens: Tensor, sl
         "Call attention_prefill for several",
     )
     check_sequences(num_seqs)
+    if arrivals is not None:
+        _check_arrivals(arrivals, q)
     if q.device.type == "cpu":
         check_reach(1, seq_lens, block_table, k_pages, sliding_window)
 
 
-@kernel(checks=_check, output=result_like_q, definition=reference.attention_decode, by_definition=read_by_definition)
+def _check_arrivals(arrivals: Tensor, q: Tensor) -> None:
+    check_shape("arrivals", arrivals, tuple(q.shape[:2]))
+    check_dtype("arrivals", arrivals, (torch.int32,))
+    check_same_device(q=q, arrivals=arrivals)
+    check(arrivals.is_contiguous(), f"arrivals has strides {arrivals.stride()}", "it is contiguous", "Copy it")
+    if q.device.type == "cpu":
+        found = int(arrivals.count_nonzero())
+        check(found == 0, f"arrivals has {found} numbers that are not 0", "it is 0 between calls", "Pass zeros")
+
+
+@kernel(
+    checks=_check,
+    output=result_like_q,
+    definition=reference.attention_decode,
+    mutates=("arrivals",),
+    by_definition=read_by_definition,
+)
 def attention_decode(
     out: tuple[Tensor, Tensor],
     q: Tensor,
@@ -188,6 +247,7 @@ def attention_decode(
     seq_lens: Tensor,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    arrivals: Tensor | None = None,
     *,
     softmax_scale: float,
     sliding_window: int = 0,
@@ -205,6 +265,9 @@ def attention_decode(
         seq_lens: int32 [num_seqs], number of keys, the newest token's included; 0 for a sequence without a query.
         k_scale: float32 [num_pages, page_size, num_kv_heads], contiguous; with codes only: value = code * scale.
         v_scale: the same for V.
+        arrivals: int32 [num_seqs, num_heads] of zeros, contiguous, zeros again afterwards: it counts the programs that
+            have finished. It saves the launch that makes such zeros. Calls, and graphs of calls, that may run at the
+            same time need one each.
         softmax_scale: multiplies every score; positive, commonly 1 / sqrt(head_dim).
         sliding_window: how many keys the query sees, its own included; 0 for all.
         softcap: a score becomes softcap * tanh(score / softcap); 0 for none.
@@ -219,19 +282,23 @@ def attention_decode(
     num_seqs, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = k_pages.shape
     tile = configuration("attention_decode", q.device, itemsize=q.element_size(), head_dim=head_dim)
-    splits = configuration("attention_splits", q.device, num_kv_heads=num_kv_heads)
+    lengths = configuration("attention_splits", q.device, num_kv_heads=num_kv_heads)
     reach = block_table.shape[1] * page_size
     if sliding_window:
         reach = min(reach, sliding_window + tile["BLOCK_N"] - 1)
     grid_splits = most_splits(reach, num_kv_heads, q.device)
     group = num_heads // num_kv_heads
     block_m = min(64, max(16, triton.next_power_of_2(group)))
-    rule = score_rule(softmax_scale, sliding_window, softcap)
-    result = Attended(*out)
-    partial = Attended(
-        scratch(num_seqs, num_heads, grid_splits, head_dim, dtype=torch.float32, device=q.device),
-        scratch(num_seqs, num_heads, grid_splits, dtype=torch.float32, device=q.device),
-    )
+    launches, splits = [], None
+    if grid_splits > 1:
+        if arrivals is None:
+            count, arrivals = num_seqs * num_heads, scratch(num_seqs, num_heads, dtype=torch.int32, device=q.device)
+            launches.append(launch(_zero_kernel, (triton.cdiv(count, 1024),), arrivals, count, BLOCK=1024))
+        splits = Splits(
+            scratch(num_seqs, num_heads, grid_splits, head_dim, dtype=torch.float32, device=q.device),
+            scratch(num_seqs, num_heads, grid_splits, dtype=torch.float32, device=q.device),
+            arrivals,
+        )
     attended = launch(
         _attention_decode_kernel,
         (num_kv_heads * triton.cdiv(group, block_m), grid_splits, num_seqs),
@@ -240,31 +307,14 @@ def attention_decode(
         block_table,
         block_table.stride(0),
         seq_lens,
-        result,
-        partial,
+        Attended(*out),
+        splits,
         group,
-        rule,
+        score_rule(softmax_scale, sliding_window, softcap),
         HEAD_DIM=head_dim,
         BLOCK_M=block_m,
         ONE_PAGE=page_size >= tile["BLOCK_N"],
         **tile,
-        **splits,
+        **lengths,
     )
-    if grid_splits == 1:
-        return [attended]
-    merged = launch(
-        _merge_splits_kernel,
-        (num_heads, num_seqs),
-        partial,
-        seq_lens,
-        result,
-        num_heads,
-        grid_splits,
-        rule.window,
-        HEAD_DIM=head_dim,
-        BLOCK_N=tile["BLOCK_N"],
-        BLOCK_S=min(MERGE_SPLITS, splits["MAX_SPLITS"]),
-        num_warps=4,
-        **splits,
-    )
-    return [attended, merged]
+    return [*launches, attended]

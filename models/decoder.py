@@ -59,6 +59,8 @@ class Step:
         seq_lens: int32 [num_seqs], keys of each sequence, those of this step included.
         query_start_loc: int32 [num_seqs + 1], where each sequence's tokens start. None if each has exactly one, and
             ``attention_decode`` is to serve them: its sums have another order than those of ``attention_prefill``.
+        arrivals: int32 [num_seqs, num_heads], zeros for ``attention_decode`` to count in. Passes that may run at the
+            same time have one each. None for a pass that makes its own.
     """
 
     config: ModelConfig
@@ -72,6 +74,7 @@ class Step:
     seq_lens: Tensor
     query_start_loc: Tensor | None = None
     local_rotation: tuple[Tensor, Tensor, Tensor] | None = None
+    arrivals: Tensor | None = None
     fused: bool = True
     observe: Observer | None = None
 
@@ -114,6 +117,7 @@ class Step:
             **scales,
         }
         if self.query_start_loc is None:
+            options["arrivals"] = self.arrivals
             out, _ = attention_decode(q, k_pages, v_pages, self.block_table, self.seq_lens, **options)
         else:
             out, _ = attention_prefill(

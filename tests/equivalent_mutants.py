@@ -75,24 +75,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'return tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(tl.where(row_sum == 1.0, 1.0, row_sum)))',
     ): "log2(1) is log2 of the 1 in its place; log2(0) is chosen away.",
     (
-        "_split_sequence",
-        "while split_tokens * MAX_SPLITS < seq_len - start:",
-        "while split_tokens * MAX_SPLITS <= seq_len - start:",
-    ): "Another cut into splits that suffice, at one length: the same result to rounding.",
-    (
-        "_merge_splits_kernel",
+        "merge_splits",
         'shift = tl.where(top == float("-inf"), 0.0, top)',
         'shift = tl.where(top == float("-inf"), 1.0, top)',
     ): "exp2(-inf) is 0 whatever is subtracted.",
     (
-        "_merge_splits_kernel",
-        "acc = acc / tl.where(total == 0.0, 1.0, total)",
-        "acc = acc / tl.where(total == 0.0, 2.0, total)",
+        "merge_splits",
+        "acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]",
+        "acc = acc / tl.where(total == 0.0, 2.0, total)[:, None]",
     ): "What is divided is 0 then.",
     (
-        "_merge_splits_kernel",
-        "values = tl.load(ptrs, mask=mask_s[:, None] & mask_d[None, :], other=0.0)",
-        "values = tl.load(ptrs, mask=mask_s[:, None] & mask_d[None, :], other=1.0)",
+        "merge_splits",
+        'values += (tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=0.0, cache_modifier=".cg"),)',
+        'values += (tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=1.0, cache_modifier=".cg"),)',
     ): "Masked splits have weight 0, masked columns are not stored.",
     (
         "_attention_prefill_kernel",

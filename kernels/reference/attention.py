@@ -63,12 +63,13 @@ def attention_decode(
     seq_lens: np.ndarray,
     k_scale: np.ndarray | None = None,
     v_scale: np.ndarray | None = None,
+    arrivals: np.ndarray | None = None,
     *,
     softmax_scale: float,
     sliding_window: int = 0,
     softcap: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One query token per sequence, its newest: q is [num_seqs, num_heads, head_dim]."""
+    """One query token per sequence, its newest: q is [num_seqs, num_heads, head_dim]. ``arrivals`` stays as it is."""
     return attention_prefill(
         q,
         k_pages,

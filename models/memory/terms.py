@@ -113,9 +113,9 @@ def logits_bytes(config: ModelConfig, sequences: int) -> int:
 
 
 def split_kv_bytes(config: ModelConfig, context: int, sequences: int) -> int:
-    """4 S Hq splits (D + 1): attention's partial values and log-sums."""
+    """4 S Hq (splits (D + 1) + 1): attention's partial values and log-sums, and the counters of the decode slots."""
     splits = most_splits(context, config.num_kv_heads)
-    return 4 * sequences * config.num_heads * splits * (config.head_dim + 1)
+    return 4 * sequences * config.num_heads * (splits * (config.head_dim + 1) + 1)
 
 
 def carried_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:

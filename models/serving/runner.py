@@ -206,6 +206,7 @@ class DecodeSlots:
         # With batch_invariant as a prompt has it: preemption and shared beginnings let a drawn token be read later.
         starts = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
         self.query_start_loc = starts if runner.decoder.batch_invariant else None
+        self.arrivals = torch.zeros(num_slots, runner.decoder.config.num_heads, dtype=torch.int32, device=device)
         self.sampler = Sampler(
             num_slots,
             num_rows=runner.decoder.config.vocab_size,
@@ -307,5 +308,6 @@ class DecodeSlots:
             block_table=block_table,
             seq_lens=lengths,
             query_start_loc=None if self.query_start_loc is None else self.query_start_loc[: count + 1],
+            arrivals=self.arrivals[rows],
         )
         return self.draw(runner.decoder.logits(hidden), rows, options)

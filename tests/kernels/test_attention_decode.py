@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rooflama.kernels import KernelInputError, attention_decode, attention_prefill, reference
 from rooflama.kernels.attention_common import Attended
-from rooflama.kernels.attention_decode import _merge_splits_kernel
+from rooflama.kernels.attention_decode import Splits, merge_splits
 from rooflama.testing import attention_laws
 from rooflama.testing.assertions import assert_bit_equal, assert_within_rounding
 from rooflama.testing.attention import (
@@ -190,27 +192,71 @@ def test_scales_beyond_int32():
         assert_bit_equal(one, other)
 
 
+@triton.jit
+def merge_kernel(splits, result, num_splits, room):
+    merge_splits(splits, result, tl.program_id(0).to(tl.int64), 1, num_splits, room, 16, 4)
+
+
 def test_merge_beyond_int32():
     """The partial results of the second sequence start past 2^31 elements, as those of hundreds of sequences do."""
-    grid_splits, rng = 2**31 // 16 + 1, np.random.default_rng(0)
+    room, rng = 2**31 // 16 + 1, np.random.default_rng(0)
     values, sums = normal(rng, 3, 16), normal(rng, 3, scale=4.0)
-    partial, partial_lse = untouched((grid_splits + 3) * 16, torch.float32), untouched(grid_splits + 3, torch.float32)
-    partial[grid_splits * 16 :].view(3, 16).copy_(values)
-    partial_lse[grid_splits:] = sums
+    partial, partial_lse = untouched((room + 3) * 16, torch.float32), untouched(room + 3, torch.float32)
+    partial[room * 16 :].view(3, 16).copy_(values)
+    partial_lse[room:] = sums
+    partial_lse[:3] = partial[: 3 * 16] = 0
     out, lse = torch.empty(2, 1, 16, device=DEVICE), torch.empty(2, 1, device=DEVICE)
-    _merge_splits_kernel[(1, 2)](
-        Attended(partial, partial_lse), int32([5, 150]), Attended(out, lse), 1, grid_splits, None,
-        HEAD_DIM=16, BLOCK_N=32, MIN_SPLIT=64, MAX_SPLITS=4, BLOCK_S=4,
-    )  # fmt: skip
+    merge_kernel[(2,)](Splits(partial, partial_lse, None), Attended(out, lse), 3, room)
     weights = np.exp2(exact(sums))
     assert_within_rounding(out[1, 0], weights @ exact(values) / weights.sum())
     assert_within_rounding(lse[1], np.log(weights.sum(keepdims=True)))
 
 
+@given(drawn=decodes())
+@example(drawn=LLAMA)
+@example(drawn=replace(LLAMA, group=70, head_dim=16, num_kv_heads=1))
+def test_given_counters_change_no_bit_and_are_zero_again(drawn):
+    fields = arguments(drawn, decode=True)
+    expected = attention_decode(**fields)
+    arrivals = torch.zeros(fields["q"].shape[:2], dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        for one, other in zip(attention_decode(**fields, arrivals=arrivals), expected, strict=True):
+            assert_bit_equal(one, other)
+        assert not arrivals.any()
+
+
+@pytest.mark.gpu
+def test_two_graphs_run_at_the_same_time():
+    """Each graph has counters of its own. Splits finish in any order, but they are added in theirs."""
+    drawn = Drawn((1,) * 8, (9000, 5000, 300, 7777, 1, 4096, 600, 8191), num_kv_heads=4, group=7, head_dim=128)
+    fields = arguments(replace(drawn, dtype=torch.float16), decode=True)
+    expected = attention_decode(**fields)
+    graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+    found = []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            found += [attention_decode(**fields) for _ in range(8)]
+    arrivals = torch.zeros(fields["q"].shape[:2], dtype=torch.int32, device=DEVICE)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        found.append(attention_decode(**fields, arrivals=arrivals))
+    torch.cuda.synchronize()
+    for results in found:
+        for one, other in zip(results, expected, strict=True):
+            assert_bit_equal(one, other)
+
+
 def test_opcheck():
     small = replace(LLAMA, query_lens=(1,), seq_lens=(40,), num_kv_heads=1)
     for drawn in (small, replace(small, page_dtype=torch.int8)):
-        torch.library.opcheck(torch.ops.rooflama.attention_decode, (), arguments(drawn, decode=True))
+        fields = arguments(drawn, decode=True)
+        for arrivals in (None, torch.zeros(fields["q"].shape[:2], dtype=torch.int32, device=DEVICE)):
+            operator = torch.ops.rooflama.attention_decode
+            torch.library.opcheck(operator, (), {**fields, "arrivals": arrivals})
 
 
 def test_compiles_into_one_graph():
@@ -264,6 +310,9 @@ def test_graph_is_replayed_with_other_lengths():
         ({"seq_lens": torch.zeros(4, dtype=torch.int64)}, "seq_lens must be one of int32"),
         ({"seq_lens": torch.zeros(8, dtype=torch.int32, device=DEVICE)[::2]}, "dimension of seq_lens must be contig"),
         ({"v_scale": torch.zeros(1)}, "v_scale is given with torch.float32 pages"),
+        ({"arrivals": torch.zeros(4, 7, dtype=torch.int32)}, r"arrivals must have shape \[4, 8\]"),
+        ({"arrivals": torch.zeros(4, 8)}, "arrivals must be one of int32"),
+        ({"arrivals": torch.zeros(8, 4, dtype=torch.int32, device=DEVICE).T}, "arrivals has strides"),
         ({"softmax_scale": 0.0}, "softmax_scale must be positive"),
         ({"softcap": -1.0}, "softcap must be 0 or more"),
         ({"sliding_window": -1}, "sliding_window counts tokens"),

@@ -3,8 +3,8 @@
 MUTANTS = [
     (
         "decode: splits merged with equal weights",
-        "acc += tl.sum(weights[:, None] * values, axis=0)",
-        "acc += tl.sum(tl.sum(weights, axis=0) * values, axis=0)",
+        "weight = tl.exp2(sums[i] - shift)",
+        'weight = tl.where(sums[i] > float("-inf"), 1.0, 0.0)',
         "tests/kernels/test_attention_decode.py",
     ),
     (
@@ -14,9 +14,9 @@ MUTANTS = [
         "tests/kernels/test_attention_decode.py::test_every_group_and_head_dim_equals_definition",
     ),
     (
-        "decode: the sequence that is merged in 32 bits",
-        "sequence = tl.program_id(1).to(tl.int64)",
-        "sequence = tl.program_id(1)",
+        "decode: places of partial results in 32 bits",
+        "places = rows * room",
+        "places = rows.to(tl.int32) * room",
         "tests/kernels/test_attention_decode.py::test_merge_beyond_int32",
     ),
     (
@@ -32,9 +32,21 @@ MUTANTS = [
         "tests/kernels/test_attention_decode.py",
     ),
     (
-        "decode: only the last splits are merged",
-        "acc += tl.sum(weights[:, None] * values, axis=0)",
-        "acc = tl.sum(weights[:, None] * values, axis=0)",
+        "decode: the first splits are merged again and again",
+        "out_ptrs = splits.out + (places + first)[:, None]",
+        "out_ptrs = splits.out + places[:, None]",
         "tests/kernels/test_attention_edges.py",
+    ),
+    (
+        "decode: merged before the last split is there",
+        'scope="gpu") == num_splits - 1:',
+        'scope="gpu") == num_splits - 2:',
+        "tests/kernels/test_attention_decode.py",
+    ),
+    (
+        "decode: the counter stays where it is",
+        "tl.store(arrivals_ptr, 0)",
+        "tl.store(arrivals_ptr, num_splits)",
+        "tests/kernels/test_attention_decode.py::test_given_counters_change_no_bit_and_are_zero_again",
     ),
 ]
