@@ -106,9 +106,11 @@ def merge_splits(
             sums, values = (), ()
             for i in tl.static_range(COUNT):
                 present = first + i < ends
-                sums += (tl.load(lse_ptrs + i, mask=present, other=float("-inf"), cache_modifier=".cg"),)
+                lse = tl.load(lse_ptrs + i, mask=present, other=float("-inf"), cache_modifier=".cg")
                 here = present[:, None] & mask_d
-                values += (tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=0.0, cache_modifier=".cg"),)
+                value = tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=0.0, cache_modifier=".cg")
+                sums += (lse,)  # type: ignore[assignment]  # a tuple grows
+                values += (value,)  # type: ignore[assignment]
             for i in tl.static_range(COUNT):
                 weight = tl.exp2(sums[i] - shift)
                 total += weight

@@ -86,8 +86,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "What is divided is 0 then.",
     (
         "merge_splits",
-        'values += (tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=0.0, cache_modifier=".cg"),)',
-        'values += (tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=1.0, cache_modifier=".cg"),)',
+        'value = tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=0.0, cache_modifier=".cg")',
+        'value = tl.load(out_ptrs + i * HEAD_DIM, mask=here, other=1.0, cache_modifier=".cg")',
     ): "Masked splits have weight 0, masked columns are not stored.",
     (
         "_attention_prefill_kernel",
