@@ -89,7 +89,7 @@ def random_runner(sizes: Sizes, *, small: bool) -> Iterator[ModelRunner]:
         pages = sizes.requests * (sum(sizes.prompts) + sum(sizes.answers)) // 2 + 4 * sizes.context
         plan = plan.but(sequences=max(2, -(-pages // sizes.context)))
         decoder = Decoder.load(RandomSource(reader, device), config, adapter_for("llama"))
-        with torch.inference_mode():
+        with torch.no_grad():
             runner = start_runner(decoder, plan, device)
             for pool in (*runner.cache.k_pages, *runner.cache.v_pages):
                 pool.zero_()  # steps are also timed on pages that nothing was written to

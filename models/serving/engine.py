@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import repeat
 
@@ -113,7 +113,7 @@ class TokenEngine:
         Raises:
             ModelClosed: the engine is closed.
         """
-        with self.turns.turn(), torch.inference_mode(False):  # since later steps change the tensors made here
+        with self.turns.turn(), _outside_inference_mode():
             self.check_open()
             try:
                 return self._step()
@@ -132,7 +132,8 @@ class TokenEngine:
         launched = len(self._in_flight)
         for group in list(self._groups):
             self._together(group.sequences, partial(self._decode, batch, group))
-        self._together([sequence for sequence, _ in batch.prefill], partial(self._prefill, batch))
+        if batch.prefill:
+            self._together([sequence for sequence, _ in batch.prefill], partial(self._prefill, batch))
         return self._take_in(len(self._in_flight) - launched if self._reads_late else 0)
 
     def advance(self, sequence: Sequence, until: Callable[[], bool]) -> None:
@@ -324,6 +325,11 @@ class TokenEngine:
             else:
                 sequence.finish_reason, sequence.error = "error", reason
             self.scheduler.release(sequence)
+
+
+def _outside_inference_mode() -> AbstractContextManager:
+    """A block whose tensors may be changed by later steps, whatever mode those run in."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _text(sequence: Sequence) -> list[int]:

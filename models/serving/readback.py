@@ -76,7 +76,7 @@ class _Landing:
         for memory, tensor in zip(self._tensors, tensors, strict=True):
             memory.copy_(tensor, non_blocking=True)
         assert self._written is not None
-        self._written.record(torch.cuda.current_stream(tensors[0].device))
+        self._written.record(torch.cuda.current_stream(tensors[0].get_device()))
 
     def read(self) -> list[list]:
         if self._written is not None:

@@ -214,7 +214,9 @@ class DecodeSlots:
             device=device,
         )
         self._options = Options()
-        self._graphs: dict[tuple[int, Options], torch.cuda.CUDAGraph | None] = {}  # None: stepped eagerly so far
+        self._graphs: dict[
+            tuple[int, Options], tuple[torch.cuda.CUDAGraph, Drawn] | None
+        ] = {}  # None: ran eagerly once
         self._memory_pool: object | None = None  # of all graphs, which never run at the same time
 
     def join(self, sequence: Sequence, limit: int) -> None:
@@ -288,12 +290,16 @@ class DecodeSlots:
         if key not in self._graphs:
             self._graphs[key] = None
             return self.run_step(*key)  # compiles every kernel, which is impossible during a capture
-        if (graph := self._graphs[key]) is None:
-            self._memory_pool = self._memory_pool or torch.cuda.graph_pool_handle()
-            graph = self.runner.cache.device.capture(lambda: self.run_step(*key), self._memory_pool)
-            self._graphs[key] = graph
+        captured = self._graphs[key] = self._graphs[key] or self._capture(*key)
+        graph, drawn = captured
         graph.replay()
-        return self.token_ids[: key[0]], self.sampler.report(self._options, key[0])
+        return drawn
+
+    def _capture(self, count: int, options: Options) -> tuple[torch.cuda.CUDAGraph, Drawn]:
+        """A step's graph, and where it writes what it draws."""
+        self._memory_pool = self._memory_pool or torch.cuda.graph_pool_handle()
+        graph = self.runner.cache.device.capture(lambda: self.run_step(count, options), self._memory_pool)
+        return graph, (self.token_ids[:count], self.sampler.report(options, count))
 
     def run_step(self, count: int, options: Options) -> Drawn:
         runner, rows = self.runner, slice(0, count)

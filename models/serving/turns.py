@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Turns:
@@ -17,22 +15,26 @@ class Turns:
         self._owner: int | None = None  # the thread whose turn it is
         self._depth = 0
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Wait for a turn and hold it. A thread may begin a turn within its own."""
+    def turn(self) -> Turns:
+        """A ``with`` block that waits for a turn and holds it. A thread may begin a turn within its own."""
+        return self
+
+    def __enter__(self) -> None:
         if self._owner != threading.get_ident():
             self._join()
         self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._leave()
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._leave()
 
     def _join(self) -> None:
-        ticket = object()
         with self._changed:
+            if self._owner is None and not self._queue:
+                self._owner = threading.get_ident()
+                return
+            ticket = object()
             self._queue.append(ticket)
             try:
                 self._changed.wait_for(lambda: self._owner is None and self._queue[0] is ticket)
@@ -44,4 +46,5 @@ class Turns:
     def _leave(self) -> None:
         with self._changed:
             self._owner = None
-            self._changed.notify_all()
+            if self._queue:
+                self._changed.notify_all()
