@@ -109,9 +109,9 @@ TABLE: dict[str, dict[str, list[Row]]] = {
             row(fixed_point=0, wgmma=0, gemv=8, dot=8),
         ],
     },
-    # Facts: columns, rows, tokens (1 or 2), bits per code, normed. From fixed_point_tiles.csv, H100. Whole rows in one
-    # tile request every byte of the weight at once. Shorter tiles are for long rows, and for a number of rows that
-    # would leave the chip half empty at the end.
+    # Facts: columns, rows, tokens (1 or 2), bits per code, normed; of a pair the rows of both and the most bits. From
+    # fixed_point_tiles.csv, H100. Whole rows in one tile request every byte of the weight at once. Shorter tiles are
+    # for long rows, and for a number of rows that would leave the chip half empty at the end.
     "fixed_point": {
         "any": [
             row({"columns": 4096, "rows": 4096, "tokens": 1, "bits": 5}, BLOCK_N=16, BLOCK_K=WHOLE, num_warps=4),
@@ -122,6 +122,8 @@ TABLE: dict[str, dict[str, list[Row]]] = {
             row({"columns": 4096, "tokens": 1}, BLOCK_N=16, BLOCK_K=WHOLE, num_warps=8),
             row({"columns": 4096, "bits": 7}, BLOCK_N=16, BLOCK_K=1024, num_warps=4),
             row({"columns": 4096}, BLOCK_N=8, BLOCK_K=1024, num_warps=4),
+            row({"tokens": 1, "bits": 5}, BLOCK_N=16, BLOCK_K=2048, num_warps=8),
+            row({"tokens": 1, "bits": 6, "rows": 4096}, BLOCK_N=8, BLOCK_K=2048, num_warps=4),
             row({"tokens": 1}, BLOCK_N=16, BLOCK_K=2048, num_warps=8),
             row({"bits": 5, "normed": 0}, BLOCK_N=16, BLOCK_K=2048, num_warps=4),
             row(BLOCK_N=8, BLOCK_K=2048, num_warps=8),

@@ -346,11 +346,11 @@ def _fixed_point_pair_kernel(
 
 
 def _tile(activations: Input, weights: Sequence[Weight]) -> dict[str, int]:
-    """The configuration for weights of one input, together: that of the type with the most rows."""
+    """The configuration for weights of one input, together: that of the type with the most bits, for all rows."""
     (num_tokens, columns), normed = activations.x.shape, activations.norm is not None
     rows = sum(weight.shape[0] for weight in weights)
-    layout = max(weights, key=lambda weight: weight.shape[0]).layout
-    facts = {"rows": rows, "tokens": num_tokens, "normed": normed, "bits": layout.low_bits + layout.high_bits}
+    bits = max(weight.layout.low_bits + weight.layout.high_bits for weight in weights)
+    facts = {"rows": rows, "tokens": num_tokens, "normed": normed, "bits": bits}
     return tile_for("fixed_point", weights[0].device, columns, 256, **facts)
 
 

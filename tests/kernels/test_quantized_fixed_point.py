@@ -264,16 +264,21 @@ def test_a_pair_is_the_product_of_each(types, num_tokens, rows, dtype, normed, h
 
 
 @pytest.mark.parametrize("num_tokens", [1, MOST_TOKENS])
-def test_a_pair_is_one_launch_in_the_tile_of_the_larger_part(num_tokens):
+def test_a_pair_is_one_launch_in_the_tile_of_the_wider_type(num_tokens):
+    """Of all rows together."""
     rng = np.random.default_rng(0)
-    large, small = random_weight(rng, "Q2_K", 40, 4096), random_weight(rng, "Q8_0", 9, 4096)
+    wide, narrow = random_weight(rng, "Q8_0", 9, 4096), random_weight(rng, "Q2_K", 40, 4096)
     x = normal(rng, num_tokens, 4096, dtype=torch.float16)
-    (alone,) = {quantized_matmul.body(x.new_empty(num_tokens, 40), x, large).options["num_warps"]}
-    for pair in ((large, small), (small, large)):
+    alone = [
+        quantized_matmul.body(x.new_empty(num_tokens, weight.shape[0]), x, weight).options["num_warps"]
+        for weight in (wide, narrow)
+    ]
+    for pair in ((wide, narrow), (narrow, wide)):
         out = tuple(x.new_empty(num_tokens, weight.shape[0]) for weight in pair)
         one = quantized_matmul_pair.body(out, x, *pair)
-        assert one.options["num_warps"] == alone
+        assert one.options["num_warps"] == alone[0]
         assert one.grid == (sum(-(-weight.shape[0] // one.options["BLOCK_N"]) for weight in pair),)
+    assert num_tokens == 2 or alone[0] != alone[1]
 
 
 @pytest.mark.parametrize("num_tokens", [3, 65])
