@@ -12,13 +12,13 @@ import cases
 from cases import BF16, Case, random_weight
 from model_calls import BATCHES, CHUNK, F32, Call, Model, empty, weight, weight_types
 from rooflama import kernels
-from rooflama.kernels import LAYOUTS
+from rooflama.kernels import LAYOUTS, Weight
 from rooflama.kernels.launch import override
 from rooflama.kernels.quantized_wgmma_ends import LEAST_TOKENS
 
 
 def measured() -> Iterator[Case]:
-    return chain(products(), regimes())
+    return chain(products(), pairs(), regimes())
 
 
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (128256, 4096)]  # Llama-3-8B's
@@ -46,6 +46,29 @@ def products() -> Iterator[Case]:
                     "torch bf16": [lambda w=w, x=x: F.linear(x, w.planes[0]) for w in dense],
                 },
             )
+
+
+def pairs() -> Iterator[Case]:
+    """q and k with v, in the types of a Q4_K_M file; the peer is a product of each."""
+    types, columns, rows = ("Q4_K", "Q6_K"), 4096, (5120, 1024)
+
+    def random_pair() -> list[Weight]:
+        return [random_weight(ggml_type, count, columns) for ggml_type, count in zip(types, rows, strict=True)]
+
+    weight_bytes = sum(weight.nbytes for weight in random_pair())
+    weights = [random_pair() for _ in range(cases.copies(weight_bytes))]
+    norm = {"norm_weight": torch.ones(columns, device=cases.CUDA), "eps": 1e-5, "resident": True}
+    for tokens in (1, 2):
+        x = torch.randn(tokens, columns, device=cases.CUDA, dtype=BF16)
+        yield Case(
+            f"pair Q4_K [{rows[0]}, {columns}], Q6_K [{rows[1]}, {columns}] tokens={tokens}",
+            weight_bytes + 2 * tokens * (sum(rows) + columns),
+            2 * tokens * sum(rows) * columns,
+            {
+                "rooflama": [lambda w=w, x=x: kernels.quantized_matmul_pair(x, *w, **norm) for w in weights],
+                "apart": [lambda w=w, x=x: [kernels.quantized_matmul(x, one, **norm) for one in w] for w in weights],
+            },
+        )
 
 
 def regimes() -> Iterator[Case]:
