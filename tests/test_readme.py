@@ -65,7 +65,8 @@ def test_the_roofline_of_a_decode_step(monkeypatch):
     monkeypatch.delitem(sys.modules, "memory_plan_check")
     page = (ROOT / "docs" / "PERFORMANCE.md").read_text()
     section = page.split("## A whole decode step")[1].split("\n## ")[0]
-    header, _, *rows = [cells(line) for line in section.splitlines() if line.startswith("|")]
+    table = section[section.index("\n|") + 1 :].split("\n\n")[0]
+    header, _, *rows = [cells(line) for line in table.splitlines()]
     assert header[-1] == "roofline"
     stated = {row[0]: float(row[-1].replace(",", "")) for row in rows}
     config = check.config_of("Llama-3-8B")
