@@ -9,6 +9,7 @@ The work is split into runs of rows that fit the cache, on a few threads (NumPy 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,9 +71,17 @@ def repack_stack(raws: Sequence[np.ndarray], ggml_type: str, columns: int) -> We
         for name, part in _repack_rows(rows, ggml_type, layout).items():
             planes[name][start : start + len(rows)] = part.reshape(-1, planes[name].shape[1])
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, runs))
+    list(_threads().map(fill, runs))
     return Weight.make(ggml_type, (torch.from_numpy(planes[p.name]) for p in layout.planes), shape)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Kept, since starting eight threads takes longer than a matrix of a small model."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of them
 
 
 def _float_rows(raws: Sequence[np.ndarray], ggml_type: str) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """Repacking is lossless: the planes dequantise to the bits that gguf computes from the blocks of the file."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -138,3 +141,25 @@ def test_layouts_have_the_blocks_of_gguf():
 def test_brain_floats_stay_as_they_are():
     weight = repack(np.zeros((1, 64), np.uint8), "BF16", 32)
     assert weight.planes[0].dtype == torch.bfloat16
+
+
+FORKING = """
+import os, signal
+import numpy as np
+from rooflama.loaders.gguf.repack import repack
+
+raw = np.zeros((4, 20), np.uint8)
+repack(raw, "Q4_1", 32)
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    repack(raw, "Q4_1", 32)
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_repacks(tmp_path):
+    """It has none of the threads that its parent keeps."""
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "0\n", done.stderr
