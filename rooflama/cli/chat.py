@@ -6,6 +6,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .ahead import begin
 from .options import Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
 from .output import note
 from .ranks import from_first
@@ -31,6 +32,7 @@ def chat(
 
     An empty line or Ctrl-D ends the conversation. Ctrl-C ends an answer, or else the program.
     """
+    begin(loading.device)
     import rooflama
 
     options = sampling.keywords()

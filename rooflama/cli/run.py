@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..json_text import json_text
+from .ahead import begin
 from .options import Json, Loading, ModelSource, Sampling, SystemMessage, refuse, require_unicode
 from .output import aside, note
 from .ranks import from_first
@@ -47,6 +48,7 @@ def run(
 
     A prompt from a file or standard input loses the line break at its end.
     """
+    begin(loading.device)
     import rooflama
     from rooflama.models.memory.amounts import count
 
