@@ -10,10 +10,9 @@ finds them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -62,6 +61,23 @@ def note(one: Launch) -> None:
     _current.get().note(one)
 
 
+MOST_THREADS = 8  # a kernel takes the interpreter's lock for a fifth of the time: more would keep it from others
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile kernels, and build what Triton launches them with."""
+
+    def submit(self, compile_kernel: Callable[[], Any], /, *args: Any, **kwargs: Any) -> Future:
+        return super().submit(self._prepared, compile_kernel)
+
+    @staticmethod
+    def _prepared(compile_kernel: Callable[[], Any]) -> Any:
+        kernel, driver = compile_kernel(), triton.runtime.driver.active
+        if not isinstance(driver, _NoGPU):
+            driver.launcher_cls(kernel.src, kernel.metadata)  # which Triton 3.6 compiles in C, and keeps on disk
+        return kernel
+
+
 def compile_launches(
     launches: Sequence[Launch],
     device: torch.device | None,
@@ -71,25 +87,15 @@ def compile_launches(
 
     Args:
         launches: of a rehearsal.
-        device: the GPU that they will run on, onto which they are loaded, too; None inside ``without_gpu``.
+        device: the GPU that they will run on; None inside ``without_gpu``.
         progress: called with the number of kernels that are ready, and with that of all.
     """
-
-    def enter() -> None:
-        if device is not None:
-            torch.cuda.set_device(device)
-
-    def load(kernel: Any) -> None:
-        kernel = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
-        if device is not None:
-            kernel.run  # noqa: B018  # this property builds Triton's launcher and loads the binary
-
-    enter()
-    num_threads = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(num_threads, initializer=enter) as pool, triton.AsyncCompileMode(pool):
+    place = nullcontext() if device is None else torch.cuda.device(device)
+    with place, _Compilers(MOST_THREADS) as pool, triton.AsyncCompileMode(pool):
         kernels = dict.fromkeys(one.kernel.warmup(*one.args, grid=one.grid, **one.options) for one in launches)
-        for done, job in enumerate([pool.submit(load, kernel) for kernel in kernels], 1):
-            job.result()
+        for done, kernel in enumerate(kernels, 1):
+            if isinstance(kernel, triton.FutureKernel):
+                kernel.result()
             progress(done, len(kernels))
     return len(kernels)
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch.distributed import ProcessGroup
 
 from rooflama.kernels import backend_for
+from rooflama.kernels.kernel import replays
 from rooflama.loaders.device import Device, open_device
 from rooflama.loaders.device.query import find_device
 from rooflama.loaders.opening import UnknownCheckpointError, locate, open_checkpoint
@@ -36,6 +37,7 @@ from rooflama.models.serving.starting import start_runner
 from . import arguments
 from .model import Model
 from .planning import adapter_of, choose_dtypes, plan_for_device, warn_beyond_training, with_rope
+from .warming import Compiling
 
 MOST_WITHOUT_ROWS = 16  # tokens that a fine-tune may add without enlarging the embedding
 
@@ -153,11 +155,16 @@ def load(
         if ranks is not None:
             plan = _common_plan(ranks, plan, owner)
         warn_beyond_training(plan)
+        num_tokens = min(tokenizer.vocab_size, config.vocab_size)
+        compiling = None
+        if ranks is None and replays(owner.torch_device):
+            compiling = Compiling(source, plan, owner.torch_device, num_tokens=num_tokens)
         with together():
             decoder = Decoder.load(source, config, adapter)
             weight_bytes = owner.held_bytes
-            num_tokens = min(tokenizer.vocab_size, config.vocab_size)
             runner = start_runner(decoder, plan, owner, longrope=longrope, num_tokens=num_tokens)
+        if compiling is not None:
+            compiling.wait(lambda done, total: bar.update(task, description=f"{done} of {total} kernels"))
         if ranks is not None:
             ranks.connect(owner, plan.dtype, plan.addend_elements)
         return Model(

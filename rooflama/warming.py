@@ -1,4 +1,4 @@
-"""Kernels compiled by ``warm`` before any process needs them.
+"""Kernels compiled ahead: beside the upload of the weights, or by ``warm`` before any process needs them.
 
 A rehearsal (``models.serving.rehearsal``) finds the launches of a model from its header. They are compiled in parallel
 into Triton's cache on disk, the folder ``TRITON_CACHE_DIR``, where every later process finds them.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -25,13 +28,44 @@ from rooflama.kernels.rehearsal import compile_launches, without_gpu
 from rooflama.loaders.device.query import find_device
 from rooflama.loaders.opening import locate, open_headers
 from rooflama.loaders.text import open_tokenizer
-from rooflama.models import ArgumentError, CheckpointReader
+from rooflama.models import ArgumentError, CheckpointReader, MemoryPlan, TensorSource
 from rooflama.models.memory.amounts import count
 from rooflama.models.serving.rehearsal import rehearse
 
 from .planning import adapter_of, plan_memory
 
 Progress = Callable[[int, int], object]  # called with the number of kernels that are ready, and of all
+
+
+class Compiling:
+    """Compiles the kernels of a first answer in other threads, from its creation until ``wait``."""
+
+    def __init__(self, source: TensorSource, plan: MemoryPlan, device: torch.device, *, num_tokens: int):
+        self._done = self._total = 0
+        thread = ThreadPoolExecutor(1)
+        self._result = thread.submit(self._compile, source, plan, device, num_tokens)
+        thread.shutdown(wait=False)
+
+    def _compile(self, source: TensorSource, plan: MemoryPlan, device: torch.device, num_tokens: int) -> None:
+        adapter, gpu, fused = adapter_of(source.checkpoint), gpu_of(device), source.fused
+        launches = rehearse(
+            source, plan.config, adapter, plan, gpu, num_tokens=num_tokens, fused=fused, first_answer=True
+        )
+        compile_launches(launches, device, self._progress)
+
+    def _progress(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+
+    def wait(self, progress: Progress) -> None:
+        """Wait until all are compiled, calling ``progress`` now and then.
+
+        A failure is a warning: what could not be compiled ahead is compiled, or fails, when it is first used.
+        """
+        while not self._result.done():
+            progress(self._done, self._total)
+            wait([self._result], timeout=0.1)
+        if error := self._result.exception():
+            warnings.warn(f"kernels are compiled when they are first used, not ahead: {error}", stacklevel=3)
 
 
 @dataclass(frozen=True)

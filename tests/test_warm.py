@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import rooflama as package
 from command_line import rooflama
 from rooflama import warming
 from rooflama.kernels import INTERPRETED
 from rooflama.models import ArgumentError
-from rooflama.warming import parse_target
+from rooflama.warming import Compiling, parse_target
 from small_checkpoint import write_small
 
 
@@ -64,3 +65,34 @@ def test_the_interpreter_compiles_nothing(tmp_path):
     done = rooflama("warm", str(write_small(tmp_path / "small.gguf")), "--target", "sm_90")
     assert done.status == 2
     assert "the interpreter compiles nothing. Unset TRITON_INTERPRET" in " ".join(done.stderr.split())
+
+
+def test_what_cannot_be_compiled_ahead_is_a_warning(monkeypatch):
+    """A family of the user's may read values of its tensors, which a rehearsal does not have."""
+
+    def fail(*_, **__):
+        raise RuntimeError("no values")
+
+    monkeypatch.setattr(Compiling, "_compile", fail)
+    compiling = Compiling(None, None, torch.device("cpu"), num_tokens=1)
+    with pytest.warns(UserWarning, match="compiled when they are first used, not ahead: no values"):
+        compiling.wait(lambda done, total: None)
+
+
+def test_load_compiles_a_first_answer_beside_the_upload_and_waits_for_both(monkeypatch, tmp_path):
+    events = []
+
+    def rehearse(*_, **options):
+        events.append(options["first_answer"])
+        return ["a launch"] * 3
+
+    def compile_launches(launches, device, progress):
+        progress(2, len(launches))
+        events.append(device)
+
+    monkeypatch.setattr(warming, "rehearse", rehearse)
+    monkeypatch.setattr(warming, "compile_launches", compile_launches)
+    monkeypatch.setattr(warming, "gpu_of", lambda device: None)
+    monkeypatch.setattr("rooflama.loading.replays", lambda device: True)
+    with package.load(write_small(tmp_path / "small.gguf"), device="cpu", max_context=64, progress=False):
+        assert events == [True, torch.device("cpu")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from .sampler import Options
 from .starting import start_runner
 
 OPTIONS = (Options(), Options(("temperature", "seeds")), Options(("temperature", "seeds", "top_p")))  # most in use
+FIRST_PASSES = (8, 64)  # of ``captured_sizes``: prompts of a line or two
 
 
 def rehearse(
@@ -39,6 +40,7 @@ def rehearse(
     *,
     num_tokens: int | None = None,
     fused: bool = True,
+    first_answer: bool = False,
 ) -> list[Launch]:
     """The launches of a model that no other rank shares.
 
@@ -51,6 +53,7 @@ def rehearse(
         plan: its sizes.
         gpu: what the launches are made for; None for Triton's interpreter.
         num_tokens, fused: as for ``start_runner`` and ``TensorSource``.
+        first_answer: only those of prompt passes of ``FIRST_PASSES`` tokens and of a greedy step of one sequence.
     """
     source = DryRunSource(reader, "triton")
     source.batch_invariant, source.fused = plan.batch_invariant, fused
@@ -61,8 +64,12 @@ def rehearse(
     with rehearsal(gpu) as found, ShapesOnly():
         runner = start_runner(decoder, plan, _NoMemory(), num_tokens=num_tokens)
         for inputs in prompt_passes(runner):
-            runner.run_pass(inputs)
-        steps(runner, plan.sequences)
+            if not first_answer or inputs.num_tokens in FIRST_PASSES:
+                runner.run_pass(inputs)
+        if first_answer:
+            steps(runner, 1, OPTIONS[:1])
+        else:
+            steps(runner, plan.sequences, OPTIONS)
     return found.launches
 
 
@@ -98,12 +105,12 @@ def prompt_passes(runner: ModelRunner) -> Iterator[PassInputs]:
     yield chunk
 
 
-def steps(runner: ModelRunner, sequences: int) -> None:
+def steps(runner: ModelRunner, sequences: int, drawn: Iterable[Options]) -> None:
     """The first draw after a prompt, and decode steps of up to ``sequences`` sequences."""
     num_slots = max(MOST_SLOTS, sequences)
     slots = DecodeSlots(runner, num_slots, {})
     config = runner.decoder.config
-    for options in OPTIONS:
+    for options in drawn:
         slots.sampler.prepare(options)
         hidden = torch.empty(1, config.hidden_size, dtype=runner.dtype, device=runner.device)
         slots.draw(runner.decoder.logits(hidden), runner.upload(torch.tensor([0])), options)

@@ -1,4 +1,4 @@
-"""After ``rooflama.warm``, a process that runs the model compiles nothing."""
+"""What is compiled ahead: by ``rooflama.warm`` all that a model needs, by ``load`` what a first answer needs."""
 
 import os
 import subprocess
@@ -30,17 +30,35 @@ with rooflama.load(sys.argv[1], max_sequences=2, progress=False) as model:
             model.generate(prompt, max_new_tokens=4, **options)
 print("compiled:", *compiled)
 """
+FIRST = """
+import sys, triton, rooflama
+
+compiled = []
+triton.knobs.compilation.listener = lambda *, src, **_: compiled.append(src.name)
+with rooflama.load(sys.argv[1], progress=False) as model:
+    ahead = len(compiled)
+    for length in (3, 60):
+        model.generate([1 + i % 50 for i in range(length)], max_new_tokens=3)
+print(ahead > 10, "compiled later:", *compiled[ahead:])
+"""
+
+
+def printed_by(program, path, folder):
+    """By a process that keeps its kernels in ``folder``."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-c", program, str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen3", "phi3-128k"])
 def test_a_warm_process_compiles_nothing(name, tmp_path):
     path = write_file(name, tmp_path / "tiny.gguf")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    printed = []
-    for program in (WARM, RUN):
-        command = [sys.executable, "-c", program, str(path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
-    assert int(printed[0]) > 10
-    assert printed[1] == "compiled:\n"
+    assert int(printed_by(WARM, path, tmp_path)) > 10
+    assert printed_by(RUN, path, tmp_path) == "compiled:\n"
+
+
+def test_after_loading_a_first_answer_compiles_nothing(tmp_path):
+    path = write_file("llama3", tmp_path / "tiny.gguf")
+    assert printed_by(FIRST, path, tmp_path) == "True compiled later:\n"
