@@ -9,7 +9,7 @@ engine (TMA), and CONSUMERS of 64 rows each. A consumer multiplies (wgmma) and k
 Barriers: k_full and v_full say that a tile has arrived, k_empty and v_empty that every consumer is done with it. turns
 says which consumer issues products next: while one consumer's products run, another one computes its softmax.
 Order within a consumer: the scores of tile t + 1 are issued before the values of tile t. So the tensor cores work on
-the latter while the softmax of t + 1 is computed.
+the latter while the maxima of t + 1 are found. The queries of the next block are loaded beside a block's last product.
 Grid: one program per multiprocessor. It takes every num_programs-th block, longest first, and every other time in
 reverse, so that all programs get about the same number of keys. The producer is ahead by a ring, across blocks too.
 Bits: as in ``attention_prefill``, a row's bits depend on its own query and keys alone. They are not the bits of the
@@ -31,7 +31,6 @@ from .attention_common import Attended, ScoreRule
 from .attention_prefill_blocks import Sequences, count_blocks
 from .attention_prefill_hopper_roles import ROWS, consume, produce
 from .attention_prefill_hopper_tiles import (
-    Queries,
     Rings,
     Work,
     allocate_tiles,
@@ -59,7 +58,7 @@ def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 # One code for every batch. Numbers in a NamedTuple are specialised whatever is said here, so these are not in one.
 @gluon.jit(do_not_specialize=["block_table_stride", "num_tokens", "num_seqs"])
 def _attention_prefill_hopper_kernel(
-    q,  # Queries
+    q,  # Heads
     k_boxes,  # descriptor of [num_pages, num_kv_heads, page_size, head_dim], boxes [1, 1, rows, columns]
     v_boxes,
     k_rest,  # the same with boxes for the narrower part, if there is one
@@ -70,13 +69,14 @@ def _attention_prefill_hopper_kernel(
     num_tokens,
     num_seqs,
     rule,  # ScoreRule
+    GROUP: gl.constexpr,  # query heads per K/V head
+    NUM_KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr,
 ):
     DTYPE: gl.constexpr = q.ptr.dtype.element_ty
-    num_kv_heads = k_boxes.shape[1]
     q_tiles = allocate_tiles(DTYPE, CONSUMERS, _ROWS, HEAD_DIM)
     rings = Rings(
         (k_boxes, k_rest) if len(q_tiles) == 2 else (k_boxes,),
@@ -92,12 +92,12 @@ def _attention_prefill_hopper_kernel(
     fence_async_shared()
     thread_barrier()
 
-    num_blocks = num_tokens * q.group // (CONSUMERS * _ROWS) + num_seqs + 1  # as count_blocks says
+    num_blocks = num_tokens * GROUP // (CONSUMERS * _ROWS) + num_seqs + 1  # as count_blocks says
     page_shift = log2_page_size(k_boxes.shape[2])
     work = Work(
-        sequences, block_table_stride, num_tokens, num_seqs, num_blocks, num_kv_heads, q.group, page_shift, rule.window
+        sequences, block_table_stride, num_tokens, num_seqs, num_blocks, NUM_KV_HEADS, GROUP, page_shift, rule.window
     )
-    num_turns = gl.cdiv(num_blocks * num_kv_heads, gl.num_programs(0))
+    num_turns = gl.cdiv(num_blocks * NUM_KV_HEADS, gl.num_programs(0))
     # Then the warps of each role but the first, and their registers per thread. The first role has what is left.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -164,7 +164,7 @@ def launch_hopper(
     return launch(
         _attention_prefill_hopper_kernel,
         (min(num_multiprocessors(q.device), num_blocks * num_kv_heads),),
-        Queries(*heads_of(q), group),
+        heads_of(q),
         _boxes(k_pages, rows, widths[0]),
         _boxes(v_pages, rows, widths[0]),
         _boxes(k_pages, rows, widths[-1]),
@@ -175,6 +175,8 @@ def launch_hopper(
         num_tokens,
         num_seqs,
         rule,
+        GROUP=group,
+        NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         num_warps=4,
         **tile,

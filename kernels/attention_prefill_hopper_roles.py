@@ -17,12 +17,15 @@ from .attention_prefill_hopper_softmax import (
     add_sums,
     as_operand,
     decayed,
+    maxima,
+    no_maxima,
     no_products,
+    no_sums,
     normalized,
     packed,
+    powers,
     product_layout,
     sum_in_lanes,
-    weigh,
 )
 from .attention_prefill_hopper_tiles import (
     clear,
@@ -65,12 +68,15 @@ def _wait_full(full, number):
 
 
 @gluon.jit
+def _wait_turn(rings, number, me: gl.constexpr):
+    mbarrier.wait(rings.turns.index(me), (number + 1 - me) & 1)
+
+
+@gluon.jit
 def _start_scores(q_tiles, rings, number, me: gl.constexpr):
-    """Starts q.k^T of a tile as soon as it has arrived and it is this consumer's turn."""
+    """Starts q.k^T of a tile as soon as it has arrived."""
     STAGES: gl.constexpr = rings.k_full.shape[0]
     _wait_full(rings.k_full, number)
-    if q_tiles[0].shape[0] == 2:
-        mbarrier.wait(rings.turns.index(me), (number + 1 - me) & 1)
     scores = no_products(_ROWS, rings.k[0].shape[1])
     for part in gl.static_range(len(q_tiles)):
         k = rings.k[part].index(number % STAGES).permute((1, 0))
@@ -102,8 +108,9 @@ def _wait_values(acc, weights, lane_sums):
 
 
 @gluon.jit
-def _walk(
+def _walk_ahead(
     state,  # Softmax
+    weights,  # of the tile before start, packed
     q_tiles,
     rings,
     origin,  # number that the sequence's first tile has, or would have, among the program's
@@ -114,31 +121,115 @@ def _walk(
     me: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """``state`` after the scores of the tiles in [start, end) and the values up to the last but one."""
+    """(state, weights) after the scores of the tiles in [start, end) and the values up to the last but one."""
     STAGES: gl.constexpr = rings.k_full.shape[0]
     BLOCK_N: gl.constexpr = rings.k[0].shape[1]
-    CONSUMERS: gl.constexpr = q_tiles[0].shape[0]
-    acc, weights, row_max, lane_sums = state
+    acc, row_max, lane_sums = state
     for tile in range(start, end):
         number = origin + tile
         before = number - 1
+        _wait_turn(rings, number, me)
         scores = _start_scores(q_tiles, rings, number, me)
         _wait_full(rings.v_full, before)
         acc = _start_values(acc, weights, rings, before)
-        if CONSUMERS == 2:  # three consumers keep the tensor cores busy without turns
-            mbarrier.arrive(rings.turns.index(1 - me), count=1)
+        mbarrier.arrive(rings.turns.index(1 - me), count=1)
         scores = warpgroup_mma_wait(len(acc), deps=(scores,))
         mbarrier.arrive(rings.k_empty.index(number % STAGES), count=1)
-        next_weights, row_max, decay = weigh(scores, row_max, tile * BLOCK_N, positions, rule, MASKED)
-        lane_sums = add_sums(lane_sums, decay, next_weights)
-        # The tile is there. But the assembler moves a wait for products up to the last branch, above the softmax that
-        # is to run beside them, and this is a branch.
+        scores, row_max, decay = maxima(scores, row_max, tile * BLOCK_N, positions, rule, MASKED)
+        # The tile is there. But the assembler moves a wait for products up to the last branch, above the maxima that
+        # are to be found beside them, and this is a branch.
         _wait_full(rings.v_full, before)
-        acc, weights, lane_sums = _wait_values(acc, weights, lane_sums)
+        acc, scores, decay = _wait_values(acc, scores, decay)
         mbarrier.arrive(rings.v_empty.index(before % STAGES), count=1)
         acc = decayed(acc, decay)
+        next_weights = powers(scores, row_max, rule)
+        lane_sums = add_sums(lane_sums, decay, next_weights)
         weights = packed(next_weights, rings.v[0].dtype)
-    return Softmax(acc, weights, row_max, lane_sums)
+    return Softmax(acc, row_max, lane_sums), weights
+
+
+@gluon.jit
+def _attend_ahead(acc, q_tiles, rings, first, block, positions, rule, me: gl.constexpr):
+    """(state, weights) of a block for one of two consumers. The values of the last tile are being added."""
+    STAGES: gl.constexpr = rings.k_full.shape[0]
+    BLOCK_N: gl.constexpr = rings.k[0].shape[1]
+    _wait_turn(rings, first, me)
+    scores = _start_scores(q_tiles, rings, first, me)
+    mbarrier.arrive(rings.turns.index(1 - me), count=1)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    mbarrier.arrive(rings.k_empty.index(first % STAGES), count=1)
+    scores, row_max, _ = maxima(scores, no_maxima(_ROWS, BLOCK_N), block.start * BLOCK_N, positions, rule, True)
+    first_weights = powers(scores, row_max, rule)
+    state = Softmax(acc, row_max, sum_in_lanes(first_weights))
+    weights = packed(first_weights, rings.v[0].dtype)
+    if rule.window is not None:
+        _wait_full(rings.v_full, first)
+        clear(rings.v, first % STAGES, block.start, block)
+
+    origin = first - block.start
+    second = block.start + 1
+    whole = gl.maximum(second, block.whole)
+    diagonal = gl.maximum(second, block.diagonal)
+    if rule.window is not None:
+        state, weights = _walk_ahead(
+            state, weights, q_tiles, rings, origin, second, block.whole, positions, rule, me, True
+        )
+    state, weights = _walk_ahead(state, weights, q_tiles, rings, origin, whole, diagonal, positions, rule, me, False)
+    state, weights = _walk_ahead(state, weights, q_tiles, rings, origin, diagonal, block.end, positions, rule, me, True)
+
+    last = origin + block.end - 1
+    _wait_full(rings.v_full, last)
+    clear(rings.v, last % STAGES, block.end - 1, block)
+    return Softmax(_start_values(state.acc, weights, rings, last), state.row_max, state.lane_sums), weights
+
+
+@gluon.jit
+def _walk(
+    state,  # Softmax
+    q_tiles,
+    rings,
+    origin,  # as in _walk_ahead
+    start,
+    end,
+    positions,
+    block,
+    rule,
+    me: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """``state`` after the tiles in [start, end), one after another."""
+    STAGES: gl.constexpr = rings.k_full.shape[0]
+    BLOCK_N: gl.constexpr = rings.k[0].shape[1]
+    acc, row_max, lane_sums = state
+    for tile in range(start, end):
+        number = origin + tile
+        scores = warpgroup_mma_wait(0, deps=(_start_scores(q_tiles, rings, number, me),))
+        mbarrier.arrive(rings.k_empty.index(number % STAGES), count=1)
+        scores, row_max, decay = maxima(scores, row_max, tile * BLOCK_N, positions, rule, MASKED)
+        weights = powers(scores, row_max, rule)
+        lane_sums = add_sums(lane_sums, decay, weights)
+        acc = decayed(acc, decay)
+        pairs = packed(weights, rings.v[0].dtype)
+        _wait_full(rings.v_full, number)
+        if MASKED:
+            clear(rings.v, number % STAGES, tile, block)
+        acc, pairs, lane_sums = _wait_values(_start_values(acc, pairs, rings, number), pairs, lane_sums)
+        mbarrier.arrive(rings.v_empty.index(number % STAGES), count=1)
+    return Softmax(acc, row_max, lane_sums)
+
+
+@gluon.jit
+def _attend(acc, q_tiles, rings, first, block, positions, rule, me: gl.constexpr):
+    """The state of a block for one of three consumers."""
+    BLOCK_N: gl.constexpr = rings.k[0].shape[1]
+    origin = first - block.start
+    whole = gl.maximum(block.start, block.whole)
+    diagonal = gl.maximum(block.start, block.diagonal)
+    state = Softmax(acc, no_maxima(_ROWS, BLOCK_N), no_sums(_ROWS, BLOCK_N))
+    if rule.window is not None:
+        state = _walk(state, q_tiles, rings, origin, block.start, block.whole, positions, block, rule, me, True)
+    state = _walk(state, q_tiles, rings, origin, whole, diagonal, positions, block, rule, me, False)
+    return _walk(state, q_tiles, rings, origin, diagonal, block.end, positions, block, rule, me, True)
 
 
 @gluon.jit
@@ -153,10 +244,19 @@ def _places(first_row, block, work, FIRST: gl.constexpr, WIDTH: gl.constexpr, HE
 
 
 @gluon.jit
-def _load_q(q, q_tile, first_row, block, work, FIRST: gl.constexpr, HEAD_DIM: gl.constexpr):
-    tokens, heads, columns, mask = _places(first_row, block, work, FIRST, q_tile.shape[1], HEAD_DIM)
+def _load_part(q, block, work, me: gl.constexpr, FIRST: gl.constexpr, WIDTH: gl.constexpr, HEAD_DIM: gl.constexpr):
+    tokens, heads, columns, mask = _places(block.first_row + me * _ROWS, block, work, FIRST, WIDTH, HEAD_DIM)
     q_ptrs = q.ptr + tokens * q.token_stride + heads * q.head_stride + columns
-    q_tile.store(gl.load(q_ptrs, mask=mask, other=0.0))
+    return gl.load(q_ptrs, mask=mask & block.there, other=0.0)
+
+
+@gluon.jit
+def _load_queries(q, q_tiles, block, work, me: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Of each part: this consumer's rows of q, in registers; 0 where the block has none."""
+    parts = ()
+    for part in gl.static_range(len(q_tiles)):
+        parts += (_load_part(q, block, work, me, columns_before(HEAD_DIM, part), q_tiles[part].shape[2], HEAD_DIM),)
+    return parts
 
 
 @gluon.jit
@@ -210,47 +310,36 @@ def consume(
     STAGES: gl.constexpr = rings.k_full.shape[0]
     BLOCK_N: gl.constexpr = rings.k[0].shape[1]
     LAYOUT: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
+    block = take_block(0, work, CONSUMERS * _ROWS, BLOCK_N)
+    queries = _load_queries(q, q_tiles, block, work, me, HEAD_DIM)
     first = 0  # number of the block's first tile
     for turn in range(num_turns):
-        block = take_block(turn, work, CONSUMERS * _ROWS, BLOCK_N)
         if block.there:
-            first_row = block.first_row + me * _ROWS
             acc = ()
             for part in gl.static_range(len(q_tiles)):
-                q_tile = q_tiles[part].index(me)
-                _load_q(q, q_tile, first_row, block, work, columns_before(HEAD_DIM, part), HEAD_DIM)
-                acc += (no_products(_ROWS, q_tile.shape[1]),)
+                q_tiles[part].index(me).store(queries[part])
+                acc += (no_products(_ROWS, q_tiles[part].shape[2]),)
             fence_async_shared()
             thread_barrier()
+            first_row = block.first_row + me * _ROWS
             positions = block.query_position + (first_row + gl.arange(0, _ROWS, layout=LAYOUT)) // work.group
 
-            scores = _start_scores(q_tiles, rings, first, me)
+            last = first + block.end - block.start - 1
             if CONSUMERS == 2:
-                mbarrier.arrive(rings.turns.index(1 - me), count=1)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            mbarrier.arrive(rings.k_empty.index(first % STAGES), count=1)
-            row_max = gl.full([_ROWS], float("-inf"), gl.float32, layout=LAYOUT)
-            weights, row_max, _ = weigh(scores, row_max, block.start * BLOCK_N, positions, rule, True)
-            state = Softmax(acc, packed(weights, rings.v[0].dtype), row_max, sum_in_lanes(weights))
-            if rule.window is not None:
-                _wait_full(rings.v_full, first)
-                clear(rings.v, first % STAGES, block.start, block)
-
-            origin = first - block.start
-            second = block.start + 1
-            whole = gl.maximum(second, block.whole)
-            diagonal = gl.maximum(second, block.diagonal)
-            if rule.window is not None:
-                state = _walk(state, q_tiles, rings, origin, second, block.whole, positions, rule, me, True)
-            state = _walk(state, q_tiles, rings, origin, whole, diagonal, positions, rule, me, False)
-            state = _walk(state, q_tiles, rings, origin, diagonal, block.end, positions, rule, me, True)
-
-            last = origin + block.end - 1
-            _wait_full(rings.v_full, last)
-            clear(rings.v, last % STAGES, block.end - 1, block)
-            acc = _start_values(state.acc, state.weights, rings, last)
-            acc, weights, lane_sums = _wait_values(acc, state.weights, state.lane_sums)
-            mbarrier.arrive(rings.v_empty.index(last % STAGES), count=1)
+                state, weights = _attend_ahead(acc, q_tiles, rings, first, block, positions, rule, me)
+            else:
+                state = _attend(acc, q_tiles, rings, first, block, positions, rule, me)
+            # while the last values are added
             block = take_block(_recomputed(turn), work, CONSUMERS * _ROWS, BLOCK_N)
-            _store(result, Softmax(acc, weights, state.row_max, lane_sums), q_tiles, block, work, me, HEAD_DIM)
+            following = take_block(turn + 1, work, CONSUMERS * _ROWS, BLOCK_N)
+            queries = _load_queries(q, q_tiles, following, work, me, HEAD_DIM)
+            if CONSUMERS == 2:
+                acc, weights, lane_sums = _wait_values(state.acc, weights, state.lane_sums)
+                mbarrier.arrive(rings.v_empty.index(last % STAGES), count=1)
+                state = Softmax(acc, state.row_max, lane_sums)
+            _store(result, state, q_tiles, block, work, me, HEAD_DIM)
             first = last + 1
+            block = following
+        else:
+            block = take_block(turn + 1, work, CONSUMERS * _ROWS, BLOCK_N)
+            queries = _load_queries(q, q_tiles, block, work, me, HEAD_DIM)

@@ -19,10 +19,9 @@ _LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 class Softmax(NamedTuple):
-    """The running softmax of a consumer's rows. The values of the last tile's weights are not added yet."""
+    """The running softmax of a consumer's rows."""
 
     acc: tuple  # of each part: [ROWS, width] float32
-    weights: gl.tensor  # [ROWS, BLOCK_N // 2] int32, pairs of neighbouring keys
     row_max: gl.tensor  # [ROWS]
     lane_sums: gl.tensor  # [ROWS, 4]
 
@@ -36,6 +35,16 @@ def product_layout(columns):
 @gluon.jit
 def no_products(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     return gl.zeros([ROWS, COLUMNS], gl.float32, layout=product_layout(COLUMNS))
+
+
+@gluon.jit
+def no_maxima(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    return gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, product_layout(COLUMNS)))
+
+
+@gluon.jit
+def no_sums(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    return sum_in_lanes(no_products(ROWS, COLUMNS))
 
 
 @gluon.jit
@@ -74,8 +83,22 @@ def as_operand(weights, DTYPE: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def weigh(scores, row_max, first_key, positions, rule, MASKED: gl.constexpr):
-    """(weights, row_max, decay of all that was summed before) after the scores of one tile."""
+def _greatest(scores):
+    """[ROWS]: each row's maximum. Each lane compares in a tree, so that no chain of comparisons is long."""
+    GROUPS: gl.constexpr = max(1, scores.shape[1] // 32)
+    lanes = scores.reshape([scores.shape[0], GROUPS, scores.shape[1] // (8 * GROUPS), 4, 2])
+    return gl.max(gl.max(gl.max(gl.max(lanes, axis=4), axis=2), axis=1), axis=1)
+
+
+@gluon.jit
+def _shift(row_max):
+    """What is subtracted from a row's exponents: its maximum, or 0 while it saw no key."""
+    return gl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@gluon.jit
+def maxima(scores, row_max, first_key, positions, rule, MASKED: gl.constexpr):
+    """(scores as far as rows see them, row_max with them, decay of all that was summed before)."""
     scale = rule.scale
     if rule.softcap is not None:
         scores = tanh(scores * rule.scale)
@@ -86,11 +109,18 @@ def weigh(scores, row_max, first_key, positions, rule, MASKED: gl.constexpr):
         if rule.window is not None:
             visible = visible & (positions[:, None] - keys[None, :] < rule.window)
         scores = gl.where(visible, scores, float("-inf"))
+    new_max = gl.maximum(row_max, gl.convert_layout(_greatest(scores), row_max.type.layout) * scale)
+    return scores, new_max, gl.exp2(row_max - _shift(new_max))
+
+
+@gluon.jit
+def powers(scores, row_max, rule):
+    """The weights of one tile, from what ``maxima`` returns."""
+    scale = rule.scale
+    if rule.softcap is not None:
+        scale = rule.softcap * _LOG2_E
     # An explicit fma, because masked and unmasked tiles must round alike.
-    new_max = gl.maximum(row_max, gl.max(scores, axis=1) * scale)
-    shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = gl.exp2(gl.fma(scores, scale, -shift[:, None]))
-    return weights, new_max, gl.exp2(row_max - shift)
+    return gl.exp2(gl.fma(scores, scale, -_shift(row_max)[:, None]))
 
 
 @gluon.jit
@@ -113,5 +143,5 @@ def normalized(acc, total):
     """One part of the weighted mean of the values; 0 for a row that saw no key."""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     unseen = gl.convert_layout(total == 0.0, LAYOUT)
-    divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), LAYOUT)
-    return gl.where(unseen[:, None], 0.0, acc / divisor[:, None])
+    factor = gl.convert_layout(1.0 / gl.where(total == 0.0, 1.0, total), LAYOUT)
+    return gl.where(unseen[:, None], 0.0, acc * factor[:, None])

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
@@ -20,15 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .attention_prefill_blocks import Sequences, find_sequence, first_block
 
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name until Triton 3.6, and since
-
-
-class Queries(NamedTuple):
-    """q, as the kernel takes it."""
-
-    ptr: Tensor  # [num_tokens, num_heads, head_dim], the last dimension contiguous
-    token_stride: int
-    head_stride: int
-    group: int  # query heads per K/V head
 
 
 class Work(NamedTuple):
@@ -39,8 +29,8 @@ class Work(NamedTuple):
     num_tokens: gl.tensor
     num_seqs: gl.tensor
     num_blocks: gl.tensor  # of each K/V head
-    num_kv_heads: gl.tensor
-    group: gl.tensor  # query heads per K/V head
+    num_kv_heads: gl.constexpr
+    group: gl.constexpr  # query heads per K/V head
     page_shift: gl.tensor  # log2(page_size)
     window: gl.tensor | None  # keys that a query sees, its own included
 

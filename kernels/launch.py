@@ -96,7 +96,10 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     # Prefill attention by attention_prefill_hopper.py, on the chips and for the pages that it serves; STAGES=0 leaves
     # them to the kernel above. Facts: head_dim. Measured on an H200.
     "attention_prefill_hopper": {
-        "any": [row(BLOCK_N=128, STAGES=2, CONSUMERS=2)],
+        "any": [
+            row({"head_dim": 64}, BLOCK_N=128, STAGES=3, CONSUMERS=3),
+            row(BLOCK_N=128, STAGES=2, CONSUMERS=2),
+        ],
     },
     # The most tokens that each regime of quantized_matmul serves, if it can. Facts: is_float (of the weight).
     "quantized_matmul": {

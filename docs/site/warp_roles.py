@@ -46,7 +46,7 @@ def intervals() -> Iterator[Interval]:
     """When the products and the exponentials of the first tiles run, at the chip's peak rates.
 
     A consumer issues the scores of a tile and the values of the one before when its softmax is done and it is its turn.
-    The tensor cores take products in the order in which they are issued.
+    It computes weights when both are done. The tensor cores take products in the order in which they are issued.
     """
     block_n = configuration()["BLOCK_N"]
     product, softmax = 2 * ROWS * block_n * HEAD_DIM / TENSOR_FLOPS, ROWS * block_n / EXPONENTIALS
@@ -55,12 +55,12 @@ def intervals() -> Iterator[Interval]:
         for consumer in (0, 1):
             start = max(tensor_cores, done[consumer])
             yield Interval("tensor cores", consumer, f"K{tile}", start, product)
-            tensor_cores = done[consumer] = start + product
+            tensor_cores = start + product
             if tile > 0:
                 yield Interval("tensor cores", consumer, f"V{tile - 1}", tensor_cores, product)
                 tensor_cores += product
-            yield Interval(f"consumer {consumer}", consumer, f"s{tile}", done[consumer], softmax)
-            done[consumer] += softmax
+            yield Interval(f"consumer {consumer}", consumer, f"s{tile}", tensor_cores, softmax)
+            done[consumer] = tensor_cores + softmax
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, title: str, note: str) -> None:
@@ -129,7 +129,7 @@ def save(folder: Path) -> None:
         axes.set_axis_off()
         draw_roles(axes)
         figure.text(
-            0.02, 0.375, "The first tiles in time: K is q.k of a tile, V is weights.v, s the softmax", fontsize=12
+            0.02, 0.375, "The first tiles in time: K is q.k of a tile, V is weights.v, s the weights", fontsize=12
         )
         draw_time(figure.add_axes((0.11, 0.1, 0.86, 0.25)))
         figure.savefig(folder / "warp_roles.svg", metadata={"Date": None})

@@ -52,4 +52,16 @@ MUTANTS = [
         "+ rows % num_kv_heads\n    gl.store(result.lse",
         _IN_NUMPY,
     ),
+    (
+        "hopper_roles: a block after the next one",
+        "following = take_block(turn + 1,",
+        "following = take_block(turn + 2,",
+        _IN_NUMPY,
+    ),
+    (
+        "hopper_roles: queries of a block that is not there",
+        "mask=mask & block.there",
+        "mask=mask",
+        _IN_NUMPY,
+    ),
 ]

@@ -24,8 +24,14 @@ MUTANTS = [
     ),
     (
         "hopper_softmax: a row without keys is NaN",
-        "return gl.where(unseen[:, None], 0.0, acc / divisor[:, None])",
-        "return acc / gl.where(unseen, 0.0, divisor)[:, None]",
+        "gl.where(total == 0.0, 1.0, total), LAYOUT)\n    return gl.where(unseen[:, None], 0.0, acc * factor[:, None])",
+        "total, LAYOUT)\n    return acc * factor[:, None]",
+        _UNSEEN,
+    ),
+    (
+        "hopper_softmax: weights of a row without keys are NaN",
+        'return gl.where(row_max == float("-inf"), 0.0, row_max)',
+        "return row_max",
         _UNSEEN,
     ),
 ]
