@@ -92,6 +92,11 @@ SPILLS_ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
         "windows and pages of 16: mostly what a consumer needs of its block, stored before its walk over the keys and "
         "loaded after it",
     ),
+    ("_wgmma_kernel", "sm_90"): (
+        64,
+        "Q4_K and Q2_K at 64 tokens in splits: four words per block of 256 columns. With as many registers as they ask "
+        "for, one program fits a multiprocessor instead of two",
+    ),
     ("_fixed_point_kernel", "sm_100"): (
         16,
         "Q6_K with the norm and SwiGLU joined, at 255 registers; the tile is that of sm_90, unmeasured on such a chip",

@@ -152,15 +152,21 @@ TABLE: dict[str, dict[str, list[Row]]] = {
             row(BLOCK_N=4, BLOCK_K=256, num_warps=4),
         ],
     },
-    # Facts: rows, columns, tokens (padded), bits per code. Each of SPLITS parts of the columns is summed by programs of
-    # its own: the fewer the rows, the more of them fill the chip. FLIGHT groups run at a time. The fewer REGISTERS a
-    # thread may have, the more programs run at a time. From wgmma_tiles.csv, Q4_K on an H200: these rows are within 6%
-    # of the fastest for every number of tokens.
+    # Facts: rows, columns, tokens (padded; twice as many if x is two numbers), bits per code, terms (numbers per code).
+    # Each of SPLITS parts of the columns is summed by programs of its own: the fewer the rows, the more of them fill
+    # the chip. FLIGHT groups run at a time. With 128 REGISTERS per thread two programs fit a multiprocessor. SPLITS
+    # and ROWS are from wgmma_tiles.csv, Q4_K on an H200, and within 7% of the fastest for every number of tokens.
     "wgmma": {
         "any": [
-            row({"rows": 4096}, SPLITS=8, ROWS=128, FLIGHT=1, REGISTERS=168),
-            row({"rows": 16384}, SPLITS=4, ROWS=128, FLIGHT=1, REGISTERS=168),
-            row(SPLITS=1, ROWS=128, FLIGHT=1, REGISTERS=168),
+            row({"tokens": 64, "bits": 4, "terms": 1, "rows": 4096}, SPLITS=8, ROWS=128, FLIGHT=1, REGISTERS=128),
+            row({"tokens": 64, "bits": 4, "terms": 1, "rows": 16384}, SPLITS=4, ROWS=128, FLIGHT=1, REGISTERS=128),
+            row({"tokens": 64, "bits": 4, "terms": 1}, SPLITS=1, ROWS=128, FLIGHT=1, REGISTERS=128),
+            row({"tokens": 64, "rows": 4096}, SPLITS=8, ROWS=128, FLIGHT=1, REGISTERS=168),
+            row({"tokens": 64, "rows": 16384}, SPLITS=4, ROWS=128, FLIGHT=1, REGISTERS=168),
+            row({"tokens": 64}, SPLITS=1, ROWS=128, FLIGHT=1, REGISTERS=168),
+            row({"rows": 4096}, SPLITS=8, ROWS=128, FLIGHT=1, REGISTERS=255),
+            row({"rows": 16384}, SPLITS=4, ROWS=128, FLIGHT=1, REGISTERS=255),
+            row(SPLITS=1, ROWS=128, FLIGHT=1, REGISTERS=255),
         ],
     },
     # Facts: itemsize (of x).

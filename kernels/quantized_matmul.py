@@ -18,8 +18,8 @@ The number of tokens chooses one of five regimes ("quantized_matmul" in ``launch
     matmul       rows are dequantised into a workspace of at most WORKSPACE_BYTES, then torch multiplies.
 
 In ``dot`` the norm is a launch of its own, because x times the norm's weight could overflow float16. In ``wgmma`` the
-launches before and after the product norm x and join what is added. In ``matmul`` the norm and swiglu are launches of
-their own. Otherwise a tile's rows alternate between gate and up, so that each pair meets in one program.
+launch before the product norms x. In ``matmul`` the norm and swiglu are launches of their own. Otherwise a tile's rows
+alternate between gate and up, so that each pair meets in one program.
 
 ``quantized_matmul_pair`` multiplies one input by two weights of any types: in ``fixed_point`` in one launch, in the
 other regimes one after the other.
@@ -227,8 +227,8 @@ def quantized_matmul(
         swiglu: rows are gate's, then as many of up's; the result is silu(gate) * up.
         batch_invariant: one regime for every number of tokens, so that a token's bits do not depend on its neighbours;
             slower both for one token and for thousands.
-        resident: no kernel that is still running, or waits to, writes the weight: its first tile may be read before
-            those kernels end. Changes no result.
+        resident: no kernel that is still running, or waits to, writes the weight or norm_weight. They may be read
+            before those kernels end. Changes no result.
         out_dtype: of the result; None for that of ``x``. The regimes ``dot`` and ``matmul`` compute in it.
 
     Returns:

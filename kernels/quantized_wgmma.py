@@ -8,21 +8,22 @@ Where a group's scale is d times a whole number, A is that number times the valu
 of 256 columns are summed in one accumulator, and d multiplies that once. Where it is a float16 number, A is the value,
 and each group's sum is multiplied by its scale in float32. S times the minima is one more product per block.
 
-Three launches: x is arranged for N tokens, 8, 16, 32 or 64 (``quantized_wgmma_ends.py``); a program of the product
-owns ROWS rows of the weight, a tile of N tokens and a split of the blocks of 256 columns; partial sums are gathered.
-Each starts while the one in front still runs. Where the weight is known to be older than the kernels still running
-(``resident``), the words of its first block are requested before the program waits for them.
+Two launches: x is arranged in tiles of 8, 16, 32 or 64 tokens (``quantized_wgmma_ends.py``). Then a program of the
+product owns ROWS rows of the weight, a tile of tokens and a split of the blocks of 256 columns. The last program of the
+splits adds their sums and writes the result (``quantized_wgmma_output.py``). Each launch starts while the one in front
+still runs. Where the weight is known to be older than the kernels still running (``resident``), the words of its first
+block are requested before the program waits for them.
 
 A program goes through its blocks by halves. The words of two halves are under way to shared memory at a time, by
 asynchronous copies of each thread, and x of one, by the copy engine (TMA).
 
 Layouts: arranged x [tiles, columns / group, N, group] and sums [tiles, blocks, N, 2 * groups of a block], S rounded and
-then the rest of S, float16; partial sums [splits, tiles, N, rows] float32.
+then the rest of S, float16. N is the tokens of a tile, or twice as many where x is two float16 numbers.
 
 Numerics: x is a float16 number times a power of two that each token has for its own (``quantized_wgmma_ends.py``), or
 two float16 numbers where a normed x is not to be rounded. S is two float16 numbers. The rest is float32, in a fixed
 order. The weight is not rounded.
-Moves the planes once, x once per ROWS rows (from L2), and 8 x splits x N x rows bytes of partial sums.
+Moves the planes once, x once per ROWS rows (from L2), and with several splits 8 x splits x N x rows bytes of sums.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from .quantized_wgmma_ends import (
     early,
     has_blocks,
     launch_arrange,
-    launch_gather,
     num_parts,
 )
+from .quantized_wgmma_output import Partials, add_parts, add_splits, leave, rows_at, write
 from .quantized_wgmma_scales import factor_of, load_factor, load_minima, load_scales, scale_word, start_minima
 from .weight import Weight
 
@@ -68,6 +69,12 @@ def _words_layout(words: int) -> gl.SwizzledSharedLayout:
 def _x_layout(width: int) -> gl.NVMMASharedLayout:
     """Rows of 16, 32 or 64 numbers of 16 bits, as wgmma reads them."""
     return gl.NVMMASharedLayout(swizzle_byte_width=2 * width, element_bitwidth=16, rank=2)
+
+
+@gluon.constexpr_function
+def _sums_layout(rows: int, columns: int) -> gl.NVMMADistributedLayout:
+    """[rows, columns], 16 rows in each warp, as wgmma leaves its sums."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[rows // 16, 1], instr_shape=[16, columns, 16])
 
 
 @gluon.jit
@@ -109,17 +116,19 @@ def _add(
 def _copy_words(
     shared,  # [ROWS, words of half a block]
     plane_ptr,  # [rows, num_blocks, 2, words of half a block] int32
-    row0,
+    row_tile,
     rows,
     num_blocks,
     half,  # of the columns
     is_there,  # else nothing is copied
+    SWIGLU: gl.constexpr,
 ):
-    """Starts to copy words of ROWS rows. Rows past the end are read as the last one."""
+    """Starts to copy words of ROWS rows."""
     ROWS: gl.constexpr = shared.shape[0]
     WORDS: gl.constexpr = shared.shape[1]
     COPIED: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [ROWS // 16, 1], [1, 0])
-    row = gl.minimum(row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIED)), rows - 1).to(gl.int64)
+    place = gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPIED))
+    row = rows_at(place, row_tile, rows, ROWS, SWIGLU).to(gl.int64)
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, COPIED))
     ptrs = plane_ptr + row[:, None] * (num_blocks * 2 * WORDS) + (half * WORDS + word)[None, :]
     mask = (row >= 0)[:, None] & (word >= 0)[None, :] & is_there
@@ -141,19 +150,24 @@ def _copy_x(
         tma.async_copy_global_to_shared(x_box, [half * HEIGHT + i * BOX, 0], full, place, pred=is_there)
 
 
-@gluon.jit(do_not_specialize=["rows", "num_blocks", "blocks_per_split"])
+@gluon.jit(do_not_specialize=["rows", "num_blocks", "blocks_per_split", "num_tokens"])
 def _wgmma_kernel(
-    x_box,  # of x arranged, [TILES * columns / group * N, group] float16
-    sums_box,  # of its sums, [TILES * columns / 256 * N, 2 * 256 / group] float16; or None
+    x_box,  # of x arranged, [tiles * columns / group * N, group] float16
+    sums_box,  # of its sums, [tiles * columns / 256 * N, 2 * 256 / group] float16; or None
+    units_ptr,  # [tiles * N / PARTS] float32
     planes,  # Planes
-    partials_ptr,  # [splits, TILES, N, rows] float32
+    partials,  # Partials
+    output,  # Output
     rows,
     num_blocks,
     blocks_per_split,
+    num_tokens,
+    tiles,  # of tokens
     LAYOUT: gl.constexpr,
     ROWS: gl.constexpr,
-    TILES: gl.constexpr,
     N: gl.constexpr,
+    PARTS: gl.constexpr,
+    SWIGLU: gl.constexpr,
     FLIGHT: gl.constexpr,
     RESIDENT: gl.constexpr,
     EARLY: gl.constexpr,
@@ -164,18 +178,15 @@ def _wgmma_kernel(
     HIGH: gl.constexpr = 4 * LAYOUT.high_bits
     TERMS: gl.constexpr = num_terms(LAYOUT)
     HAS_MINIMA: gl.constexpr = planes.m is not None
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[ROWS // 16, 1], instr_shape=[16, N, 16]
-    )
+    ACC: gl.constexpr = _sums_layout(ROWS, N)
     A: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC, k_width=2)
     X_BYTES: gl.constexpr = 128 * N * 2
     SUMS_BYTES: gl.constexpr = N * 4 * HALF * 2
-    tile = gl.program_id(0) % TILES  # neighbours share the rows of the weight, so L2 serves all but one
-    row0 = gl.program_id(0) // TILES * ROWS
+    tile = gl.program_id(0) % tiles  # neighbours share the rows of the weight, so L2 serves all but one
+    row_tile = gl.program_id(0) // tiles
     first = gl.program_id(1) * blocks_per_split
     last = gl.minimum(first + blocks_per_split, num_blocks)
-    row = row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC))
-    row_read = gl.minimum(row, rows - 1)
+    row = rows_at(gl.arange(0, ROWS, layout=gl.SliceLayout(1, ACC)), row_tile, rows, ROWS, SWIGLU)
 
     # Each half of a block has its own, so that the compiler sees which copies and reads are of other memory.
     x_shared = (_allocate_x(HALF * N, GROUP), _allocate_x(HALF * N, GROUP))
@@ -192,15 +203,15 @@ def _wgmma_kernel(
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     for half in gl.static_range(2):
-        _copy_words(low_shared[half], planes.low, row0, rows, num_blocks, 2 * first + half, True)
+        _copy_words(low_shared[half], planes.low, row_tile, rows, num_blocks, 2 * first + half, True, SWIGLU)
         if HIGH > 0:
-            _copy_words(high_shared[half], planes.high, row0, rows, num_blocks, 2 * first + half, True)
+            _copy_words(high_shared[half], planes.high, row_tile, rows, num_blocks, 2 * first + half, True, SWIGLU)
         async_copy.commit_group()
-    scales = load_scales(planes, row_read, first, num_blocks, LAYOUT)
+    scales = load_scales(planes, row, first, num_blocks, LAYOUT)
     minima, dmin = row, row
     if HAS_MINIMA:
-        minima = load_minima(planes, row0, rows, first, num_blocks, ROWS, LAYOUT)
-        dmin = load_factor(planes.m, row_read, first, num_blocks, LAYOUT)
+        minima = load_minima(planes, row_tile, rows, first, num_blocks, ROWS, SWIGLU, LAYOUT)
+        dmin = load_factor(planes.m, row, first, num_blocks, LAYOUT)
     if EARLY and RESIDENT:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -215,10 +226,11 @@ def _wgmma_kernel(
     for block in range(first, last):
         phase = (block - first) & 1
         scales_now = scales
-        d = load_factor(planes.d, row_read, block, num_blocks, LAYOUT)
+        d = load_factor(planes.d, row, block, num_blocks, LAYOUT)
         for half in gl.static_range(2):
             # Words of two halves are copied in advance, x of one. Words leave shared memory first.
             later = 2 * block + half + 1
+            there = later + 1 < 2 * last
             mbarrier.expect(full[1 - half], X_BYTES, pred=later < 2 * last)
             if HAS_MINIMA and half == 1:
                 mbarrier.expect(sums_full, SUMS_BYTES, pred=later < 2 * last)
@@ -236,9 +248,9 @@ def _wgmma_kernel(
                 sums_row = (tile * num_blocks + block + 1) * N
                 tma.async_copy_global_to_shared(sums_box, [sums_row, 0], sums_full, sums_shared, pred=later < 2 * last)
             _barrier()
-            _copy_words(low_shared[half], planes.low, row0, rows, num_blocks, later + 1, later + 1 < 2 * last)
+            _copy_words(low_shared[half], planes.low, row_tile, rows, num_blocks, later + 1, there, SWIGLU)
             if HIGH > 0:
-                _copy_words(high_shared[half], planes.high, row0, rows, num_blocks, later + 1, later + 1 < 2 * last)
+                _copy_words(high_shared[half], planes.high, row_tile, rows, num_blocks, later + 1, there, SWIGLU)
             async_copy.commit_group()
             if HAS_MINIMA and half == 0:
                 products, factors = start_minima(minima, dmin, sums_shared.permute((1, 0)), acc, ACC, LAYOUT)
@@ -246,10 +258,10 @@ def _wgmma_kernel(
                 products, factors = (), ()
             if half == 1:
                 following = gl.minimum(block + 1, last - 1)
-                scales = load_scales(planes, row_read, following, num_blocks, LAYOUT)
+                scales = load_scales(planes, row, following, num_blocks, LAYOUT)
                 if HAS_MINIMA:
-                    minima = load_minima(planes, row0, rows, following, num_blocks, ROWS, LAYOUT)
-                    dmin = load_factor(planes.m, row_read, following, num_blocks, LAYOUT)
+                    minima = load_minima(planes, row_tile, rows, following, num_blocks, ROWS, SWIGLU, LAYOUT)
+                    dmin = load_factor(planes.m, row, following, num_blocks, LAYOUT)
             for group in gl.static_range(HALF):
                 word = scale_word(scales_now, half * HALF + group, LAYOUT) if TERMS > 0 else row
                 terms = unpack(low, high, word, group, LAYOUT)
@@ -281,8 +293,15 @@ def _wgmma_kernel(
                 acc = warpgroup_mma_wait(0, deps=(acc,))
         if TERMS > 0:
             total = _add(total, acc, d.to(gl.float32) * unit_of(LAYOUT))
-    token = (gl.program_id(1) * TILES + tile) * N + gl.arange(0, N, layout=gl.SliceLayout(0, ACC))
-    gl.store(partials_ptr + token[None, :].to(gl.int64) * rows + row[:, None], total, mask=(row < rows)[:, None])
+    TOKENS: gl.constexpr = N // PARTS
+    if partials.sums is None:
+        write(add_parts(total, PARTS), units_ptr, output, row_tile, tile * TOKENS, rows, num_tokens, SWIGLU)
+    elif leave(total, partials):
+        AT_ONCE: gl.constexpr = min(16, TOKENS)
+        SUMS: gl.constexpr = _sums_layout(ROWS, AT_ONCE)
+        for token in range(tile * TOKENS, gl.minimum(tile * TOKENS + TOKENS, num_tokens), AT_ONCE):
+            added = add_splits(partials, token - tile * TOKENS, SUMS, ROWS, AT_ONCE, N, PARTS)
+            write(added, units_ptr, output, row_tile, token, rows, num_tokens, SWIGLU)
 
 
 def serves(activations: Input, weight: Weight) -> bool:
@@ -308,33 +327,42 @@ def launch_wgmma(activations: Input, weight: Weight, output: Output, swiglu: boo
     (rows, columns), layout, device = weight.shape, weight.layout, weight.device
     num_tokens, parts = len(activations.x), num_parts(activations, output)
     plan = Plan.of(rows, columns, num_tokens, parts, layout, device)
+    row_tiles = triton.cdiv(rows, plan.rows)
     arranged_shape, sums_shape, partials_shape = plan.shapes(rows, columns, layout)
     arranged = scratch(*arranged_shape, dtype=torch.float16, device=device)
     sums = scratch(*sums_shape, dtype=torch.float16, device=device) if sums_shape[0] else None
     units = scratch(plan.padded, dtype=torch.float32, device=device)
-    partials = scratch(*partials_shape, dtype=torch.float32, device=device)
-    planes = planes_of(weight)
+    partials = Partials(None, None)
+    if plan.splits > 1:
+        partials = Partials(
+            scratch(*partials_shape, dtype=torch.float32, device=device),
+            scratch(partials_shape[0], dtype=torch.int32, device=device),
+        )
     return [
-        launch_arrange(activations, arranged, sums, units, plan),
+        launch_arrange(activations, arranged, sums, units, partials.arrived, plan, resident),
         launch(
             _wgmma_kernel,
-            (plan.tiles * triton.cdiv(rows, plan.rows), plan.splits),
+            (plan.tiles * row_tiles, plan.splits),
             _boxes(arranged, min(256, 128 // layout.group * plan.n)),
             None if sums is None else _boxes(sums, plan.n),
-            planes,
+            units,
+            planes_of(weight),
             partials,
+            output,
             rows,
             columns // 256,
             plan.blocks,
+            num_tokens,
+            plan.tiles,
             LAYOUT=layout,
             ROWS=plan.rows,
-            TILES=plan.tiles,
             N=plan.n,
+            PARTS=plan.parts,
+            SWIGLU=swiglu,
             FLIGHT=plan.flight,
             RESIDENT=resident,
             num_warps=plan.rows // 16,
             maxnreg=plan.registers,
             **early(device),
         ),
-        launch_gather(partials, units, output, num_tokens, swiglu),
     ]

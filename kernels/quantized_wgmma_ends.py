@@ -1,13 +1,13 @@
-"""Before and after the product of the wgmma regime: x in the order that it wants, and its parts summed.
+"""Before the product of the wgmma regime: how it is cut up, and x in the order that it wants.
 
-    _arrange_kernel  x (normed, if there is a norm) in float16 and in the order K of ``quantized_wgmma_codes.py``, and
-                     the sums S of its groups if the type has minima; zeros for the tokens that there are not.
-    _gather_kernel   the splits summed in order, joined by bias and residual, or silu(gate) * up; one rounding.
+``_arrange_kernel`` writes x (times the norm's weight, if there is a norm) in float16 and in the order K of
+``quantized_wgmma_codes.py``, and the sums S of its groups if the type has minima; zeros for the tokens that there are
+not.
 
-Each token's x is divided by a power of two, its unit, that brings the largest finite number to at least 2^14 and below
-2^15. The product is multiplied by the unit again. So bfloat16's range fits float16: bfloat16 numbers are exact down to
-2^-31 of the largest, float16 ones down to 2^-28. Smaller ones are off by at most 2^-39 of the largest, far less than
-float32 keeps of the sum.
+Each token's x is divided by a power of two that brings the largest finite number to at least 2^14 and below 2^15. The
+product is multiplied by the token's unit: that power of two, and 1 / rms if there is a norm. So bfloat16's range fits
+float16: bfloat16 numbers are exact down to 2^-31 of the largest, float16 ones down to 2^-28. Smaller ones are off by at
+most 2^-39 of the largest, far less than float32 keeps of the sum.
 
 A normed x that is not to be rounded to 16 bits is taken as two float16 numbers, x rounded and the rest of x, which are
 multiplied as if they were two tokens.
@@ -25,7 +25,8 @@ from triton.language.extra import cuda
 
 from .bound import Launch, launch
 from .launch import configuration, overlaps
-from .quantized_tiles import Input, Output, store_tile, tile_rows
+from .quantized_tiles import Input, Output
+from .quantized_wgmma_codes import num_terms
 from .weight import QuantLayout
 
 LEAST_TOKENS, MOST_TOKENS = 3, 64
@@ -38,7 +39,7 @@ class Plan(NamedTuple):
 
     padded: tokens, with those that there are not.
     parts: 2 if x is taken as two float16 numbers, x rounded and the rest of x.
-    tiles, n: of the padded tokens of all parts, tiles of n.
+    tiles, n: of the padded tokens, tiles of n columns: their x, and with two parts the rest of it too.
     splits, blocks: of the columns, splits of so many blocks of 256, but for the last.
     rows: of the weight, of a program: 64 per warpgroup.
     flight: groups whose products run at a time.
@@ -60,22 +61,29 @@ class Plan(NamedTuple):
         rows: int, columns: int, num_tokens: int, parts: int, layout: QuantLayout, device: torch.device | None
     ) -> Plan:
         padded = max(8, triton.next_power_of_2(num_tokens))
-        n = min(MOST_TOKENS, padded * parts)
+        tokens = min(MOST_TOKENS, padded)
+        n = tokens * parts
         bits = layout.low_bits + layout.high_bits
-        chosen = configuration("wgmma", device, rows=rows, columns=columns, tokens=n, bits=bits)
+        facts = {"rows": rows, "columns": columns, "tokens": n, "bits": bits, "terms": num_terms(layout)}
+        chosen = configuration("wgmma", device, **facts)
         blocks = triton.cdiv(columns // BLOCK, chosen["SPLITS"])
         splits = triton.cdiv(columns // BLOCK, blocks)
-        tiles = padded * parts // n
-        return Plan(
-            padded, parts, tiles, n, splits, blocks, *(chosen[name] for name in ("ROWS", "FLIGHT", "REGISTERS"))
-        )
+        tile = (chosen[name] for name in ("ROWS", "FLIGHT", "REGISTERS"))
+        return Plan(padded, parts, padded // tokens, n, splits, blocks, *tile)
 
     def shapes(self, rows: int, columns: int, layout: QuantLayout) -> tuple[tuple[int, ...], ...]:
-        """Of x arranged (16 bits), of its sums (16 bits), which not every type has, and of partial sums (float32)."""
+        """Of x arranged (16 bits), of its sums (16 bits), which not every type has, and of partial sums (float32)
+        of each tile, which a single split does not have."""
         arranged = self.tiles * columns // layout.group * self.n, layout.group
         has_minima = any(plane.name in ("m", "dmin") for plane in layout.planes)
         sums = has_minima * self.tiles * columns // BLOCK * self.n, 2 * BLOCK // layout.group
-        return arranged, sums, (self.splits * self.parts, self.padded, rows)
+        partials = (
+            (self.splits > 1) * triton.cdiv(rows, self.rows) * self.tiles,
+            self.splits,
+            self.n // 8,
+            self.rows * 8,
+        )
+        return arranged, sums, partials
 
 
 def has_blocks(layout: QuantLayout, columns: int) -> bool:
@@ -86,10 +94,11 @@ def has_blocks(layout: QuantLayout, columns: int) -> bool:
 def scratch_bytes(
     rows: int, columns: int, num_tokens: int, parts: int, layout: QuantLayout, device: torch.device | None
 ) -> int:
-    """x arranged, its units, its sums if the type has minima, and partial sums of each split."""
+    """x arranged, its units, its sums if the type has minima, and partial sums and counters if there are splits."""
     plan = Plan.of(rows, columns, num_tokens, parts, layout, device)
-    arranged, sums, partials = map(math.prod, plan.shapes(rows, columns, layout))
-    return 2 * arranged + 2 * sums + 4 * plan.padded + 4 * partials
+    arranged, sums, partials = plan.shapes(rows, columns, layout)
+    sixteen_bits, floats = math.prod(arranged) + math.prod(sums), plan.padded + math.prod(partials) + partials[0]
+    return 2 * sixteen_bits + 4 * floats
 
 
 def num_parts(activations: Input, output: Output) -> int:
@@ -97,80 +106,69 @@ def num_parts(activations: Input, output: Output) -> int:
     return 2 if activations.norm is not None and output.out.dtype != activations.x.dtype else 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_arrived", "num_tokens", "n"])
 def _arrange_kernel(
     activations,  # Input
-    arranged_ptr,  # [tiles, columns / GROUP, N, GROUP] float16
-    sums_ptr,  # [tiles, columns / 256, N, 2 * 256 / GROUP] float16, or None
+    arranged_ptr,  # [tiles, columns / GROUP, n, GROUP] float16
+    sums_ptr,  # [tiles, columns / 256, n, 2 * 256 / GROUP] float16, or None
     units_ptr,  # [padded tokens] float32
+    arrived_ptr,  # [num_arrived] int32, or None
+    num_arrived,
     num_tokens,
     columns,
+    n,  # columns of a tile
     PARTS: tl.constexpr,
-    N: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,  # power of two >= columns
+    ARRIVED: tl.constexpr,  # counters that a program makes zero
+    RESIDENT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
-    place = tl.program_id(0).to(tl.int64)
-    padded = tl.num_programs(0) // PARTS
-    token = place % padded
-    tile_ptr = arranged_ptr + place // N * N * columns + place % N * GROUP
+    place = tl.program_id(0).to(tl.int64)  # of the columns of all tiles
+    tokens = n // PARTS
+    token = place // n * tokens + place % tokens
+    is_rest = place % n >= tokens
     offs = tl.arange(0, WIDTH)  # K, in the order of the arranged x
     k = offs % GROUP
     column = (offs - k) + ((k >> 1) & 3) * (GROUP // 4) + (k >> 4) * 4 + ((k >> 3) & 1) * 2 + (k & 1)
     own = offs < tl.where(token < num_tokens, columns, 0)
-    x = tl.load(activations.x + token * activations.stride + column, mask=own, other=0.0).to(tl.float32)
+    if EARLY:
+        cuda.gdc_launch_dependents()
+    if EARLY and not RESIDENT:
+        cuda.gdc_wait()
     if activations.norm is not None:
-        root = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / columns + activations.eps)
-        x = x * root * tl.load(activations.norm + column, mask=own, other=0.0).to(tl.float32)
+        norm = tl.load(activations.norm + column, mask=own, other=0.0).to(tl.float32)
+    if EARLY and RESIDENT:
+        cuda.gdc_wait()
+    if arrived_ptr is not None:
+        counter = tl.program_id(0) * ARRIVED + tl.arange(0, ARRIVED)
+        tl.store(arrived_ptr + counter, 0, mask=counter < num_arrived)
+    x = tl.load(activations.x + token * activations.stride + column, mask=own, other=0.0).to(tl.float32)
+    unit = 1.0
+    if activations.norm is not None:
+        unit = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / columns + activations.eps)
+        x *= norm
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     exponent = tl.max(tl.where(bits < 0x7F800000, bits, 0), axis=0) >> 23  # of the largest finite number, plus 127
     power = tl.minimum(14 + 127 - exponent, 126)
     x *= ((127 + power) << 23).to(tl.float32, bitcast=True)
-    if place < padded:
-        tl.store(units_ptr + token, ((127 - power) << 23).to(tl.float32, bitcast=True))
+    if not is_rest:
+        tl.store(units_ptr + token, unit * ((127 - power) << 23).to(tl.float32, bitcast=True))
     rounded = x.to(tl.float16)
     if PARTS == 2:
         rest = (x - rounded.to(tl.float32)).to(rounded.dtype)
-        rounded = tl.where(place < padded, rounded, rest)
-    tl.store(tile_ptr + offs // GROUP * (N * GROUP) + k, rounded, mask=offs < columns)
+        rounded = tl.where(is_rest, rest, rounded)
+    tile_ptr = arranged_ptr + place // n * n * columns + place % n * GROUP
+    tl.store(tile_ptr + offs // GROUP * (n * GROUP) + k, rounded, mask=offs < columns)
     if sums_ptr is not None:
         PER_BLOCK: tl.constexpr = 256 // GROUP
         sums = tl.sum(tl.reshape(rounded.to(tl.float32), [WIDTH // GROUP, GROUP]), axis=1) / SUMS_UNIT
         high = sums.to(tl.float16)
         group = tl.arange(0, WIDTH // GROUP)
-        block = place // N * (columns // 256) + group // PER_BLOCK
-        sums_ptrs = sums_ptr + (block * N + place % N) * (2 * PER_BLOCK) + group % PER_BLOCK
+        block = place // n * (columns // 256) + group // PER_BLOCK
+        sums_ptrs = sums_ptr + (block * n + place % n) * (2 * PER_BLOCK) + group % PER_BLOCK
         tl.store(sums_ptrs, high, mask=group < columns // GROUP)
         tl.store(sums_ptrs + PER_BLOCK, sums - high.to(tl.float32), mask=group < columns // GROUP)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _gather_kernel(
-    partials_ptr,  # [SPLITS, padded tokens, rows] float32, splits and parts of x
-    units_ptr,  # [padded tokens] float32
-    output,  # Output
-    rows,
-    padded,
-    SPLITS: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    if EARLY:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
-    token = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
-    offs_n, mask_n = tile_rows(tl.program_id(0), rows, BLOCK_N, SWIGLU)
-    total = tl.zeros([1, BLOCK_N], tl.float32)
-    for split in tl.static_range(SPLITS):
-        offs = (split * padded + token)[:, None] * rows + offs_n[None, :]
-        total += tl.load(partials_ptr + offs, mask=mask_n[None, :], other=0.0)
-    total *= tl.load(units_ptr + token)[:, None]
-    store_tile(total, output, rows, token, token >= 0, offs_n, mask_n, SWIGLU)
 
 
 def early(device: torch.device) -> dict[str, bool]:
@@ -179,41 +177,33 @@ def early(device: torch.device) -> dict[str, bool]:
 
 
 def launch_arrange(
-    activations: Input, arranged: torch.Tensor, sums: torch.Tensor | None, units: torch.Tensor, plan: Plan
+    activations: Input,
+    arranged: torch.Tensor,
+    sums: torch.Tensor | None,
+    units: torch.Tensor,
+    arrived: torch.Tensor | None,
+    plan: Plan,
+    resident: bool,
 ) -> Launch:
     num_tokens, columns = activations.x.shape
+    num_programs, num_arrived = plan.padded * plan.parts, 0 if arrived is None else len(arrived)
     return launch(
         _arrange_kernel,
-        (plan.padded * plan.parts,),
+        (num_programs,),
         activations,
         arranged,
         sums,
         units,
+        arrived,
+        num_arrived,
         num_tokens,
         columns,
+        plan.n,
         PARTS=plan.parts,
-        N=plan.n,
         GROUP=arranged.shape[-1],
         WIDTH=triton.next_power_of_2(columns),
+        ARRIVED=triton.next_power_of_2(triton.cdiv(num_arrived, num_programs)),
+        RESIDENT=resident,
         **configuration("norm", arranged.device, hidden=columns),
         **early(arranged.device),
-    )
-
-
-def launch_gather(partials: torch.Tensor, units: torch.Tensor, output: Output, num_tokens: int, swiglu: bool) -> Launch:
-    splits, padded, rows = partials.shape
-    block = 512
-    return launch(
-        _gather_kernel,
-        (triton.cdiv(rows, block), num_tokens),
-        partials,
-        units,
-        output,
-        rows,
-        padded,
-        SPLITS=splits,
-        SWIGLU=swiglu,
-        BLOCK_N=block,
-        num_warps=4,
-        **early(partials.device),
     )

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from .quantized_wgmma_codes import quad_layout, unit_of
 from .quantized_wgmma_ends import SUMS_UNIT
+from .quantized_wgmma_output import rows_at
 
 
 @gluon.jit
@@ -79,17 +80,18 @@ def factor_of(
 @gluon.jit
 def load_minima(
     planes,  # Planes
-    row0,
+    row_tile,
     rows,
     block,
     num_blocks,
     ROWS: gl.constexpr,
+    SWIGLU: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
     """A pair of groups in each number, [ROWS, pairs] int32: two float16, or two bytes."""
     PAIRS: gl.constexpr = 128 // LAYOUT.group
     MINIMA: gl.constexpr = quad_layout(ROWS, PAIRS)
-    own = gl.minimum(row0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, MINIMA)), rows - 1)
+    own = rows_at(gl.arange(0, ROWS, layout=gl.SliceLayout(1, MINIMA)), row_tile, rows, ROWS, SWIGLU)
     pair = gl.arange(0, PAIRS, layout=gl.SliceLayout(0, MINIMA))
     offs = PAIRS * (own * num_blocks + block)[:, None] + pair[None, :]
     if LAYOUT.quant_block == 32:

@@ -21,6 +21,7 @@ from rooflama.kernels import (
     quantized_wgmma,
     quantized_wgmma_codes,
     quantized_wgmma_ends,
+    quantized_wgmma_output,
     quantized_wgmma_scales,
 )
 from rooflama.kernels.reference.quant_layouts import QuantLayout
@@ -44,6 +45,11 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 class Tensor(np.ndarray):
+    type = SimpleNamespace(layout=None)
+
+    def reshape(self, shape) -> Tensor:
+        return np.reshape(self, tuple(map(int, shape)))
+
     def to(self, dtype: DType, bitcast: bool = False) -> Tensor:
         if bitcast:
             return np.ascontiguousarray(self).view(dtype.numpy).view(Tensor)
@@ -78,10 +84,11 @@ class Pointer:
         assert self.offset == 0
         return Pointer(self.memory.view(dtype.numpy), dtype)
 
-    def at(self, shape: tuple[int, ...]) -> np.ndarray:
-        offsets = np.broadcast_to(self.offset, shape)
-        assert offsets.min() >= 0
-        assert offsets.max() < len(self.memory)
+    def at(self, mask: np.ndarray) -> np.ndarray:
+        """The offsets where the mask holds, all of them in the memory."""
+        offsets = np.broadcast_to(self.offset, mask.shape)[mask]
+        assert offsets.min(initial=0) >= 0
+        assert offsets.max(initial=0) < len(self.memory)
         return offsets
 
 
@@ -213,7 +220,7 @@ class Machine:
     """What the kernel's source finds under Gluon's names. ``program`` is the program's place in the grid."""
 
     def __init__(self, late: bool):
-        self.late, self.program = late, (0, 0)
+        self.late, self.program, self.grid = late, (0, 0), (1, 1)
         self.copies: list = []
         self.groups: list[list] = []
         self.running: list[Product] = []
@@ -223,7 +230,7 @@ class Machine:
         assert mask.all() or not mask.any()
 
         def run() -> None:
-            target.array[...] = source.memory[source.at(target.shape)]
+            target.array[...] = source.memory[source.at(mask)].reshape(target.shape)
 
         if mask.any() and self.late:
             self.copies.append(run)
@@ -279,9 +286,21 @@ class Machine:
         (dep,) = deps
         return dep if dep in self.running or not isinstance(dep, Product) else dep.value()
 
-    def store(self, pointer: Pointer, values, mask) -> None:
+    def load(self, pointer: Pointer, mask=True, other=0, cache_modifier="") -> Tensor:
+        mask = np.broadcast_to(mask, np.shape(pointer.offset))
+        loaded = np.full(mask.shape, other, pointer.memory.dtype)
+        loaded[mask] = pointer.memory[pointer.at(mask)]
+        return tensor(loaded)
+
+    def store(self, pointer: Pointer, values, mask=True) -> None:
         mask = np.broadcast_to(mask, values.shape)
-        pointer.memory[np.broadcast_to(pointer.offset, values.shape)[mask]] = values[mask]
+        pointer.memory[pointer.at(mask)] = values[mask]
+
+    def add_atomically(self, pointer: Pointer, value, sem: str, scope: str):
+        """What was there."""
+        before = pointer.memory[int(pointer.offset)]
+        pointer.memory[int(pointer.offset)] += value
+        return before
 
     def allocate(self, dtype: DType, shape, layout) -> Shared:
         poison = np.nan if dtype.numpy.kind == "f" else 0x5A5A5A5A
@@ -298,12 +317,15 @@ class Machine:
             constexpr=lambda value: value,
             static_range=range,
             program_id=lambda axis: tensor(np.int64(self.program[axis])),
+            num_programs=lambda axis: self.grid[axis],
             arange=lambda start, stop, layout: tensor(np.arange(start, stop, dtype=np.int32)),
             zeros=lambda shape, dtype, layout: tensor(np.zeros(shape, dtype.numpy)),
             full=lambda shape, value, dtype, layout: tensor(np.full(shape, value, dtype.numpy)),
             minimum=np.minimum,
-            load=lambda pointer: tensor(pointer.memory[pointer.at(np.shape(pointer.offset))]),
+            exp=np.exp,
+            load=self.load,
             store=self.store,
+            atomic_add=self.add_atomically,
             join=lambda a, b: tensor(np.stack([a, b], axis=-1)),
             split=lambda x: (x[..., 0], x[..., 1]),
             broadcast=lambda a, b: tuple(map(tensor, np.broadcast_arrays(a, b))),
@@ -347,9 +369,11 @@ def run_wgmma(late: bool, grid: tuple[int, int], *args) -> None:
     """``_wgmma_kernel`` for every program of ``grid``, in order; ``args`` as it takes them, with ``Pointer``s."""
     machine = Machine(late)
     names = machine.names()
-    for module in (quantized_wgmma_codes, quantized_wgmma_scales, quantized_wgmma):
+    for module in (quantized_wgmma_codes, quantized_wgmma_output, quantized_wgmma_scales, quantized_wgmma):
         exec(_definitions(module), names)
+    machine.grid = grid
     for x in range(grid[0]):
         for y in range(grid[1]):
             machine.program = (x, y)
-            names["_wgmma_kernel"](*args)
+            with np.errstate(over="ignore"):  # silu(-100): exp is infinite, as on a GPU
+                names["_wgmma_kernel"](*args)

@@ -41,6 +41,7 @@ _OTHERWISE: dict[str, tuple[str, ...]] = {
     "quantized_tiles": ("embedding", "dequantize", "quantized_fixed_point", "quantized_matmul"),
     "quantized_wgmma_codes": ("quantized_wgmma",),
     "quantized_wgmma_ends": ("quantized_wgmma",),
+    "quantized_wgmma_output": ("quantized_wgmma",),
     "quantized_wgmma_scales": ("quantized_wgmma",),
     "rope": ("rope", "strides"),
     "rope_cache_write": ("rope", "strides"),

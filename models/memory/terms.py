@@ -37,7 +37,7 @@ Moment = Mapping[str, int]  # name of a term -> bytes alive at one moment
 FORMULAS = {
     "prefill activations": "n b (3 E + 2 (Hq + Hkv) D + 3 F)",
     "dequantised rows": f"b rows columns, {WORKSPACE_BYTES >> 20} MiB at most",
-    "products in parts": "4 splits n rows + 2.125 n columns",
+    "products in parts": "4 splits n rows, if several, + 2.125 n columns",
     "gathered keys and values": "2 x 4 T Hkv D",
     "attention scores": f"3 x 4 Hq min(n, {ROWS}) T",
     "logits and sampling": f"4 max(S, min(n, {LOGITS_ROWS})) (1.125 V + E)",
@@ -159,8 +159,8 @@ def rank_logits_bytes(config: ModelConfig, sequences: int, ranks: int) -> int:
 def product_scratch_bytes(matrices: Iterable[Matrix], tokens: int) -> int:
     """4 splits N rows + 2.125 N columns: the partial sums and arranged activations of a product of 3 to 64 tokens.
 
-    N is the next of 8, 16, 32, 64; for the output matrix twice that, since its normed activations are not rounded.
-    Planned on every GPU, though only Hopper computes products this way.
+    A product that is not split has no partial sums. N is the next of 8, 16, 32, 64; for the output matrix twice that,
+    since its normed activations are not rounded. Planned on every GPU, though only Hopper computes products this way.
     """
     if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
         return 0

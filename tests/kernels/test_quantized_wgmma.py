@@ -16,7 +16,8 @@ from rooflama.kernels.quantized_matmul import most_tokens
 from rooflama.kernels.quantized_tiles import Input, Output, Planes, planes_of
 from rooflama.kernels.quantized_wgmma import serves
 from rooflama.kernels.quantized_wgmma_codes import repeated, unit_of, unpack_assembly
-from rooflama.kernels.quantized_wgmma_ends import SUMS_UNIT, Plan, launch_arrange, launch_gather, scratch_bytes
+from rooflama.kernels.quantized_wgmma_ends import SUMS_UNIT, Plan, launch_arrange, scratch_bytes
+from rooflama.kernels.quantized_wgmma_output import Partials
 from rooflama.kernels.weight import LAYOUTS
 from rooflama.testing.assertions import assert_bit_equal
 from rooflama.testing.strategies import DEVICE, exact, guarded, normal, seeds
@@ -63,14 +64,18 @@ def test_arrange_equals_numpy(num_tokens, blocks, ggml_type, dtype, normed, part
     arranged = torch.full(arranged_shape, float("nan"), dtype=torch.float16, device=DEVICE)
     sums = torch.full(sums_shape, float("nan"), dtype=torch.float16, device=DEVICE) if ggml_type != "Q8_0" else None
     units = torch.full((plan.padded,), float("nan"), device=DEVICE)
-    run(launch_arrange(Input(x, x.stride(0), norm, 1e-5), arranged, sums, units, plan))
+    arrived = torch.full((21,), 7, dtype=torch.int32, device=DEVICE)
+    run(launch_arrange(Input(x, x.stride(0), norm, 1e-5), arranged, sums, units, arrived, plan, False))
+    assert not arrived.any()
 
     entering = reference.rms_norm(exact(x), exact(norm), 1e-5) if normed else exact(x)
     places = np.zeros((plan.padded, columns // group, group))
     places[:num_tokens] = entering.reshape(num_tokens, -1, group)[:, :, COLUMNS[group]]
     by_token = exact(units)[:, None, None]
-    assert (np.log2(by_token) % 1 == 0).all()
-    got = exact(arranged).reshape(-1, columns // group, plan.n, group).transpose(0, 2, 1, 3)
+    assert normed or (np.log2(by_token) % 1 == 0).all()
+    by_tile = (plan.tiles, parts, plan.n // parts)
+    got = exact(arranged).reshape(plan.tiles, columns // group, plan.n, group).transpose(0, 2, 1, 3)
+    got = got.reshape(*by_tile, columns // group, group).swapaxes(0, 1)
     got = got.reshape(parts, plan.padded, columns // group, group)
     largest = np.abs(got[0, :num_tokens]).max((1, 2))
     assert ((largest >= 2.0**14) & (largest <= 2.0**15)).all()
@@ -82,8 +87,9 @@ def test_arrange_equals_numpy(num_tokens, blocks, ggml_type, dtype, normed, part
         assert (got[0] == scaled).all()
     if sums is not None:
         per_block = 256 // group
-        high, low = exact(sums).reshape(-1, blocks, plan.n, 2, per_block).transpose(3, 0, 2, 1, 4)
-        high, low = (SUMS_UNIT.value * t.reshape(parts, plan.padded, -1) for t in (high, low))
+        high, low = exact(sums).reshape(plan.tiles, blocks, plan.n, 2, per_block).transpose(3, 0, 2, 1, 4)
+        high, low = (SUMS_UNIT.value * t.reshape(*by_tile, -1).swapaxes(0, 1) for t in (high, low))
+        high, low = (t.reshape(parts, plan.padded, -1) for t in (high, low))
         of_group, of_sizes = got.sum(3), np.abs(got).sum(3)
         assert (np.abs(high - of_group) <= 2.0**-11 * np.abs(of_group) + 2.0**-21 * of_sizes).all()
         assert (np.abs(high + low - of_group) <= 2.0**-22 * np.abs(of_group) + 2.0**-21 * of_sizes + 2.0**-19).all()
@@ -101,37 +107,12 @@ def test_units_are_of_finite_numbers(size):
     x[1, 7], x[2] = size, 0.0
     arranged = torch.empty(plan.shapes(64, 256, layout)[0], dtype=torch.float16, device=DEVICE)
     units = torch.full((plan.padded,), float("nan"), device=DEVICE)
-    run(launch_arrange(Input(x, x.stride(0), None, 0.0), arranged, None, units, plan))
+    run(launch_arrange(Input(x, x.stride(0), None, 0.0), arranged, None, units, None, plan, False))
     got = exact(arranged).reshape(8, plan.n, 32).transpose(1, 0, 2).reshape(plan.n, 8, 32)
     want = exact(x).reshape(3, 8, 32)[:, :, COLUMNS[32]]
     np.testing.assert_array_equal(got[:3] * exact(units)[:3, None, None], want)
     assert ((np.abs(got[:2]).max((1, 2), where=np.isfinite(got[:2]), initial=0.0)) >= 2.0**14).all()
     assert np.isfinite(exact(units)).all()
-
-
-@runs_triton
-@given(
-    num_tokens=st.integers(3, 20),
-    rows=st.integers(1, 600),
-    splits=st.integers(1, 4),
-    ending=st.sampled_from(["plain", "bias", "residual", "bias and residual", "swiglu", "bias and swiglu"]),
-    seed=seeds,
-)
-def test_gather_equals_numpy(num_tokens, rows, splits, ending, seed):
-    rng = np.random.default_rng(seed)
-    swiglu = "swiglu" in ending
-    rows += rows % 2 * swiglu
-    partials = guarded(normal(rng, splits, num_tokens + 3, rows))[0]
-    units = guarded(normal(rng, num_tokens + 3))[0]
-    bias = guarded(normal(rng, rows))[0] if "bias" in ending else None
-    residual = guarded(normal(rng, num_tokens, rows, dtype=torch.float16))[0] if "residual" in ending else None
-    out = torch.empty((num_tokens, rows // 2 if swiglu else rows), dtype=torch.float32, device=DEVICE)
-    run(launch_gather(partials, units, Output(bias, residual, rows, out), num_tokens, swiglu))
-    want = exact(partials)[:, :num_tokens].sum(0) * exact(units)[:num_tokens, None]
-    want += sum(exact(t) for t in (bias, residual) if t is not None)
-    if swiglu:
-        want = reference.swiglu(*np.split(want, 2, axis=1))
-    np.testing.assert_allclose(exact(out), want, rtol=1e-5, atol=1e-5)
 
 
 def test_every_block_is_in_one_split():
@@ -169,38 +150,57 @@ def assert_served(x, weight, options):
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernel itself runs")
 @pytest.mark.parametrize("ggml_type", QUANTISED)
-@pytest.mark.parametrize(("splits", "tile", "flight", "late"), [(2, 64, 2, False), (1, 128, 1, True)])
-def test_product_in_numpy(ggml_type, splits, tile, flight, late):
-    """The Gluon kernel's arithmetic on the CPU, for a tile of tokens and for two."""
-    rng = np.random.default_rng(0)
-    rows, columns, num_tokens, parts = 70, 768, 40 if late else 9, 1 + late
-    layout, weight = LAYOUTS[ggml_type], random_weight(rng, ggml_type, rows, columns)
-    with override("wgmma", SPLITS=splits, ROWS=tile, FLIGHT=flight, REGISTERS=255):
+@pytest.mark.parametrize(
+    ("splits", "tile", "num_tokens", "late", "ending"),
+    [
+        (2, 64, 9, False, "norm and bias and residual to float32"),
+        (2, 128, 40, True, "bias and swiglu"),
+        (1, 64, 9, False, "norm and swiglu to float32"),
+    ],
+)
+def test_product_in_numpy(ggml_type, splits, tile, num_tokens, late, ending):
+    """The Gluon kernel's arithmetic on the CPU: one or several splits, one or two numbers per x."""
+    rows, columns, parts = 140, 768, 2 if "norm" in ending else 1
+    (x, weight), options, expected = products(num_tokens, rows, columns, torch.float16, ending, ggml_type=ggml_type)
+    layout = LAYOUTS[ggml_type]
+    with override("wgmma", SPLITS=splits, ROWS=tile, FLIGHT=1 + late, REGISTERS=255):
         plan = Plan.of(rows, columns, num_tokens, parts, layout, DEVICE)
-    x = normal(rng, num_tokens, columns, dtype=torch.float16)
+    grid = (plan.tiles * -(-rows // tile), plan.splits)
     arranged_shape, sums_shape, partials_shape = plan.shapes(rows, columns, layout)
     arranged, sums = (torch.empty(shape, dtype=torch.float16) for shape in (arranged_shape, sums_shape))
     sums, units = sums if sums.numel() else None, torch.empty(plan.padded)
-    run(launch_arrange(Input(x, x.stride(0), None, 0.0), arranged, sums, units, plan))
-    partials = np.full(partials_shape, np.nan, np.float32)
+    partials, arrived = None, None
+    if splits > 1:
+        partials, arrived = torch.full(partials_shape, float("nan")), torch.full((grid[0],), 7, dtype=torch.int32)
+    activations = Input(x, x.stride(0), options.get("norm_weight"), options.get("eps", 0.0))
+    run(launch_arrange(activations, arranged, sums, units, arrived, plan, True))
+    out = torch.full(expected.shape, float("nan"))
+    added = [options.get(name) for name in ("bias", "residual")]
     run_wgmma(
         late,
-        (plan.tiles * -(-rows // tile), plan.splits),
+        grid,
         Box(arranged.numpy(), min(256, 128 // layout.group * plan.n)),
         None if sums is None else Box(sums.numpy(), plan.n),
-        Planes(*(None if plane is None else Pointer(plane.numpy().reshape(-1)) for plane in planes_of(weight))),
-        Pointer(partials.reshape(-1)),
+        pointer(units),
+        Planes(*map(pointer, planes_of(weight))),
+        Partials(pointer(partials), pointer(arrived)),
+        Output(*map(pointer, added), rows, pointer(out)),
         rows,
         columns // 256,
         plan.blocks,
+        num_tokens,
+        plan.tiles,
         layout,
-        *(tile, plan.tiles, plan.n, plan.flight),
+        *(tile, plan.n, parts, options["swiglu"], plan.flight),
         True,
         False,
     )
-    expected = reference.quantized_matmul(exact(x), weight.numpy())
-    got = partials.astype(float).sum(0)[:num_tokens] * exact(units)[:num_tokens, None]
-    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert np.linalg.norm(exact(out) - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def pointer(tensor):
+    """A contiguous tensor as ``gluon_in_numpy`` takes it."""
+    return None if tensor is None else Pointer(tensor.numpy().reshape(-1), DTYPES[str(tensor.dtype).split(".")[1]])
 
 
 @pytest.mark.parametrize("ggml_type", [name for name in QUANTISED if LAYOUTS[name].quant_block == 256])

@@ -2,7 +2,6 @@
 
 _ARRANGE = "tests/kernels/test_quantized_wgmma.py::test_arrange_equals_numpy"
 _FINITE = "tests/kernels/test_quantized_wgmma.py::test_units_are_of_finite_numbers"
-_GATHER = "tests/kernels/test_quantized_wgmma.py::test_gather_equals_numpy"
 
 MUTANTS = [
     ("wgmma: halves of a step swapped with steps", "((k >> 3) & 1) * 2", "((k >> 3) & 1) * 4", _ARRANGE),
@@ -14,8 +13,8 @@ MUTANTS = [
     ),
     (
         "wgmma: the rest of x is x",
-        "rounded = tl.where(place < padded, rounded, rest)",
-        "rounded = tl.where(place < padded, rounded, rounded)",
+        "rounded = tl.where(is_rest, rest, rounded)",
+        "rounded = tl.where(is_rest, rounded, rounded)",
         _ARRANGE,
     ),
     (
@@ -26,6 +25,11 @@ MUTANTS = [
     ),
     ("wgmma: infinities choose the unit", "tl.where(bits < 0x7F800000, bits, 0)", "bits", _FINITE),
     ("wgmma: units of a power too much", "((127 - power) << 23)", "((128 - power) << 23)", _ARRANGE),
-    ("wgmma: sums without their unit", "total *= tl.load(units_ptr + token)[:, None]", "total *= 1.0", _GATHER),
-    ("wgmma: the first split again and again", "(split * padded + token)[:, None]", "token[:, None]", _GATHER),
+    (
+        "wgmma: counters that are not zero",
+        "tl.store(arrived_ptr + counter, 0,",
+        "tl.store(arrived_ptr + counter, 7,",
+        _ARRANGE,
+    ),
+    ("wgmma: a norm's root dropped", "unit * ((127 - power) << 23)", "((127 - power) << 23)", _ARRANGE),
 ]
