@@ -121,9 +121,11 @@ class ShapesOnly:
 class RandomSource(DryRunSource):
     """Uploads small random numbers and random codes, in the order in which loading uploads."""
 
-    def __init__(self, reader: CheckpointReader, device: Device, ranks: Ranks | None = None):
+    def __init__(
+        self, reader: CheckpointReader, device: Device, ranks: Ranks | None = None, batch_invariant: bool = False
+    ):
         super().__init__(reader, "triton", ALONE if ranks is None else ranks.share)
-        self.device, self.ranks = device, ranks
+        self.device, self.ranks, self.batch_invariant = device, ranks, batch_invariant
         largest = max(info.nbytes for info in reader.checkpoint.tensors.values())
         self._codes = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 2 * largest, np.uint8))
 

@@ -27,8 +27,10 @@ from timing import provenance, write_rows
 
 REPEATS, WARM_UP = 7, 3
 TOKENS = (16, 64, 256, 512, 1024, 4096, 32768)
-MODELS = [Case("Llama-3-8B", types, 1, 0) for types in ("Q4_K_M", "Q8_0", "BF16")] + [
-    Case("SmolLM2-135M", "Q4_1", 1, 0)
+MODELS = [
+    *(Case("Llama-3-8B", types, 1, 0) for types in ("Q4_K_M", "Q8_0", "BF16")),
+    Case("SmolLM2-135M", "Q4_1", 1, 0),
+    Case("Llama-3-8B", "Q4_K_M", 1, 0, batch_invariant=True),
 ]
 
 
@@ -50,11 +52,12 @@ def seconds_of(runner: ModelRunner, num_tokens: int) -> float:
 
 
 def run_model(case: Case) -> list[dict[str, Any]]:
-    longest = max(TOKENS) if case.model == "Llama-3-8B" else 8192
+    longest = 4096 if case.batch_invariant else max(TOKENS) if case.model == "Llama-3-8B" else 8192
     rows = []
     with random_runner(case, longest) as (runner, _, _):
         for num_tokens in [count for count in TOKENS if count <= longest]:
-            row: dict[str, Any] = {"model": case.model, "types": case.types, "tokens": num_tokens}
+            row: dict[str, Any] = {"model": case.model, "types": case.types, "batch_invariant": case.batch_invariant}
+            row["tokens"] = num_tokens
             seconds = seconds_of(runner, num_tokens)
             row |= {"ms": f"{seconds * 1e3:.2f}", "tokens_per_s": f"{num_tokens / seconds:.0f}"}
             if num_tokens <= captured_sizes(runner.decoder.config)[-1]:
@@ -75,7 +78,7 @@ def main() -> int:
         return 0
     rows = []
     for number, case in enumerate(MODELS):
-        if not re.search(options.only, f"{case.model} {case.types}"):
+        if not re.search(options.only, str(case)):
             continue
         done = subprocess.run([sys.executable, __file__, "--model", str(number)], capture_output=True, text=True)
         if done.returncode:

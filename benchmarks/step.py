@@ -53,9 +53,11 @@ class Case:
     types: str
     sequences: int
     context: int
+    batch_invariant: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model} {self.types} {self.sequences} x {self.context}"
+        kind = f"{self.types} batch-invariant" if self.batch_invariant else self.types
+        return f"{self.model} {kind} {self.sequences} x {self.context}"
 
 
 CASES = [
@@ -67,6 +69,7 @@ CASES = [
         for types in ("Q4_K_M", "Q8_0", "BF16")
         for sequences in (1, 8, 32, 64)
     ),
+    *(Case("Llama-3-8B", "Q4_K_M", sequences, 1024, batch_invariant=True) for sequences in (1, 8, 64)),
     *(Case("SmolLM2-135M", "Q4_1", 1, context) for context in (0, 4096)),
 ]
 
@@ -88,7 +91,8 @@ def random_runner(case: Case, spare_tokens: int) -> Iterator[tuple[ModelRunner, 
     with mock.patch.object(memory_plan_check, "type_of", types_of(case)), open_device("cuda") as device:
         reader = CheckpointReader(ShapesOnly(config))
         plan = plan_for_device(reader, config, device, context=config.context_length, dtype="auto", kv_dtype="auto")
-        decoder = Decoder.load(RandomSource(reader, device), config, adapter_for("llama"))
+        source = RandomSource(reader, device, batch_invariant=case.batch_invariant)
+        decoder = Decoder.load(source, config, adapter_for("llama"))
         read = (b for b in device.held() if config.tied_embeddings or b.label != "token_embd.weight")
         weights = sum(buffer.nbytes for buffer in read)
         with torch.inference_mode():

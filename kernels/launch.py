@@ -154,8 +154,10 @@ TABLE: dict[str, dict[str, list[Row]]] = {
     },
     # Facts: rows, columns, tokens (padded; twice as many if x is two numbers), bits per code, terms (numbers per code).
     # Each of SPLITS parts of the columns is summed by programs of its own: the fewer the rows, the more of them fill
-    # the chip. FLIGHT groups run at a time. With 128 REGISTERS per thread two programs fit a multiprocessor. SPLITS
-    # and ROWS are from wgmma_tiles.csv, Q4_K on an H200, and within 7% of the fastest for every number of tokens.
+    # the chip. SPLITS never depends on tokens, else bits would with batch_invariant; the rest changes no bit
+    # (quantized_wgmma.py). FLIGHT groups run at a time. With 128 REGISTERS per thread two programs fit a
+    # multiprocessor. SPLITS and ROWS are from wgmma_tiles.csv, Q4_K on an H200, and within 7% of the fastest for every
+    # number of tokens.
     "wgmma": {
         "any": [
             row({"tokens": 64, "bits": 4, "terms": 1, "rows": 4096}, SPLITS=8, ROWS=128, FLIGHT=1, REGISTERS=128),

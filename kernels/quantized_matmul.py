@@ -24,8 +24,9 @@ alternate between gate and up, so that each pair meets in one program.
 ``quantized_matmul_pair`` multiplies one input by two weights of any types: in ``fixed_point`` in one launch, in the
 other regimes one after the other.
 
-``batch_invariant`` takes ``dot`` with one tile size for every number of tokens: a token's result is then the same, bit
-for bit, whatever tokens stand beside it.
+``batch_invariant`` takes ``wgmma`` for every number of tokens where it can, and else ``dot`` with one tile size. Which
+of them follows from the weight and the dtype of x. A token's result is then the same, bit for bit, whatever tokens
+stand beside it.
 
 Numerics: float32 sums, in a fixed order within a regime; bias and residual join in float32 before the one rounding.
 In ``matmul`` the numerics are torch.addmm's: partial sums may be 16 bits wide, and float32 may be TF32, as
@@ -226,7 +227,7 @@ def quantized_matmul(
         eps: added to the norm's mean square.
         swiglu: rows are gate's, then as many of up's; the result is silu(gate) * up.
         batch_invariant: one regime for every number of tokens, so that a token's bits do not depend on its neighbours;
-            slower both for one token and for thousands.
+            slower for one or two tokens and for more than 64, where ``dot`` serves it for any number.
         resident: no kernel that is still running, or waits to, writes the weight or norm_weight. They may be read
             before those kernels end. Changes no result.
         out_dtype: of the result; None for that of ``x``. The regimes ``dot`` and ``matmul`` compute in it.
@@ -243,14 +244,13 @@ def quantized_matmul(
     num_tokens, (rows, columns) = x.shape[0], weight.shape
     most = most_tokens(weight.layout, x.device)
     output = Output(bias, residual, 0 if residual is None else residual.stride(0), out)
-    if not batch_invariant:
-        activations = Input(x, x.stride(0), norm_weight, eps)
-        if _fits_fixed_point(x, weight):
-            return launch_fixed_point(activations, weight, output, swiglu, resident)
-        if num_tokens <= most["wgmma"] and serves(activations, weight):
-            return launch_wgmma(activations, weight, output, swiglu, resident)
-        if num_tokens <= most["gemv"]:
-            return launch_gemv(activations, weight, output, swiglu, resident)
+    activations = Input(x, x.stride(0), norm_weight, eps)
+    if not batch_invariant and _fits_fixed_point(x, weight):
+        return launch_fixed_point(activations, weight, output, swiglu, resident)
+    if (batch_invariant or num_tokens <= most["wgmma"]) and serves(activations, weight):
+        return launch_wgmma(activations, weight, output, swiglu, resident)
+    if not batch_invariant and num_tokens <= most["gemv"]:
+        return launch_gemv(activations, weight, output, swiglu, resident)
     if batch_invariant or num_tokens <= most["dot"]:
         launches = []
         if norm_weight is not None:

@@ -1,4 +1,4 @@
-"""The wgmma regime of ``quantized_matmul``: 3 to 64 tokens in 16 bits on Hopper, codes multiplied on tensor cores.
+"""The wgmma regime of ``quantized_matmul``: tokens in 16 bits on Hopper, codes multiplied on tensor cores.
 
     out[t, n] = sum over groups g of scale[n, g] * I[t, n, g] + minimum[n, g] * S[t, g]
     I[t, n, g] = sum over the columns k of g of value[n, k] * x[t, k]        S[t, g] = sum of x[t, k]
@@ -8,7 +8,7 @@ Where a group's scale is d times a whole number, A is that number times the valu
 of 256 columns are summed in one accumulator, and d multiplies that once. Where it is a float16 number, A is the value,
 and each group's sum is multiplied by its scale in float32. S times the minima is one more product per block.
 
-Two launches: x is arranged in tiles of 8, 16, 32 or 64 tokens (``quantized_wgmma_ends.py``). Then a program of the
+Two launches: x is arranged in tiles of 8 to 128 tokens (``quantized_wgmma_ends.py``). Then a program of the
 product owns ROWS rows of the weight, a tile of tokens and a split of the blocks of 256 columns. The last program of the
 splits adds their sums and writes the result (``quantized_wgmma_output.py``). Each launch starts while the one in front
 still runs. Where the weight is known to be older than the kernels still running (``resident``), the words of its first
@@ -23,6 +23,21 @@ then the rest of S, float16. N is the tokens of a tile, or twice as many where x
 Numerics: x is a float16 number times a power of two that each token has for its own (``quantized_wgmma_ends.py``), or
 two float16 numbers where a normed x is not to be rounded. S is two float16 numbers. The rest is float32, in a fixed
 order. The weight is not rounded.
+
+Bits: those of out[t, n] follow from token t of x, row n of the weight and SPLITS. SPLITS follows from the weight alone.
+So this regime is batch-invariant, with one token or thousands, in a graph or not. What may be tuned without changing a
+bit, by the number of tokens as well:
+
+    N, tiles    wgmma sums the products of each element by itself, so a column does not know how many there are. The
+                launch before the product has a program per token, and one compiled form for any number.
+    ROWS        an element's sums are in one thread, whichever rows are in other warps.
+    FLIGHT      how many groups' products run at a time. They are added in the order of the groups.
+    REGISTERS   which sums are fused multiply-adds is decided before registers are allocated.
+
+What must not depend on the number of tokens: SPLITS, the order in which ``add_splits`` adds them and both parts of x,
+blocks of 256 columns in ascending order, minima first and then groups in ascending order within them, and how a token's
+unit and the factors are computed.
+
 Moves the planes once, x once per ROWS rows (from L2), and with several splits 8 x splits x N x rows bytes of sums.
 """
 
@@ -42,13 +57,12 @@ from .gpu import capability
 from .quantized_tiles import Input, Output, planes_of
 from .quantized_wgmma_codes import load_spread, low_lanes, low_words, num_terms, unit_of, unpack
 from .quantized_wgmma_ends import (
-    LEAST_TOKENS,
-    MOST_TOKENS,
     Plan,
     early,
     has_blocks,
     launch_arrange,
     num_parts,
+    slices_of,
 )
 from .quantized_wgmma_output import Partials, add_parts, add_splits, leave, rows_at, write
 from .quantized_wgmma_scales import factor_of, load_factor, load_minima, load_scales, scale_word, start_minima
@@ -311,7 +325,6 @@ def serves(activations: Input, weight: Weight) -> bool:
         capability(weight.device)[0] == 9
         and has_blocks(weight.layout, weight.shape[1])
         and x.dtype in (torch.bfloat16, torch.float16)
-        and LEAST_TOKENS <= x.shape[0] <= MOST_TOKENS
         and all(plane.data_ptr() % 16 == 0 for plane in weight.planes)  # which are read in words
         and weight.shape[0] * weight.shape[1] < MOST_WEIGHTS
     )
@@ -338,31 +351,34 @@ def launch_wgmma(activations: Input, weight: Weight, output: Output, swiglu: boo
             scratch(*partials_shape, dtype=torch.float32, device=device),
             scratch(partials_shape[0], dtype=torch.int32, device=device),
         )
-    return [
-        launch_arrange(activations, arranged, sums, units, partials.arrived, plan, resident),
-        launch(
-            _wgmma_kernel,
-            (plan.tiles * row_tiles, plan.splits),
-            _boxes(arranged, min(256, 128 // layout.group * plan.n)),
-            None if sums is None else _boxes(sums, plan.n),
-            units,
-            planes_of(weight),
-            partials,
-            output,
-            rows,
-            columns // 256,
-            plan.blocks,
-            num_tokens,
-            plan.tiles,
-            LAYOUT=layout,
-            ROWS=plan.rows,
-            N=plan.n,
-            PARTS=plan.parts,
-            SWIGLU=swiglu,
-            FLIGHT=plan.flight,
-            RESIDENT=resident,
-            num_warps=plan.rows // 16,
-            maxnreg=plan.registers,
-            **early(device),
-        ),
-    ]
+    planes, launches = planes_of(weight), []
+    for now, output_now in slices_of(activations, output, plan.padded):
+        launches += [
+            launch_arrange(now, arranged, sums, units, partials.arrived, plan, resident),
+            launch(
+                _wgmma_kernel,
+                (plan.tiles * row_tiles, plan.splits),
+                _boxes(arranged, min(256, 128 // layout.group * plan.n)),
+                None if sums is None else _boxes(sums, plan.n),
+                units,
+                planes,
+                partials,
+                output_now,
+                rows,
+                columns // 256,
+                plan.blocks,
+                len(now.x),
+                plan.tiles,
+                LAYOUT=layout,
+                ROWS=plan.rows,
+                N=plan.n,
+                PARTS=plan.parts,
+                SWIGLU=swiglu,
+                FLIGHT=plan.flight,
+                RESIDENT=resident,
+                num_warps=plan.rows // 16,
+                maxnreg=plan.registers,
+                **early(device),
+            ),
+        ]
+    return launches

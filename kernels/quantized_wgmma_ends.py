@@ -16,6 +16,7 @@ multiplied as if they were two tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ from .quantized_tiles import Input, Output
 from .quantized_wgmma_codes import num_terms
 from .weight import QuantLayout
 
-LEAST_TOKENS, MOST_TOKENS = 3, 64
+MOST_COLUMNS = 128  # of a tile
+SLICE_BYTES = 64 << 20  # of the scratch of a slice of the tokens, unless one tile needs more
 BLOCK = 256  # columns that share d
 SUMS_UNIT = tl.constexpr(64.0)  # of S, so that it fits float16 where x does
 
@@ -37,7 +39,8 @@ SUMS_UNIT = tl.constexpr(64.0)  # of S, so that it fits float16 where x does
 class Plan(NamedTuple):
     """How a product is cut up.
 
-    padded: tokens, with those that there are not.
+    slices: of the tokens, one after the other: each has launches of its own, and the same scratch.
+    padded: tokens of a slice, with those that there are not.
     parts: 2 if x is taken as two float16 numbers, x rounded and the rest of x.
     tiles, n: of the padded tokens, tiles of n columns: their x, and with two parts the rest of it too.
     splits, blocks: of the columns, splits of so many blocks of 256, but for the last.
@@ -46,6 +49,7 @@ class Plan(NamedTuple):
     registers: the most per thread.
     """
 
+    slices: int
     padded: int
     parts: int
     tiles: int
@@ -60,16 +64,19 @@ class Plan(NamedTuple):
     def of(
         rows: int, columns: int, num_tokens: int, parts: int, layout: QuantLayout, device: torch.device | None
     ) -> Plan:
-        padded = max(8, triton.next_power_of_2(num_tokens))
-        tokens = min(MOST_TOKENS, padded)
+        tokens = min(MOST_COLUMNS // parts, max(8, triton.next_power_of_2(num_tokens)))
         n = tokens * parts
         bits = layout.low_bits + layout.high_bits
         facts = {"rows": rows, "columns": columns, "tokens": n, "bits": bits, "terms": num_terms(layout)}
         chosen = configuration("wgmma", device, **facts)
         blocks = triton.cdiv(columns // BLOCK, chosen["SPLITS"])
         splits = triton.cdiv(columns // BLOCK, blocks)
+        most = max(1, SLICE_BYTES // (n * (2 * columns + 4 * splits * rows * (splits > 1))))
+        all_tiles = triton.cdiv(num_tokens, tokens)
+        slices = triton.cdiv(all_tiles, most)
+        tiles = triton.cdiv(all_tiles, slices)
         tile = (chosen[name] for name in ("ROWS", "FLIGHT", "REGISTERS"))
-        return Plan(padded, parts, padded // tokens, n, splits, blocks, *tile)
+        return Plan(slices, tiles * tokens, parts, tiles, n, splits, blocks, *tile)
 
     def shapes(self, rows: int, columns: int, layout: QuantLayout) -> tuple[tuple[int, ...], ...]:
         """Of x arranged (16 bits), of its sums (16 bits), which not every type has, and of partial sums (float32)
@@ -106,6 +113,19 @@ def num_parts(activations: Input, output: Output) -> int:
     return 2 if activations.norm is not None and output.out.dtype != activations.x.dtype else 1
 
 
+def slices_of(activations: Input, output: Output, tokens: int) -> Iterator[tuple[Input, Output]]:
+    """What goes in and out, so many tokens at a time; as they are, if that is all."""
+    num_tokens = len(activations.x)
+    if num_tokens <= tokens:
+        yield activations, output
+        return
+    for start in range(0, num_tokens, tokens):
+        now = slice(start, start + tokens)
+        residual = None if output.residual is None else output.residual[now]
+        yield activations._replace(x=activations.x[now]), output._replace(residual=residual, out=output.out[now])
+
+
+# One kernel for any number of tokens, so that sums have one order.
 @triton.jit(do_not_specialize=["num_arrived", "num_tokens", "n"])
 def _arrange_kernel(
     activations,  # Input
@@ -202,7 +222,7 @@ def launch_arrange(
         PARTS=plan.parts,
         GROUP=arranged.shape[-1],
         WIDTH=triton.next_power_of_2(columns),
-        ARRIVED=triton.next_power_of_2(triton.cdiv(num_arrived, num_programs)),
+        ARRIVED=triton.next_power_of_2(triton.cdiv(num_arrived, 8 * plan.tiles)),  # as many for any number of tokens
         RESIDENT=resident,
         **configuration("norm", arranged.device, hidden=columns),
         **early(arranged.device),

@@ -89,9 +89,10 @@ def load(
         batch_invariant: make each sequence's results equal in every bit, whatever sequences run at the same time,
             however its prompt is cut into chunks, and whether its tokens are drawn or read. Otherwise they agree up to
             rounding, since products of few and of many tokens use different kernels, and so do attention of prompts
-            and of decode steps. Here ``attention_prefill`` serves both. Prompts become several times slower, and so
-            does decoding after long texts. Only the Triton kernels promise this; it is refused where the NumPy
-            definitions run.
+            and of decode steps. Here ``attention_prefill`` serves both. On Hopper, prompts take up to three times as
+            long, and steps of one sequence twice as long (docs/PERFORMANCE.md, "Batch invariance"); on other GPUs, and
+            with float32 activations, much longer. Decoding after long texts is slower too. Only the Triton kernels
+            promise this; it is refused where the NumPy definitions run.
         fused: False runs norm, projection, rotation, cache write, activation and addition as kernels of their own, so
             that an implementation given to ``rooflama.swap`` for any of them is called. Results agree up to rounding;
             decoding is slower. See docs/SWAP_AND_TRACE.md.

@@ -3,6 +3,7 @@
 import inspect
 
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 
 def kind(value, specialised=True):
@@ -22,7 +23,8 @@ def compiled(launches):
     for one in launches:
         parameters = inspect.signature(one.kernel.fn).parameters
         named = {**dict(zip(parameters, one.args, strict=False)), **one.options}
-        free = one.kernel.kwargs.get("do_not_specialize") or ()
+        options = one.kernel.kwargs if isinstance(one.kernel, InterpretedFunction) else vars(one.kernel)
+        free = options.get("do_not_specialize") or ()
         constant = {name for name, p in parameters.items() if "constexpr" in str(p.annotation)}
         arguments = [
             (name, value if name in constant or name not in parameters else kind(value, name not in free))

@@ -15,6 +15,8 @@ import re
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rooflama.kernels import (
     quantized_fixed_point,
@@ -24,6 +26,7 @@ from rooflama.kernels import (
     quantized_wgmma_output,
     quantized_wgmma_scales,
 )
+from rooflama.kernels.bound import Launch
 from rooflama.kernels.reference.quant_layouts import QuantLayout
 
 
@@ -122,7 +125,10 @@ class Shared:
 
 
 class Product:
-    """a @ b (+ what came before), computed when it is first wanted."""
+    """a @ b (+ what came before), computed when it is first wanted.
+
+    A column's bits do not depend on how many there are, as on a tensor core.
+    """
 
     def __init__(self, a, b, before):
         self.operands, self.result = (a, b, before), None
@@ -130,7 +136,7 @@ class Product:
     def value(self) -> Tensor:
         if self.result is None:
             a, b, before = self.operands
-            self.result = tensor(np.asarray(a, np.float32) @ np.asarray(b.array, np.float32))
+            self.result = tensor((np.asarray(a, float) @ np.asarray(b.array, float)).astype(np.float32))
             if before is not None:
                 self.result = self.result + (before.value() if isinstance(before, Product) else before)
         return self.result
@@ -365,7 +371,7 @@ def _definitions(module: ModuleType) -> str:
     return "from __future__ import annotations\n" + "\n".join(kept).replace("_LOOKUP.value", "_LOOKUP")
 
 
-def run_wgmma(late: bool, grid: tuple[int, int], *args) -> None:
+def run_wgmma(late: bool, grid: tuple[int, int], *args, **constants) -> None:
     """``_wgmma_kernel`` for every program of ``grid``, in order; ``args`` as it takes them, with ``Pointer``s."""
     machine = Machine(late)
     names = machine.names()
@@ -376,4 +382,26 @@ def run_wgmma(late: bool, grid: tuple[int, int], *args) -> None:
         for y in range(grid[1]):
             machine.program = (x, y)
             with np.errstate(over="ignore"):  # silu(-100): exp is infinite, as on a GPU
-                names["_wgmma_kernel"](*args)
+                names["_wgmma_kernel"](*args, **constants)
+
+
+OF_THE_COMPILER = ("num_warps", "maxnreg", "launch_pdl")
+
+
+def run_launches(launches: list[Launch], late: bool = False) -> None:
+    """A product's launches in order: that of Gluon here, the other by Triton's interpreter."""
+    for one in launches:
+        if one.kernel is quantized_wgmma._wgmma_kernel:
+            constants = {name: value for name, value in one.options.items() if name not in OF_THE_COMPILER}
+            run_wgmma(late, one.grid, *map(_in_numpy, one.args), **constants)
+        else:
+            one.kernel[one.grid](*one.args, **one.options)
+
+
+def _in_numpy(value):
+    """An argument of a launch: tensors as ``Pointer``s, descriptors as ``Box``es."""
+    if isinstance(value, torch.Tensor):
+        return Pointer(value.numpy().reshape(-1), DTYPES[str(value.dtype).removeprefix("torch.")])
+    if isinstance(value, TensorDescriptor):
+        return Box(value.base.numpy(), value.block_shape[0])
+    return type(value)(*map(_in_numpy, value)) if isinstance(value, tuple) else value

@@ -14,7 +14,6 @@ from model_calls import BATCHES, CHUNK, F32, Call, Model, empty, weight, weight_
 from rooflama import kernels
 from rooflama.kernels import LAYOUTS, Weight
 from rooflama.kernels.launch import override
-from rooflama.kernels.quantized_wgmma_ends import LEAST_TOKENS
 
 
 def measured() -> Iterator[Case]:
@@ -99,9 +98,7 @@ def regimes() -> Iterator[Case]:
                 {
                     name: [lambda w=w, own=own, f=forced: f(w, *own) for w in weights]
                     for name, (most, *own) in limits.items()
-                    if tokens <= most
-                    and not (name in ("fixed_point", "wgmma") and ggml_type == "BF16")
-                    and not (name == "wgmma" and tokens < LEAST_TOKENS)
+                    if tokens <= most and not (name in ("fixed_point", "wgmma") and ggml_type == "BF16")
                 },
             )
 
@@ -114,6 +111,7 @@ def calls(model: Model, everything: bool) -> Iterator[Call]:
         "gate_up": (2 * model.intermediate_size, hidden, "norm and swiglu"),
         "ffn_down": (hidden, model.intermediate_size, "residual"),
     }
+    invariant = []  # last, so that their launches are known by the calls of others that have the same
     for tokens in (1, 2, 8, 64, CHUNK):
         for name, (rows, columns, joined) in matrices.items():
             options = {"residual": empty(tokens, rows) if joined == "residual" else None, "resident": True}
@@ -126,9 +124,10 @@ def calls(model: Model, everything: bool) -> Iterator[Call]:
                 made = weight(ggml_type, rows, columns)
                 note = f"{name} {ggml_type} {tokens} tokens"
                 yield Call(kernels.quantized_matmul, note, (empty(tokens, columns), made), options)
-                if everything and tokens == 1:
-                    invariant = {**options, "batch_invariant": True}
-                    yield Call(kernels.quantized_matmul, f"{note} invariant", (empty(tokens, columns), made), invariant)
+                if everything and tokens in (1, CHUNK):
+                    own = (empty(tokens, columns), made), {**options, "batch_invariant": True}
+                    invariant.append(Call(kernels.quantized_matmul, f"{note} invariant", *own))
+    yield from invariant
     for tokens in (1, 2):
         parts = [weight(t, rows, hidden) for t, rows in zip(weight_types(model), model.qk_and_v_rows, strict=True)]
         normed = {"norm_weight": empty(hidden, dtype=F32), "eps": 1e-5, "resident": True}

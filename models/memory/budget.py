@@ -34,7 +34,7 @@ from ..serving.passes import captured_sizes, padded
 from . import terms
 from .allocator import Segments
 from .terms import FORMULAS, Moment, pages_per_sequence
-from .weights import Backend, Matrix, WeightBytes, form_on_device
+from .weights import Backend, WeightBytes, form_on_device
 
 MIB = 2**20
 
@@ -193,9 +193,9 @@ class Budget:
         return padded(self.pass_tokens, captured_sizes(self.config))
 
     @property
-    def _library_matrices(self) -> tuple[Matrix, ...]:
-        """Matrices that may be dequantised for the vendor's matmul library."""
-        return () if self.batch_invariant else self.weights.matrices
+    def _uses_library(self) -> bool:
+        """Whether the vendor's matmul library multiplies anything."""
+        return bool(self.weights.matrices) and not self.batch_invariant
 
     def _widest(self, tokens: int) -> dict[str, int]:
         """The widest moment of a prefill pass of so many tokens."""
@@ -205,7 +205,13 @@ class Budget:
             )
         else:
             moments = terms.prefill_moments(
-                self.config, self._library_matrices, tokens, self.sequences, self.dtype, self.ranks
+                self.config,
+                self.weights.matrices,
+                tokens,
+                self.sequences,
+                self.dtype,
+                self.ranks,
+                self.batch_invariant,
             )
         sums = [sum(moment.values()) for moment in moments]
         return dict(moments[sums.index(max(sums))])
@@ -214,7 +220,7 @@ class Budget:
     def _prefill(self) -> Moment:
         """The widest moment of a prefill pass."""
         widest = self._widest(self._padded_pass)
-        if self.target.kind != "cpu" and self._library_matrices:
+        if self.target.kind != "cpu" and self._uses_library:
             widest["matmul library"] = self.target.matmul_library_bytes
         return widest
 
@@ -224,8 +230,9 @@ class Budget:
         step: dict[str, int] = {
             **terms.decode_moment(self.config, self.context, self.sequences, self.dtype, self.ranks)
         }
-        step["products in parts"] = terms.product_scratch_bytes(self._library_matrices, self.sequences)
-        rows = terms.dequantised_bytes(self._library_matrices, self.sequences, self.dtype)
+        matrices, invariant = self.weights.matrices, self.batch_invariant
+        step["products in parts"] = terms.product_scratch_bytes(matrices, self.sequences, invariant)
+        rows = terms.dequantised_bytes(matrices, self.sequences, self.dtype, invariant)
         if rows:
             step["dequantised rows"] = rows
         return step
@@ -236,7 +243,7 @@ class Budget:
         sizes = captured_sizes(self.config)
         tokens = padded(min(self.pass_tokens, sizes[-1]), sizes)
         captured = {"captured prompt passes": sum(self._widest(tokens).values())}
-        if self._library_matrices:
+        if self._uses_library:
             captured["matmul library"] = self.target.matmul_library_bytes
         return captured
 

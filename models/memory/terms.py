@@ -17,7 +17,7 @@ from rooflama.kernels.all_reduce import most_bytes
 from rooflama.kernels.attention_decode import most_splits
 from rooflama.kernels.launch import configuration
 from rooflama.kernels.quantized_matmul import most_tokens, rows_per_pass
-from rooflama.kernels.quantized_wgmma_ends import LEAST_TOKENS, MOST_TOKENS, has_blocks, scratch_bytes
+from rooflama.kernels.quantized_wgmma_ends import has_blocks, scratch_bytes
 from rooflama.kernels.reference.attention import ROWS
 from rooflama.kernels.sampling import CHUNK
 from rooflama.kernels.sampling_filters import LEVELS
@@ -126,12 +126,16 @@ def carried_bytes(config: ModelConfig, tokens: int, itemsize: int) -> int:
     return tokens * itemsize * (2 * config.hidden_size + heads)
 
 
-def dequantised_bytes(matrices: Iterable[Matrix], tokens: int, dtype: torch.dtype) -> int:
+def dequantised_bytes(
+    matrices: Iterable[Matrix], tokens: int, dtype: torch.dtype, batch_invariant: bool = False
+) -> int:
     """b rows columns: the run of rows that a product of many tokens dequantises at a time, at most WORKSPACE_BYTES.
 
-    0 for products of few tokens, and for weights in the dtype of the activations.
+    0 for products that are batch-invariant or of few tokens, and for weights in the dtype of the activations.
     """
     worst = 0
+    if batch_invariant:
+        return worst
     for matrix in matrices:
         layout = LAYOUTS[matrix.ggml_type]
         few = tokens <= most_tokens(layout, ANY_GPU)["dot"]
@@ -156,26 +160,31 @@ def rank_logits_bytes(config: ModelConfig, sequences: int, ranks: int) -> int:
     return 0 if ranks == 1 else 4 * sequences * (config.vocab_size + -(-config.vocab_size // ranks))
 
 
-def product_scratch_bytes(matrices: Iterable[Matrix], tokens: int) -> int:
+def product_scratch_bytes(matrices: Iterable[Matrix], tokens: int, batch_invariant: bool = False) -> int:
     """4 splits N rows + 2.125 N columns: the partial sums and arranged activations of a product of 3 to 64 tokens.
 
     A product that is not split has no partial sums. N is the next of 8, 16, 32, 64; for the output matrix twice that,
-    since its normed activations are not rounded. Planned on every GPU, though only Hopper computes products this way.
+    since its normed activations are not rounded. Batch-invariant products of any number of tokens take as much for the
+    tokens of a slice. Planned on every GPU, though only Hopper computes products this way.
     """
-    if not LEAST_TOKENS <= tokens <= MOST_TOKENS:
-        return 0
-    return max(
-        (
-            scratch_bytes(m.rows, m.columns, tokens, 1 + m.of_vocabulary, LAYOUTS[m.ggml_type], None)
-            for m in matrices
-            if has_blocks(LAYOUTS[m.ggml_type], m.columns)
-        ),
-        default=0,
-    )
+    worst = 0
+    for m in matrices:
+        layout = LAYOUTS[m.ggml_type]
+        most = most_tokens(layout, ANY_GPU)
+        served = batch_invariant or most["fixed_point"] < tokens <= most["wgmma"]
+        if served and has_blocks(layout, m.columns):
+            worst = max(worst, scratch_bytes(m.rows, m.columns, tokens, 1 + m.of_vocabulary, layout, None))
+    return worst
 
 
 def prefill_moments(
-    config: ModelConfig, matrices: Iterable[Matrix], tokens: int, sequences: int, dtype: torch.dtype, ranks: int
+    config: ModelConfig,
+    matrices: Iterable[Matrix],
+    tokens: int,
+    sequences: int,
+    dtype: torch.dtype,
+    ranks: int,
+    batch_invariant: bool = False,
 ) -> list[Moment]:
     """The terms of the widest moments of a prefill pass of n tokens, on Triton kernels:
 
@@ -183,7 +192,7 @@ def prefill_moments(
     down         carried + n b (E + F) + dequantised rows
     ranks meet   carried + n b E + the addends of all ranks
 
-    With 3 to 64 tokens, ``product_scratch_bytes`` instead of dequantised rows.
+    With 3 to 64 tokens, or batch-invariant products, ``product_scratch_bytes`` instead of dequantised rows.
     """
     matrices = list(matrices)
     layer = [matrix for matrix in matrices if not matrix.of_vocabulary]
@@ -195,16 +204,16 @@ def prefill_moments(
     return [
         {
             "prefill activations": carried + unit * (hidden + 3 * width),
-            "dequantised rows": dequantised_bytes(narrow, tokens, dtype),
-            "products in parts": product_scratch_bytes(narrow, tokens),
+            "dequantised rows": dequantised_bytes(narrow, tokens, dtype, batch_invariant),
+            "products in parts": product_scratch_bytes(narrow, tokens, batch_invariant),
         },
         {
             "prefill activations": carried + unit * (hidden + width),
-            "dequantised rows": dequantised_bytes(wide, tokens, dtype),
-            "products in parts": product_scratch_bytes(wide, tokens),
+            "dequantised rows": dequantised_bytes(wide, tokens, dtype, batch_invariant),
+            "products in parts": product_scratch_bytes(wide, tokens, batch_invariant),
         },
         _meeting(config, carried, tokens, dtype.itemsize, ranks),
-        _scoring(config, output, tokens, sequences, ranks),
+        _scoring(config, output, tokens, sequences, ranks, batch_invariant),
     ]
 
 
@@ -215,11 +224,18 @@ def _meeting(config: ModelConfig, carried: int, tokens: int, itemsize: int, rank
     }
 
 
-def _scoring(config: ModelConfig, output: Iterable[Matrix], tokens: int, sequences: int, ranks: int) -> Moment:
+def _scoring(
+    config: ModelConfig,
+    output: Iterable[Matrix],
+    tokens: int,
+    sequences: int,
+    ranks: int,
+    batch_invariant: bool = False,
+) -> Moment:
     rows = max(sequences, min(tokens, LOGITS_ROWS))
     return {
         "logits and sampling": logits_bytes(config, rows),
-        "products in parts": product_scratch_bytes(output, rows),
+        "products in parts": product_scratch_bytes(output, rows, batch_invariant),
         "logits of all ranks": rank_logits_bytes(config, rows, ranks),
     }
 

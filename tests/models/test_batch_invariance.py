@@ -6,9 +6,12 @@ from torch import Tensor
 
 import rooflama
 from compiled_kernels import compiled
+from model_shapes import config_of
 from rooflama import ArgumentError, plan_memory
 from rooflama.kernels import INTERPRETED, use_backend
 from rooflama.kernels import kernel as kernels
+from rooflama.kernels.quantized_wgmma_ends import SLICE_BYTES, scratch_bytes
+from rooflama.kernels.weight import LAYOUTS
 from rooflama.loaders.gguf import read_gguf
 from rooflama.models.serving.sampler import Options, Sampler
 from rooflama.testing.strategies import DEVICE
@@ -123,3 +126,19 @@ def test_a_plan_without_dequantised_rows(tmp_path):
         for flag in (True, False)
     }
     assert lines[False] - lines[True] == {"dequantised rows", "matmul library"}
+
+
+def test_a_plan_with_the_scratch_of_products():
+    """Of a slice of a long prompt, and of a step's widest product in parts."""
+    config = config_of("Llama-3-8B")
+    plans = {
+        flag: plan_memory(config, context=4096, device="cuda", weight_types="Q4_K", batch_invariant=flag)
+        for flag in (True, False)
+    }
+    in_parts = {
+        flag: [line.nbytes for line in plan.lines if line.name == "products in parts"] for flag, plan in plans.items()
+    }
+    assert in_parts[False] == []
+    prompt, step = in_parts[True]
+    assert 0.9 * SLICE_BYTES < prompt < 1.2 * SLICE_BYTES
+    assert step == scratch_bytes(config.intermediate_size, config.hidden_size, 1, 1, LAYOUTS["Q4_K"], None)

@@ -1,6 +1,20 @@
 """Bugs of ``kernels/quantized_matmul.py``."""
 
+_SAME_KERNELS = "tests/kernels/test_quantized_wgmma_invariant.py::test_every_number_of_tokens_runs_the_same_kernels"
+
 MUTANTS = [
+    (
+        "matmul: batch invariance ends with the tokens of wgmma",
+        'if (batch_invariant or num_tokens <= most["wgmma"]) and',
+        'if num_tokens <= most["wgmma"] and',
+        _SAME_KERNELS,
+    ),
+    (
+        "matmul: batch invariance begins after the tokens of fixed_point",
+        "if not batch_invariant and _fits_fixed_point(x, weight):",
+        "if _fits_fixed_point(x, weight):",
+        _SAME_KERNELS,
+    ),
     (
         "matmul: batch invariance ends with the tokens of dot",
         'if batch_invariant or num_tokens <= most["dot"]:',

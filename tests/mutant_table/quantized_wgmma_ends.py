@@ -2,8 +2,19 @@
 
 _ARRANGE = "tests/kernels/test_quantized_wgmma.py::test_arrange_equals_numpy"
 _FINITE = "tests/kernels/test_quantized_wgmma.py::test_units_are_of_finite_numbers"
+_SAME_BITS = "tests/kernels/test_quantized_wgmma_invariant.py::test_neither_tokens_nor_tiles_change_a_bit"
+_SAME_KERNELS = "tests/kernels/test_quantized_wgmma_invariant.py::test_every_number_of_tokens_runs_the_same_kernels"
 
 MUTANTS = [
+    ("wgmma: more splits for few tokens", "// BLOCK, chosen[", "// BLOCK, max(1, 64 // n) * chosen[", _SAME_KERNELS),
+    ("wgmma: arranged anew for some numbers of tokens", '"num_tokens", "n"]', '"num_tokens"]', _SAME_KERNELS),
+    ("wgmma: as many counters as programs want", "8 * plan.tiles", "num_programs", _SAME_KERNELS),
+    (
+        "wgmma: every slice has the first residual",
+        "output.residual[now]",
+        "output.residual[: len(output.out[now])]",
+        _SAME_BITS,
+    ),
     ("wgmma: halves of a step swapped with steps", "((k >> 3) & 1) * 2", "((k >> 3) & 1) * 4", _ARRANGE),
     (
         "wgmma: tokens that there are not",
