@@ -36,13 +36,13 @@ MUTANTS = [
     ),
     (
         "hopper_roles: NaN before the window reaches the first tile",
-        "                clear(rings.v, first % STAGES, block.start, block)\n",
-        "                pass\n",
+        "        clear(rings.v, first % STAGES, block.start, block)\n",
+        "        pass\n",
         _UNSEEN,
     ),
     (
         "hopper_roles: NaN behind the last key reaches the last tile",
-        "            clear(rings.v, last % STAGES, block.end - 1, block)\n",
+        "    clear(rings.v, last % STAGES, block.end - 1, block)\n",
         "",
         _IN_NUMPY,
     ),
@@ -62,6 +62,12 @@ MUTANTS = [
         "hopper_roles: queries of a block that is not there",
         "mask=mask & block.there",
         "mask=mask",
+        _IN_NUMPY,
+    ),
+    (
+        "hopper_roles: NaN behind the last key, one product after the other",
+        "            clear(rings.v, number % STAGES, tile, block)\n",
+        "            pass\n",
         _IN_NUMPY,
     ),
 ]
