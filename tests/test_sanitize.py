@@ -1,6 +1,8 @@
 """What ``benchmarks/sanitize.py`` reads from the output of compute-sanitizer."""
 
+import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -55,3 +57,17 @@ def test_the_suite_is_collected_whole(sanitize):
     assert 10 < len(far) < 60
     left_out = set(far) - set(sanitize.apart("racecheck", ids))
     assert {name.split("::")[0] for name in left_out} == {sanitize.OUTPUTS}
+
+
+def test_tests_that_need_torchs_allocator_run_apart(sanitize):
+    """Without it a CUDA graph cannot be captured, and torch counts no memory."""
+    sources = [path.read_text(encoding="utf-8") for path in (sanitize.ROOT / "tests" / "kernels").glob("test_*.py")]
+    needing = [
+        function.name
+        for source in sources
+        for function in ast.walk(ast.parse(source))
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_")
+        if re.search(r"CUDAGraph\(|memory_allocated\(", ast.get_source_segment(source, function) or "")
+    ]
+    assert len(needing) >= 5
+    assert [name for name in needing if not sanitize.APART.search(name)] == []
