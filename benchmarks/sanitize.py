@@ -7,8 +7,8 @@ wait for its connections.
 Two settings differ from an ordinary run:
 
 - torch's caching allocator is off, since it would hide accesses beside a buffer. A CUDA graph cannot be captured, and
-  scratch not counted, without it, so the tests of ``APART`` run with it, each in a process of its own. (Under the sanitizer their gigabytes
-  stay allocated when the test is over: 72.5 GiB after eleven of them.)
+  scratch not counted, without it, so the tests of ``APART`` run with it, each in a process of its own. (Under the
+  sanitizer their gigabytes stay allocated when the test is over: 72.5 GiB after eleven of them.)
 - torch's own kernels (at::native) are not checked.
 
 racecheck skips the tests of ``OUTPUTS``, whose launches of hundreds of thousands of programs take minutes under it.
