@@ -25,6 +25,7 @@ import cases
 from registry import MEASURED
 from rooflama.kernels import LAYOUTS, quantized_matmul
 from rooflama.kernels.launch import override
+from rooflama.kernels.quantized_wgmma_codes import num_terms
 from timing import ceilings, measure, provenance, write_rows
 
 SHAPES = [(6144, 4096, True), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, True)]
@@ -59,6 +60,7 @@ def products(regime: str, types: list[str], tokens: list[int]) -> Iterator[Probl
         norm_weight = torch.ones(columns, device=cases.CUDA) if normed else None
         bits = layout.low_bits + layout.high_bits or 8 * weights[0].planes[0].element_size()
         facts = {"rows": rows, "columns": columns, "tokens": num_tokens, "bits": bits, "normed": normed, "itemsize": 2}
+        facts |= {} if layout.is_float else {"terms": num_terms(layout)}
         calls = [
             partial(_in_regime, regime, x, weight, norm_weight=norm_weight, eps=1e-5, resident=True)
             for weight in weights
