@@ -42,8 +42,8 @@ from rooflama.models import (
     adapter_for,
 )
 from rooflama.models.serving import engine as engine_module
-from rooflama.models.serving.readback import Readback
 from rooflama.models.serving.runner import bucket
+from rooflama.models.serving.sampler import Readback
 from rooflama.planning import plan_for_device
 from timing import provenance, write_rows
 

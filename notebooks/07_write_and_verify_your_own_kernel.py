@@ -82,7 +82,9 @@ def decode_kernel(
     tl.store(out_ptr + rows, (sums / tl.maximum(total, 1e-30)[:, None]).to(out_ptr.dtype.element_ty), mask=present)
 
 
-def launch(off_by, q, k_pages, v_pages, block_table, seq_lens, k_scale=None, v_scale=None, *, softmax_scale, **_):
+def launch(
+    off_by, q, k_pages, v_pages, block_table, seq_lens, k_scale=None, v_scale=None, arrivals=None, *, softmax_scale, **_
+):
     num_seqs, num_heads, head_dim = q.shape
     page_size, num_kv_heads = k_pages.shape[1:3]
     group = num_heads // num_kv_heads

@@ -23,8 +23,8 @@ from rooflama.kernels import swapped_only
 
 from ..errors import ModelClosed
 from .prefix_cache import PrefixCache
-from .readback import Readback, Readbacks
 from .runner import DecodeSlots, ModelRunner
+from .sampler import Readback, Readbacks
 from .sampling import TokenLogprob
 from .scheduler import Batch, Scheduler
 from .sequence import NaNLogits, Sequence, Status

@@ -1,12 +1,15 @@
 """Sampling parameters of all decode slots, on the device: one row per slot, so that a captured step reads them.
 
 The order is vLLM's: log probabilities of the unchanged logits, logit biases, penalties, then temperature and filters.
-A sequence's draw depends on its seed and on how many tokens it has drawn, and not on its slot.
+A sequence's draw depends on its seed and on how many tokens it has drawn, and not on its slot. Drawn tokens go to the
+host (``Readbacks``), which reads them while the device computes the next step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ from torch import Tensor
 from rooflama.kernels import penalise, sample
 
 from .sampling import SamplingParams
+from .sequence import Sequence
 
 Rows = slice | Tensor  # the first rows, or int64 indices
 
@@ -108,7 +112,7 @@ class Sampler:
     def _reported(self, count: int) -> int:
         return min(count, self._num_rows if self._num_tokens is None else self._num_tokens)
 
-    def set(self, row: int, params: SamplingParams, prompt: Sequence[int], drawn: Sequence[int]) -> None:
+    def set(self, row: int, params: SamplingParams, prompt: Items[int], drawn: Items[int]) -> None:
         """Give a row a sequence's parameters, its prompt, and the tokens drawn so far."""
         self._steps[row].fill_(len(drawn))
         self._filters["temperature"][row].fill_(params.temperature)
@@ -198,8 +202,80 @@ def _log_sum_exp(logits: Tensor) -> Tensor:
     return largest + weights.log()
 
 
-def _seen(prompt: Sequence[int], drawn: Sequence[int], num_rows: int) -> np.ndarray:
+def _seen(prompt: Items[int], drawn: Items[int], num_rows: int) -> np.ndarray:
     """int32 [num_rows]: 1 for a token of the prompt, plus 2 for each time that the token was drawn."""
     in_prompt = np.zeros(num_rows, np.int32)
     in_prompt[np.asarray(prompt, np.int64)] = 1
     return in_prompt + 2 * np.bincount(np.asarray(drawn, np.int64), minlength=num_rows).astype(np.int32)
+
+
+class Readbacks:
+    """Starts copies of tokens to the host. On a GPU they land in page-locked memory that earlier ones have left."""
+
+    def __init__(self) -> None:
+        self._left: defaultdict[Hashable, list[_Landing]] = defaultdict(list)  # by the shapes that it holds
+
+    def start(self, sequences: Items[Sequence], tokens: Tensor, logprobs: tuple[Tensor, ...] | None) -> Readback:
+        """Copy the tokens of some sequences, and their log probabilities if there are any.
+
+        Args:
+            sequences: whose tokens they are, in the order of the rows; further rows belong to no sequence.
+            tokens: int32 [rows].
+            logprobs: as ``Sampler.draw`` returns them.
+        """
+        tensors = (tokens, *(logprobs or ()))
+        if tokens.device.type == "cpu":
+            return Readback(sequences, _Landing([tensor.clone() for tensor in tensors], None), [])
+        left = self._left[tuple((tensor.shape, tensor.dtype) for tensor in tensors)]
+        landing = left.pop() if left else _Landing.like(tensors)
+        landing.take(tensors)
+        return Readback(sequences, landing, left)
+
+
+class Readback:
+    """A copy that has been started.
+
+    Attributes:
+        sequences: whose tokens they are.
+        lives: ``Sequence.life`` of each when the copy was started.
+    """
+
+    def __init__(self, sequences: Items[Sequence], landing: _Landing, left: list[_Landing]):
+        self.sequences, self.lives = list(sequences), [sequence.life for sequence in sequences]
+        self._landing, self._left = landing, left
+
+    @property
+    def present(self) -> list[Sequence]:
+        """The sequences that have not given up their pages since."""
+        return [sequence for sequence, life in zip(self.sequences, self.lives, strict=True) if sequence.life == life]
+
+    def wait(self) -> tuple[list[int], list[list]]:
+        """(token ids, columns of log probabilities), once the device has written them. Call it once."""
+        tokens, *logprobs = self._landing.read()
+        self._left.append(self._landing)
+        return tokens, logprobs
+
+
+class _Landing:
+    """Memory on the host, and the event that says that the device has written it; None if the host did."""
+
+    def __init__(self, tensors: list[Tensor], written: torch.cuda.Event | None):
+        self._tensors, self._written = tensors, written
+
+    @classmethod
+    def like(cls, tensors: Items[Tensor]) -> _Landing:
+        """Page-locked memory for copies of tensors on a GPU."""
+        memory = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        return cls(memory, torch.cuda.Event())
+
+    def take(self, tensors: Items[Tensor]) -> None:
+        """Start to copy, on the current stream."""
+        for memory, tensor in zip(self._tensors, tensors, strict=True):
+            memory.copy_(tensor, non_blocking=True)
+        assert self._written is not None
+        self._written.record(torch.cuda.current_stream(tensors[0].get_device()))
+
+    def read(self) -> list[list]:
+        if self._written is not None:
+            self._written.synchronize()
+        return [memory.tolist() for memory in self._tensors]

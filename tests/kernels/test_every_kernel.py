@@ -24,6 +24,8 @@ from rooflama.testing.weights import random_weight
 X, WEIGHT = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE), torch.ones(32, device=DEVICE)
 
 MOST_PARAMETERS = 15  # what belongs together is one NamedTuple
+# Kernels in Gluon that have more: descriptors are arguments of their own, and form and tile are one constexpr each.
+MORE_PARAMETERS = {"_attention_prefill_hopper_kernel": 17, "_wgmma_kernel": 19}
 
 
 def norm(x):
@@ -125,7 +127,8 @@ JIT_FUNCTIONS = [
 
 def test_jit_functions_take_few_parameters():
     assert len(JIT_FUNCTIONS) > 50
-    assert not [(node.name, len(names)) for node, names in JIT_FUNCTIONS if len(names) > MOST_PARAMETERS]
+    many = {node.name: len(names) for node, names in JIT_FUNCTIONS if len(names) > MOST_PARAMETERS}
+    assert many == MORE_PARAMETERS
 
 
 def test_no_kernel_converts_an_integer_argument():

@@ -19,7 +19,7 @@ from rooflama.kernels import use_backend
 from rooflama.loaders.device import DeviceOutOfMemory
 from rooflama.loaders.gguf import read_gguf
 from rooflama.models import NaNLogits, OutOfPages, Request, SamplingParams, Sequence, TokenEngine
-from rooflama.models.serving.readback import Readback
+from rooflama.models.serving.sampler import Readback
 from rooflama.models.serving.scheduler import AHEAD, Scheduler
 from running_models import running
 from small_checkpoint import write_small
